@@ -1,0 +1,72 @@
+// From a plan to the arrays of one training sample, in one pass over the tokens.
+//
+// The mask is made here, from positions alone: no token value decides anything.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "packing.h"
+
+namespace meco {
+
+// One document, or a part of it, in a pack: [BOS] + prefix + body[body_begin, body_end).
+// The numbers are what the pack really holds; a cut may fall inside the prefix.
+struct Piece {
+  int64_t document = 0;
+  int64_t body_begin = 0;
+  int64_t body_end = 0;
+  int32_t prefix_id = -1;
+  int32_t prefix_tokens = 0;
+  bool has_bos = false;
+};
+
+// A plan as it lies in memory (or in a mapped file). Arrays are borrowed.
+struct PlanView {
+  const int64_t* pack_offsets = nullptr;
+  int64_t num_packs = 0;
+  const int32_t* piece_document = nullptr;
+  int64_t num_pieces = 0;
+  const int64_t* continued_piece = nullptr;
+  const int64_t* continued_begin = nullptr;
+  int64_t num_continued = 0;
+};
+
+struct AssemblyOptions {
+  int64_t capacity = 0;
+  int64_t max_documents = 0;
+  int64_t bos_id = -1;
+  int64_t pad_id = 0;
+  bool hide_prefixes = false;    // the same pieces without their prefixes
+  bool train_on_prefix = false;
+};
+
+// Output arrays of one sample; all are written in full.
+struct SampleArrays {
+  int64_t* tokens;        // capacity
+  int64_t* labels;        // capacity
+  float* loss_mask;       // capacity
+  int64_t* position_ids;  // capacity
+  int32_t* cu_seqlens;    // num_cu_seqlens(options), the tail repeats `capacity`
+  int32_t max_seqlen;
+  int64_t prefix_tokens;
+};
+
+// Fixed length of cu_seqlens: a zero, a bound for each document, one for the padding. Never more than
+// capacity + 1, since every segment holds a token.
+inline int64_t num_cu_seqlens(const AssemblyOptions& options) {
+  return options.max_documents + 2 < options.capacity + 1 ? options.max_documents + 2
+                                                          : options.capacity + 1;
+}
+
+// The pieces of one pack. Throws std::out_of_range when the plan and the corpus disagree.
+std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
+                                  const AssemblyOptions& options);
+
+// Fill `out` from pieces whose body tokens lie at `sources` (one pointer for each piece, to
+// `token_bytes`-sized unsigned or signed integers). `prefix_tokens` is the flat prefix table.
+void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*>& sources,
+              int token_bytes, const Documents& documents, const int32_t* prefix_tokens,
+              const AssemblyOptions& options, SampleArrays* out);
+
+}  // namespace meco

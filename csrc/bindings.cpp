@@ -1,0 +1,293 @@
+// Python bindings: check what comes in, keep it alive, release the GIL, call.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "assemble.h"
+#include "packing.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;  // no forcecast: a wrong dtype is an error
+
+template <typename T>
+Array<T> to_array(std::vector<T>&& values) {
+  auto* owner = new std::vector<T>(std::move(values));
+  py::capsule free_owner(owner, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return Array<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), free_owner);
+}
+
+// The documents of one corpus, with whatever keeps the arrays alive.
+class Corpus {
+ public:
+  Corpus(Array<int32_t> sequence_lengths, std::optional<Array<int64_t>> document_indices,
+         std::optional<Array<int32_t>> prefix_ids, Array<int32_t> prefix_tokens,
+         Array<int64_t> prefix_offsets, int64_t bos_id, uint64_t plain_seed,
+         uint64_t plain_threshold)
+      : sequence_lengths_(std::move(sequence_lengths)),
+        document_indices_(std::move(document_indices)),
+        prefix_ids_(std::move(prefix_ids)),
+        prefix_tokens_(std::move(prefix_tokens)),
+        prefix_offsets_(std::move(prefix_offsets)),
+        bos_id_(bos_id) {
+    require(sequence_lengths_.ndim() == 1, "sequence_lengths must be 1-D");
+    documents_.sequence_lengths = sequence_lengths_.data();
+    documents_.num_documents = sequence_lengths_.size();
+    if (document_indices_) check_document_indices();
+    check_prefixes();
+    documents_.has_bos = bos_id >= 0;
+    documents_.plain_seed = plain_seed;
+    documents_.plain_threshold = plain_threshold;
+  }
+
+  const meco::Documents& documents() const { return documents_; }
+  const int32_t* prefix_tokens() const { return prefix_tokens_.data(); }
+  int64_t bos_id() const { return bos_id_; }
+
+ private:
+  static void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+  }
+
+  void check_document_indices() {
+    require(document_indices_->ndim() == 1 && document_indices_->size() >= 1,
+            "document_indices must be 1-D with at least one entry");
+    documents_.document_indices = document_indices_->data();
+    documents_.num_documents = document_indices_->size() - 1;
+    int64_t last = 0;
+    for (int64_t i = 0; i <= documents_.num_documents; ++i) {
+      const int64_t index = documents_.document_indices[i];
+      require(index >= last && index <= sequence_lengths_.size(),
+              "document_indices must rise and stay within the sequences");
+      last = index;
+    }
+  }
+
+  void check_prefixes() {
+    require(prefix_offsets_.ndim() == 1 && prefix_offsets_.size() >= 1,
+            "prefix_offsets must be 1-D with at least one entry");
+    documents_.prefix_offsets = prefix_offsets_.data();
+    documents_.num_prefixes = prefix_offsets_.size() - 1;
+    int64_t last = 0;
+    for (int64_t i = 0; i <= documents_.num_prefixes; ++i) {
+      const int64_t offset = documents_.prefix_offsets[i];
+      require(offset >= last && offset <= prefix_tokens_.size(),
+              "prefix_offsets must rise and stay within prefix_tokens");
+      last = offset;
+    }
+    if (!prefix_ids_) return;
+    require(prefix_ids_->ndim() == 1 && prefix_ids_->size() == documents_.num_documents,
+            "prefix_ids must hold one number for each document");
+    documents_.prefix_ids = prefix_ids_->data();
+  }
+
+  Array<int32_t> sequence_lengths_;
+  std::optional<Array<int64_t>> document_indices_;
+  std::optional<Array<int32_t>> prefix_ids_;
+  Array<int32_t> prefix_tokens_;
+  Array<int64_t> prefix_offsets_;
+  int64_t bos_id_;
+  meco::Documents documents_;
+};
+
+py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t capacity,
+                    int64_t max_documents, std::optional<int64_t> num_packs,
+                    int64_t first_document, int64_t num_documents, int64_t range_begin,
+                    int64_t range_end, uint64_t seed) {
+  meco::Order order{first_document, num_documents, range_begin, range_end, seed};
+  meco::PackingOptions options{strategy, capacity, num_packs.value_or(-1), max_documents};
+  meco::Plan plan;
+  {
+    py::gil_scoped_release release;
+    plan = meco::build_plan(corpus.documents(), order, options);
+  }
+  py::dict counts;
+  counts["num_epochs"] = plan.num_epochs;
+  counts["documents"] = plan.documents;
+  counts["documents_cut"] = plan.documents_cut;
+  counts["documents_plain"] = plan.documents_plain;
+  counts["documents_empty"] = plan.documents_empty;
+  counts["body_tokens"] = plan.body_tokens;
+  counts["prefix_tokens"] = plan.prefix_tokens;
+  counts["bos_tokens"] = plan.bos_tokens;
+  counts["padding_tokens"] = plan.padding_tokens;
+  counts["discarded_tokens"] = plan.discarded_tokens;
+  py::dict result;
+  result["counts"] = counts;
+  result["pack_offsets"] = to_array(std::move(plan.pack_offsets));
+  result["piece_document"] = to_array(std::move(plan.piece_document));
+  result["continued_piece"] = to_array(std::move(plan.continued_piece));
+  result["continued_begin"] = to_array(std::move(plan.continued_begin));
+  return result;
+}
+
+// Makes samples of one plan over one corpus.
+class Assembler {
+ public:
+  Assembler(py::object corpus, Array<int64_t> pack_offsets, Array<int32_t> piece_document,
+            Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
+            int64_t max_documents, int64_t pad_id, bool hide_prefixes, bool train_on_prefix)
+      : corpus_object_(std::move(corpus)),
+        corpus_(corpus_object_.cast<const Corpus&>()),
+        pack_offsets_(std::move(pack_offsets)),
+        piece_document_(std::move(piece_document)),
+        continued_piece_(std::move(continued_piece)),
+        continued_begin_(std::move(continued_begin)) {
+    if (pack_offsets_.size() < 1) throw std::invalid_argument("pack_offsets must not be empty");
+    if (continued_piece_.size() != continued_begin_.size()) {
+      throw std::invalid_argument("continued_piece and continued_begin must be equally long");
+    }
+    plan_.pack_offsets = pack_offsets_.data();
+    plan_.num_packs = pack_offsets_.size() - 1;
+    plan_.piece_document = piece_document_.data();
+    plan_.num_pieces = piece_document_.size();
+    plan_.continued_piece = continued_piece_.data();
+    plan_.continued_begin = continued_begin_.data();
+    plan_.num_continued = continued_piece_.size();
+    options_.capacity = capacity;
+    options_.max_documents = max_documents;
+    options_.bos_id = corpus_.bos_id();
+    options_.pad_id = pad_id;
+    options_.hide_prefixes = hide_prefixes;
+    options_.train_on_prefix = train_on_prefix;
+  }
+
+  std::vector<meco::Piece> pieces(int64_t pack) const {
+    return meco::pieces_of_pack(plan_, corpus_.documents(), pack, options_);
+  }
+
+  // Bodies lie in `bin` at `sequence_pointers` (bytes), as Megatron's IndexedDataset maps them.
+  py::dict sample(int64_t pack, const py::buffer& bin, const Array<int64_t>& sequence_pointers,
+                  int token_bytes) const {
+    const py::buffer_info info = bin.request();
+    const auto* base = static_cast<const uint8_t*>(info.ptr);
+    const int64_t size = info.size * info.itemsize;
+    const auto found = pieces(pack);
+    std::vector<const uint8_t*> sources;
+    sources.reserve(found.size());
+    for (const meco::Piece& piece : found) {
+      const int64_t* indices = corpus_.documents().document_indices;
+      const int64_t sequence = indices == nullptr ? piece.document : indices[piece.document];
+      if (sequence >= sequence_pointers.size()) throw std::out_of_range("sequence out of range");
+      const int64_t begin = sequence_pointers.data()[sequence] + piece.body_begin * token_bytes;
+      const int64_t end = begin + (piece.body_end - piece.body_begin) * token_bytes;
+      if (begin < 0 || end > size) throw std::out_of_range("document ends behind the .bin file");
+      sources.push_back(base + begin);
+    }
+    return assemble(found, sources, token_bytes);
+  }
+
+  // Bodies come one after the other in `bodies`, in the order of `pieces(pack)`.
+  py::dict sample_from_bodies(int64_t pack, const Array<int64_t>& bodies) const {
+    const auto found = pieces(pack);
+    std::vector<const uint8_t*> sources;
+    int64_t cursor = 0;
+    for (const meco::Piece& piece : found) {
+      sources.push_back(reinterpret_cast<const uint8_t*>(bodies.data() + cursor));
+      cursor += piece.body_end - piece.body_begin;
+    }
+    if (cursor != bodies.size()) throw std::invalid_argument("bodies do not fit the pack");
+    return assemble(found, sources, 8);
+  }
+
+ private:
+  py::dict assemble(const std::vector<meco::Piece>& pieces,
+                    const std::vector<const uint8_t*>& sources, int token_bytes) const {
+    const py::ssize_t length = options_.capacity;
+    py::array_t<int64_t> tokens(length), labels(length), position_ids(length);
+    py::array_t<float> loss_mask(length);
+    py::array_t<int32_t> cu_seqlens(meco::num_cu_seqlens(options_));
+    meco::SampleArrays out{tokens.mutable_data(),       labels.mutable_data(),
+                           loss_mask.mutable_data(),    position_ids.mutable_data(),
+                           cu_seqlens.mutable_data(),   0,
+                           0};
+    {
+      py::gil_scoped_release release;
+      meco::assemble(pieces, sources, token_bytes, corpus_.documents(), corpus_.prefix_tokens(),
+                     options_, &out);
+    }
+    py::dict result;
+    result["tokens"] = tokens;
+    result["labels"] = labels;
+    result["loss_mask"] = loss_mask;
+    result["position_ids"] = position_ids;
+    result["cu_seqlens"] = cu_seqlens;
+    result["max_seqlen"] = out.max_seqlen;
+    result["prefix_tokens"] = out.prefix_tokens;
+    return result;
+  }
+
+  py::object corpus_object_;
+  const Corpus& corpus_;
+  Array<int64_t> pack_offsets_;
+  Array<int32_t> piece_document_;
+  Array<int64_t> continued_piece_;
+  Array<int64_t> continued_begin_;
+  meco::PlanView plan_;
+  meco::AssemblyOptions options_;
+};
+
+Array<int64_t> permutation(uint64_t size, uint64_t seed, uint64_t stream, int64_t begin,
+                           int64_t end) {
+  if (begin < 0 || begin > end || static_cast<uint64_t>(end) > size) {
+    throw std::invalid_argument("range out of bounds");
+  }
+  Array<int64_t> result(end - begin);
+  int64_t* values = result.mutable_data();
+  const meco::Permutation permute(size, seed, stream);
+  for (int64_t i = begin; i < end; ++i) {
+    values[i - begin] = static_cast<int64_t>(permute(static_cast<uint64_t>(i)));
+  }
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Packing and sample assembly; see csrc/. Private: use megatron_meco.data.";
+
+  py::class_<meco::Piece>(m, "Piece")
+      .def_readonly("document", &meco::Piece::document)
+      .def_readonly("body_begin", &meco::Piece::body_begin)
+      .def_readonly("body_end", &meco::Piece::body_end)
+      .def_readonly("prefix_id", &meco::Piece::prefix_id)
+      .def_readonly("prefix_tokens", &meco::Piece::prefix_tokens)
+      .def_readonly("has_bos", &meco::Piece::has_bos);
+
+  py::class_<Corpus>(m, "Corpus")
+      .def(py::init<Array<int32_t>, std::optional<Array<int64_t>>, std::optional<Array<int32_t>>,
+                    Array<int32_t>, Array<int64_t>, int64_t, uint64_t, uint64_t>(),
+           py::kw_only(), py::arg("sequence_lengths").noconvert(),
+           py::arg("document_indices").noconvert(), py::arg("prefix_ids").noconvert(),
+           py::arg("prefix_tokens").noconvert(), py::arg("prefix_offsets").noconvert(),
+           py::arg("bos_id"), py::arg("plain_seed"), py::arg("plain_threshold"));
+
+  py::class_<Assembler>(m, "Assembler")
+      .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
+                    int64_t, int64_t, int64_t, bool, bool>(),
+           py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
+           py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
+           py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
+           py::arg("pad_id"), py::arg("hide_prefixes"), py::arg("train_on_prefix"))
+      .def("pieces", &Assembler::pieces, py::arg("pack"))
+      .def("sample", &Assembler::sample, py::arg("pack"), py::arg("bin"),
+           py::arg("sequence_pointers").noconvert(), py::arg("token_bytes"))
+      .def("sample_from_bodies", &Assembler::sample_from_bodies, py::arg("pack"),
+           py::arg("bodies").noconvert());
+
+  m.def("build_plan", &build_plan, py::arg("corpus"), py::kw_only(), py::arg("strategy"),
+        py::arg("capacity"), py::arg("max_documents"), py::arg("num_packs"),
+        py::arg("first_document"), py::arg("num_documents"), py::arg("range_begin"),
+        py::arg("range_end"), py::arg("seed"));
+  m.def("permutation", &permutation, py::arg("size"), py::arg("seed"), py::arg("stream"),
+        py::arg("begin"), py::arg("end"));
+  m.def("hash_pair", &meco::hash_pair, py::arg("a"), py::arg("b"));
+}

@@ -1,0 +1,92 @@
+// Which documents make up which pack.
+//
+// Pure functions over plain arrays: no Python, no I/O. The order of the documents is a seeded
+// permutation that is computed, not stored; a plan stores one document number for each piece, one
+// offset for each pack, and the body offset of the few pieces that continue a document.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace meco {
+
+// A seeded bijection of [0, size): rounds of add, odd multiply and xor-shift on the smallest power
+// of two that holds `size`, walked until the value falls inside. Random access, no memory.
+class Permutation {
+ public:
+  Permutation(uint64_t size, uint64_t seed, uint64_t stream);
+  uint64_t operator()(uint64_t index) const;
+
+ private:
+  static constexpr int kRounds = 4;
+  uint64_t size_;
+  uint64_t mask_;
+  int shift_;
+  uint64_t add_[kRounds];
+  uint64_t multiply_[kRounds];
+};
+
+// A well-mixed 64-bit hash of two numbers (splitmix64 finaliser).
+uint64_t hash_pair(uint64_t a, uint64_t b);
+
+// What is known of the documents of one corpus. Arrays are borrowed.
+struct Documents {
+  int64_t num_documents = 0;
+  const int32_t* sequence_lengths = nullptr;   // tokens of each Megatron sequence
+  const int64_t* document_indices = nullptr;   // first sequence of each document; null: one each
+  const int32_t* prefix_ids = nullptr;         // per document, -1: none; null: no prefixes at all
+  const int64_t* prefix_offsets = nullptr;     // num_prefixes + 1
+  int64_t num_prefixes = 0;
+  bool has_bos = false;
+  uint64_t plain_seed = 0;
+  uint64_t plain_threshold = 0;  // a document is plain when its hash is below this
+
+  int64_t body_length(int64_t document) const;
+  // The prefix a document is shown with, or -1. Throws std::out_of_range on a damaged table.
+  int32_t prefix_id(int64_t document) const;
+  int64_t prefix_length(int32_t prefix_id) const {
+    return prefix_id < 0 ? 0 : prefix_offsets[prefix_id + 1] - prefix_offsets[prefix_id];
+  }
+};
+
+// Which documents, in which order: positions [range_begin, range_end) of the seeded permutation of
+// documents [first_document, first_document + num_documents); later epochs permute that range.
+struct Order {
+  int64_t first_document = 0;
+  int64_t num_documents = 0;
+  int64_t range_begin = 0;
+  int64_t range_end = 0;
+  uint64_t seed = 0;
+};
+
+struct PackingOptions {
+  std::string strategy;
+  int64_t capacity = 0;       // tokens in a pack
+  int64_t num_packs = -1;     // -1: one epoch; else as many epochs as it takes
+  int64_t max_documents = 0;  // pieces in a pack
+};
+
+struct Plan {
+  std::vector<int64_t> pack_offsets;     // num_packs + 1, into the pieces
+  std::vector<int32_t> piece_document;   // num_pieces
+  std::vector<int64_t> continued_piece;  // sorted: pieces that begin inside a document ...
+  std::vector<int64_t> continued_begin;  // ... and where
+
+  int64_t num_epochs = 0;         // orders begun
+  int64_t body_tokens = 0;        // EOD counted
+  int64_t prefix_tokens = 0;
+  int64_t bos_tokens = 0;
+  int64_t padding_tokens = 0;
+  int64_t discarded_tokens = 0;   // body tokens of documents in the plan that no pack holds
+  int64_t documents = 0;          // document visits
+  int64_t documents_cut = 0;
+  int64_t documents_plain = 0;    // visits without prefix although a table is given
+  int64_t documents_empty = 0;    // skipped: nothing but EOD
+};
+
+// Build a plan. Throws std::invalid_argument when no document can be placed or an option is out of
+// range.
+Plan build_plan(const Documents& documents, const Order& order, const PackingOptions& options);
+
+}  // namespace meco

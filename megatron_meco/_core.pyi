@@ -1,0 +1,63 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Piece:
+    document: int
+    body_begin: int
+    body_end: int
+    prefix_id: int
+    prefix_tokens: int
+    has_bos: bool
+
+class Corpus:
+    def __init__(
+        self,
+        *,
+        sequence_lengths: NDArray[np.int32],
+        document_indices: NDArray[np.int64] | None,
+        prefix_ids: NDArray[np.int32] | None,
+        prefix_tokens: NDArray[np.int32],
+        prefix_offsets: NDArray[np.int64],
+        bos_id: int,
+        plain_seed: int,
+        plain_threshold: int,
+    ) -> None: ...
+
+class Assembler:
+    def __init__(
+        self,
+        *,
+        corpus: Corpus,
+        pack_offsets: NDArray[np.int64],
+        piece_document: NDArray[np.int32],
+        continued_piece: NDArray[np.int64],
+        continued_begin: NDArray[np.int64],
+        capacity: int,
+        max_documents: int,
+        pad_id: int,
+        hide_prefixes: bool,
+        train_on_prefix: bool,
+    ) -> None: ...
+    def pieces(self, pack: int) -> list[Piece]: ...
+    def sample(
+        self, pack: int, bin: Any, sequence_pointers: NDArray[np.int64], token_bytes: int
+    ) -> dict[str, Any]: ...
+    def sample_from_bodies(self, pack: int, bodies: NDArray[np.int64]) -> dict[str, Any]: ...
+
+def build_plan(
+    corpus: Corpus,
+    *,
+    strategy: str,
+    capacity: int,
+    max_documents: int,
+    num_packs: int | None,
+    first_document: int,
+    num_documents: int,
+    range_begin: int,
+    range_end: int,
+    seed: int,
+) -> dict[str, Any]: ...
+def permutation(size: int, seed: int, stream: int, begin: int, end: int) -> NDArray[np.int64]: ...
+def hash_pair(a: int, b: int) -> int: ...

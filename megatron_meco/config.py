@@ -1,0 +1,207 @@
+"""What a MeCo run is made of: every default and every check of a value, in one place.
+
+`MeCoConfig` is frozen and checked once, when it is made; it is then passed down whole. The
+`--meco-*` flags are a thin skin over its fields (`add_meco_arguments`, `MeCoConfig.from_args`), so
+the training script, `meco plan` and `meco inspect` cannot disagree on a default. Needs neither
+torch nor megatron. What was given up: configuration files and registries of any kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_meco.errors import FlagError
+
+PACKING_STRATEGIES = ("truncate",)
+"""Rules for which documents make up which pack; see `megatron_meco.data.packing`."""
+
+CONDITIONED = "conditioned"
+COOLDOWN = "cooldown"
+PHASES = (CONDITIONED, COOLDOWN)
+"""The two phases of a run: documents with their prefixes, then plain documents."""
+
+DEFAULT_TEMPLATE = r"URL: {url.host}\n\n"
+"""The paper's template (section 2), as one types it in a shell: backslash escapes are read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeCoConfig:
+    """Everything about metadata conditioning that a user can choose.
+
+    Raises:
+        FlagError: When a value cannot be honoured; names the flag, the value and the remedy.
+    """
+
+    template: str = DEFAULT_TEMPLATE
+    """What precedes each document in the conditioned phase. Empty: the matched baseline."""
+
+    packing: str = "truncate"
+    """How documents become packs, one of `PACKING_STRATEGIES`."""
+
+    cooldown_fraction: float = 0.1
+    """Share of the iterations, at the end, that train on plain documents. 0: never, 1: always."""
+
+    cooldown_start_iteration: int | None = None
+    """Number of conditioned iterations; takes the place of `cooldown_fraction`."""
+
+    cooldown_data_path: tuple[str, ...] = ()
+    """Corpora of the cooldown, as Megatron's `--data-path`; empty: held out of the training split."""
+
+    plain_fraction: float = 0.0
+    """Seeded share of documents that train without their prefix in the conditioned phase too."""
+
+    max_documents_per_pack: int | None = None
+    """Cap on documents in one pack; None: as many as fit."""
+
+    max_prefix_tokens: int | None = None
+    """Longest prefix that is used; None: half the sequence. Longer ones train plain, counted."""
+
+    train_on_prefix: bool = False
+    """Whether prefix tokens count in the loss (the paper found that this slightly hurts)."""
+
+    allow_changes: bool = False
+    """Whether a resumed run may differ in what decides a sample; the differences are logged."""
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKING_STRATEGIES:
+            raise FlagError(
+                f"unknown packing strategy {self.packing!r}",
+                where="--meco-packing",
+                remedy=f"Choose one of: {', '.join(PACKING_STRATEGIES)}.",
+            )
+        _check_share(self.cooldown_fraction, "--meco-cooldown-fraction")
+        _check_share(self.plain_fraction, "--meco-plain-fraction")
+        _check_at_least(self.cooldown_start_iteration, 0, "--meco-cooldown-start-iteration")
+        _check_at_least(self.max_documents_per_pack, 1, "--meco-max-documents-per-pack")
+        _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
+        if self.train_on_prefix and not self.template:
+            raise FlagError(
+                "there is no prefix to train on, the template is empty",
+                where="--meco-train-on-prefix",
+                remedy="Give a --meco-template, or drop the flag.",
+            )
+        if self.plain_fraction and not self.template:
+            raise FlagError(
+                "has no effect on an empty template: every document is plain already",
+                where="--meco-plain-fraction",
+                remedy="Give a --meco-template, or drop the flag.",
+            )
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        """What decides a sample, for Megatron's cache keys (JSON-serialisable)."""
+        return {k: v for k, v in asdict(self).items() if k != "allow_changes"}
+
+    def prefix_cap(self, sequence_length: int) -> int:
+        """Longest prefix in tokens that is used at this sequence length."""
+        return self.max_prefix_tokens or max(1, sequence_length // 2)
+
+    def documents_cap(self, sequence_length: int) -> int:
+        """Largest number of documents in a pack at this sequence length."""
+        return min(self.max_documents_per_pack or sequence_length, sequence_length)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> MeCoConfig:
+        """Read the `--meco-*` flags of a parsed command line."""
+        return cls(
+            template=args.meco_template,
+            packing=args.meco_packing,
+            cooldown_fraction=args.meco_cooldown_fraction,
+            cooldown_start_iteration=args.meco_cooldown_start_iteration,
+            cooldown_data_path=tuple(args.meco_cooldown_data_path or ()),
+            plain_fraction=args.meco_plain_fraction,
+            max_documents_per_pack=args.meco_max_documents_per_pack,
+            max_prefix_tokens=args.meco_max_prefix_tokens,
+            train_on_prefix=args.meco_train_on_prefix,
+            allow_changes=args.meco_allow_changes,
+        )
+
+
+def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `--meco-*` flags that decide samples (not `--meco` itself) to a parser."""
+    defaults = MeCoConfig()
+    group = parser.add_argument_group("MeCo: metadata conditioning, then cooldown")
+    group.add_argument(
+        "--meco-template",
+        default=defaults.template,
+        metavar="T",
+        help="Prefix of each document in the conditioned phase, e.g. 'URL: {url.host}\\n\\n'. Fields "
+        "come from PREFIX.metadata.arrow; transforms of a URL: {url} {url.host} {url.domain} "
+        "{url.suffix} {url.hash}; filters: {url.host|top=0.2%%} {url.host|min_documents=100} keep "
+        "the frequent values and write 'unknown' for the rest, {topic|default=none} fills a gap. "
+        "Empty: the matched baseline without metadata. Default: %(default)r.",
+    )
+    group.add_argument(
+        "--meco-packing",
+        default=defaults.packing,
+        metavar="S",
+        help=f"How documents become packs: {', '.join(PACKING_STRATEGIES)}. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--meco-cooldown-fraction",
+        type=float,
+        default=defaults.cooldown_fraction,
+        metavar="F",
+        help="Share of the iterations, at the end, on plain documents. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--meco-cooldown-start-iteration",
+        type=int,
+        metavar="N",
+        help="Start the cooldown after N iterations; takes the place of the fraction.",
+    )
+    group.add_argument(
+        "--meco-cooldown-data-path",
+        nargs="*",
+        metavar="PATH",
+        help="Corpora of the cooldown, in the form of --data-path. Without it, a seeded share of the "
+        "training documents is kept for the cooldown, so that the two phases share no document.",
+    )
+    group.add_argument(
+        "--meco-plain-fraction",
+        type=float,
+        default=defaults.plain_fraction,
+        metavar="P",
+        help="Seeded share of documents without prefix throughout. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--meco-max-documents-per-pack",
+        type=int,
+        metavar="N",
+        help="Cap on the documents of one pack. Default: as many as fit.",
+    )
+    group.add_argument(
+        "--meco-max-prefix-tokens",
+        type=int,
+        metavar="N",
+        help="Documents with a longer prefix train plain, and are counted. Default: half the "
+        "sequence.",
+    )
+    group.add_argument(
+        "--meco-train-on-prefix",
+        action="store_true",
+        help="Count prefix tokens in the loss.",
+    )
+    group.add_argument(
+        "--meco-allow-changes",
+        action="store_true",
+        help="Resume although data, template, tokenizer, packing or schedule differ from the "
+        "checkpoint's; the differences are logged.",
+    )
+    return parser
+
+
+def _check_share(value: float, flag: str) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise FlagError(
+            f"{value!r} is not a share between 0 and 1", where=flag, remedy="For 10 % write 0.1."
+        )
+
+
+def _check_at_least(value: int | None, least: int, flag: str) -> None:
+    if value is not None and value < least:
+        raise FlagError(
+            f"{value!r} is too small", where=flag, remedy=f"Give {least} or more, or drop the flag."
+        )
