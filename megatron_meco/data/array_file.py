@@ -1,0 +1,165 @@
+"""Named numpy arrays in one memory-mapped file, written all or not at all.
+
+The cache format of prefix tables and plans: a magic line, a JSON header with its own checksum, then
+the arrays at 64-byte borders. Opening reads the header only, checks it and the file's size, and maps
+the rest, whatever its size. Writers make a temporary file in the same folder, sync it and rename it,
+so a reader sees a whole file or none; of several writers the last one wins with an equal file.
+What was given up: a checksum of the arrays themselves, which would cost a full read at each start;
+the C++ side checks every number that it takes from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_meco.errors import DataError
+
+_MAGIC = b"MECO-ARRAYS 1\n"
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """An opened file: `header` is what the writer gave, `arrays` are read-only maps."""
+
+    path: Path
+    header: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+
+def load_or_build(
+    path: Path,
+    kind: str,
+    build: Callable[[], tuple[dict[str, Any], Mapping[str, NDArray[Any]]]],
+) -> ArrayFile:
+    """Open the file at `path`, building it first if it is not there.
+
+    Builders of one folder take turns (an advisory lock on the folder itself, which leaves nothing
+    behind), so the processes of a node build once; where locks do not work, each builds and the last
+    rename wins.
+
+    Args:
+        path: Where the file is or will be.
+        kind: What it holds; a file of another kind is refused.
+        build: Makes the header (JSON-serialisable) and the arrays.
+
+    Raises:
+        DataError: When the file is damaged, or the folder cannot be written.
+    """
+    if path.exists():
+        return open_arrays(path, kind)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _folder_lock(path.parent):
+            if not path.exists():
+                header, arrays = build()
+                write_arrays(path, kind, header, arrays)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the {kind} to {path} ({error.strerror})",
+            where="--data-cache-path",
+            remedy="Give a folder that this user can write to, with room enough.",
+        ) from error
+    return open_arrays(path, kind)
+
+
+def write_arrays(
+    path: Path, kind: str, header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write arrays to `path` atomically. Raises OSError when the file system does."""
+    table = {}
+    offset = 0
+    for name, array in arrays.items():
+        table[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": offset}
+        offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    text = json.dumps({"kind": kind, "header": header, "arrays": table, "bytes": offset})
+    body = text.encode()
+    checksum = hashlib.blake2b(body, digest_size=16).hexdigest().encode()
+    head = _MAGIC + checksum + b" " + str(len(body)).encode() + b"\n" + body
+    head += b" " * (-len(head) % _ALIGNMENT)
+
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(head)
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array).data)
+                file.write(b"\0" * (-array.nbytes % _ALIGNMENT))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def open_arrays(path: Path, kind: str) -> ArrayFile:
+    """Map a file written by `write_arrays`.
+
+    Raises:
+        DataError: When it is missing, damaged, cut short, or of another kind or version.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise _damaged(path, "it does not start as a file of this version does")
+            checksum, _, length = file.readline(128).partition(b" ")
+            if not length.strip().isdigit():
+                raise _damaged(path, "its header is unreadable")
+            body = file.read(int(length))
+            start = file.tell() + -file.tell() % _ALIGNMENT
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise _damaged(path, f"cannot be opened ({error.strerror})") from error
+    if hashlib.blake2b(body, digest_size=16).hexdigest().encode() != checksum:
+        raise _damaged(path, "its header does not match its checksum")
+    content = json.loads(body)
+    if content["kind"] != kind:
+        raise _damaged(path, f"it holds a {content['kind']}, not a {kind}")
+    if size != start + content["bytes"]:
+        raise _damaged(path, f"it has {size} bytes, its header says {start + content['bytes']}")
+    arrays = {
+        name: _map(path, start + entry["offset"], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in content["arrays"].items()
+    }
+    return ArrayFile(path, content["header"], arrays)
+
+
+def _map(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if 0 in shape:  # an empty range cannot be mapped
+        return np.empty(shape, dtype)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    return mapped.view(np.ndarray)
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(
+        f"the cached file is damaged or foreign: {what}",
+        where=str(path),
+        remedy="Delete it; it is built again at the next start.",
+    )
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

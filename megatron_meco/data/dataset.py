@@ -1,0 +1,548 @@
+"""MeCo samples behind Megatron's own dataset classes.
+
+`MeCoGPTDataset` is one phase of one corpus: it opens (or builds) the prefix table and the plan, and
+lets C++ assemble each sample. It works with `BlendedMegatronDatasetBuilder`, blends, splits and
+`--data-cache-path`. `build_datasets` composes the datasets of a whole run from it: training switches
+phase at a sample index, validation and test show every pack twice, with and without its prefixes.
+Samples carry the keys of Megatron's `--dataloader-inter-document-masking`, so its own batch code
+takes them from there. What was given up: Megatron's index and shuffle, its dense attention mask, and
+every mask made by scanning for a token id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_meco import _core
+from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig
+from megatron_meco.corpus.tokenizer import resolve_bos, resolve_eod, text_encoder
+from megatron_meco.data.fingerprint import file_identity
+from megatron_meco.data.packing import Plan, PlanRequest, load_plan
+from megatron_meco.data.phases import Schedule
+from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
+from megatron_meco.data.template import Template
+from megatron_meco.errors import DataError, FlagError
+
+_MAX_DOCUMENTS = np.iinfo(np.int32).max
+_EOD_CHECKS = 1000
+_CANARY = "URL: en.wikipedia.org/wiki/Bill_Gates?a=1\n\nTopic: 0123456789 \u00e9\u4e2d"
+
+
+@dataclass
+class MeCoGPTDatasetConfig(GPTDatasetConfig):
+    """Megatron's GPT dataset configuration plus `meco`.
+
+    The options of the stock dataset that would undo document masks or boundary masks are refused, and
+    need not be given.
+
+    Raises:
+        FlagError: When a stock option contradicts MeCo; names the flag and the remedy.
+    """
+
+    reset_position_ids: bool | None = False
+    reset_attention_mask: bool | None = False
+    eod_mask_loss: bool | None = False
+    create_attention_mask: bool = False
+    inter_document_masking: bool = True
+
+    meco: MeCoConfig = dataclasses.field(default_factory=MeCoConfig)
+    """What a user chose about metadata."""
+
+    phase: str = CONDITIONED
+    """Which phase the samples belong to: with prefixes, or plain."""
+
+    document_share: tuple[float, float] = (0.0, 1.0)
+    """The part of each training split's permuted documents that this phase draws from."""
+
+    hide_prefixes: bool = False
+    """Show the packs of the conditioned plan without their prefixes: the same body tokens."""
+
+    def __post_init__(self) -> None:
+        _refuse_stock_options(self)
+        super().__post_init__()
+        assert self.phase in PHASES, self.phase
+        if self.sequence_length < 4:
+            raise FlagError(
+                f"{self.sequence_length} tokens hold no document",
+                where="--seq-length",
+                remedy="Give at least 4.",
+            )
+
+    @cached_property
+    def template(self) -> Template:
+        """The parsed template; without parts when there is none."""
+        return Template.parse(self.meco.template)
+
+
+class MeCoGPTDataset(GPTDataset):
+    """Document-aligned packs of one corpus and one phase.
+
+    Args:
+        indexed_dataset: The corpus, `document = body tokens + EOD`.
+        dataset_path: Its path prefix.
+        indexed_indices: The split's document numbers, contiguous.
+        num_samples: Packs to provide at least; None: one epoch.
+        index_split: The split.
+        config: The configuration.
+
+    Raises:
+        DataError: When corpus, metadata or caches are damaged or do not fit one another.
+        FlagError: When the template does not fit the metadata.
+    """
+
+    config: MeCoGPTDatasetConfig
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str | None,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: MeCoGPTDatasetConfig,
+    ) -> None:
+        # Not GPTDataset.__init__: it would build Megatron's own index. Everything else is inherited.
+        MegatronDataset.__init__(
+            self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
+        )
+        self.corpus_prefix = str(dataset_path or indexed_dataset.path_prefix)
+        _check_split(self.corpus_prefix, indexed_indices, index_split)
+        self._one_sequence_each = _check_corpus(indexed_dataset, config, self.corpus_prefix)
+        self.prefixes = self._load_prefixes()
+        self.plan = self._load_plan()
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        """Number of documents: splits fall between documents, whatever sequences they consist of."""
+        num_documents = len(low_level_dataset.document_indices) - 1
+        if num_documents > _MAX_DOCUMENTS:
+            raise DataError(
+                f"{num_documents:,} documents; Megatron numbers the documents of one file with 32 "
+                f"bits",
+                where=str(low_level_dataset.path_prefix),
+                remedy=f"Split it into files of at most {_MAX_DOCUMENTS:,} documents and blend them.",
+            )
+        return num_documents
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        """Megatron's cache-key hook: everything that decides a sample."""
+        own = ["meco", "phase", "document_share", "hide_prefixes"]
+        return [*GPTDataset._key_config_attributes(), *own]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """One pack.
+
+        Args:
+            idx: The pack; None: a filler for an incomplete batch, with nothing in the loss.
+
+        Returns:
+            tokens, labels, position_ids: (sequence_length,), int64.
+            loss_mask: (sequence_length,), float32; `loss_mask[t]` governs predicting token `t + 1`.
+            cu_seqlens: (min(max documents + 2, sequence_length + 1),), int32; the tail repeats
+                sequence_length.
+            max_seqlen: int32 scalar, the longest segment.
+            meco_prefix_tokens: int64 scalar, prefix tokens in the pack.
+        """
+        arrays = self._assemble(0 if idx is None else int(idx))
+        sample = {
+            key: torch.from_numpy(arrays[key])
+            for key in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
+        }
+        sample["max_seqlen"] = torch.tensor(arrays["max_seqlen"], dtype=torch.int32)
+        sample["meco_prefix_tokens"] = torch.tensor(arrays["prefix_tokens"], dtype=torch.int64)
+        if idx is None:
+            sample["loss_mask"].zero_()
+        return sample
+
+    def documents_of(self, idx: int) -> list[dict[str, Any]]:
+        """What pack `idx` holds: document, body_begin, body_end, prefix (text, None when plain)."""
+        return [
+            {
+                "document": piece.document,
+                "body_begin": piece.body_begin,
+                "body_end": piece.body_end,
+                "prefix": self._prefix_text(piece),
+                "prefix_tokens": piece.prefix_tokens,
+            }
+            for piece in self._assembler.pieces(idx)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers that are not forked open the maps and the C++ objects for themselves."""
+        dropped = ("_assembler", "_corpus", "_bin")
+        return {k: v for k, v in self.__dict__.items() if k not in dropped}
+
+    def _prefix_text(self, piece: _core.Piece) -> str | None:
+        if self.prefixes is None or piece.prefix_id < 0:
+            return None
+        tokens = self.prefixes.tokens_of(piece.prefix_id)[: piece.prefix_tokens]
+        return str(self.config.tokenizer.detokenize(tokens.tolist()))
+
+    def _assemble(self, pack: int) -> dict[str, Any]:
+        try:
+            if self._bin is None:
+                return self._assembler.sample_from_bodies(pack, self._read_bodies(pack))
+            index = self.dataset.index
+            return self._assembler.sample(
+                pack, self._bin, np.asarray(index.sequence_pointers), index.dtype_size
+            )
+        except IndexError as error:  # std::out_of_range
+            if not 0 <= pack < len(self):
+                raise
+            raise DataError(
+                f"pack {pack} does not fit the corpus ({error})",
+                where=self.corpus_prefix,
+                remedy="The corpus changed under its cache: delete the data cache and start again.",
+            ) from error
+
+    def _read_bodies(self, pack: int) -> np.ndarray:
+        """Bodies through Megatron's reader, for corpora that are not local mapped files."""
+        bodies = [
+            self._read_body(p.document)[p.body_begin : p.body_end]
+            for p in self._assembler.pieces(pack)
+        ]
+        return np.concatenate(bodies).astype(np.int64)
+
+    def _read_body(self, document: int) -> np.ndarray:
+        begin, end = self.dataset.document_indices[document : document + 2]
+        return np.concatenate([self.dataset.get(int(s)) for s in range(begin, end)])
+
+    def _cache_folder(self) -> Path:
+        if self.config.path_to_cache is not None:
+            return Path(self.config.path_to_cache)
+        # Where stock Megatron puts the index of a dataset without --data-cache-path.
+        return Path(self.corpus_prefix, "cache", f"{type(self).__name__}_indices")
+
+    def _load_prefixes(self) -> PrefixTable | None:
+        if self.config.phase == COOLDOWN or not self.config.meco.template:
+            return None
+        tokenizer = self.config.tokenizer
+        return load_prefix_table(
+            self.corpus_prefix,
+            self.numel_low_level_dataset(self.dataset),
+            self.config.template,
+            # Made when it is called: the table is usually in the cache.
+            lambda texts: text_encoder(tokenizer).encode_batch(texts),
+            _tokenizer_identity(tokenizer),
+            self.config.meco.prefix_cap(self.config.sequence_length),
+            self._cache_folder(),
+        )
+
+    def _load_plan(self) -> Plan:
+        config = self.config
+        training = self.index_split == Split.train
+        request = PlanRequest(
+            strategy=config.meco.packing,
+            capacity=config.sequence_length,
+            max_documents=config.meco.documents_cap(config.sequence_length),
+            num_packs=self.num_samples,
+            first_document=int(self.indices[0]) if len(self.indices) else 0,
+            num_documents=len(self.indices),
+            share_begin=config.document_share[0] if training else 0.0,
+            share_end=config.document_share[1] if training else 1.0,
+            seed=config.random_seed,
+        )
+        return load_plan(
+            self._corpus, request, self._identity(), self._cache_folder(), self.corpus_prefix
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides lengths of documents and prefixes."""
+        identity: dict[str, Any] = {
+            "index": file_identity(get_idx_path(self.dataset.path_prefix)),
+            "bos": resolve_bos(self.config.tokenizer) is not None,
+        }
+        if self.prefixes is not None:
+            identity["prefixes"] = self.prefixes.identity
+            identity["plain_fraction"] = self.config.meco.plain_fraction
+        return identity
+
+    @cached_property
+    def _corpus(self) -> _core.Corpus:
+        fraction = self.config.meco.plain_fraction
+        bos = resolve_bos(self.config.tokenizer)
+        empty = np.zeros(0, np.int32)
+        table = self.prefixes
+        return _core.Corpus(
+            sequence_lengths=np.asarray(self.dataset.sequence_lengths),
+            document_indices=(
+                None if self._one_sequence_each else np.asarray(self.dataset.document_indices)
+            ),
+            prefix_ids=None if table is None else table.prefix_ids,
+            prefix_tokens=empty if table is None else table.prefix_tokens,
+            prefix_offsets=np.zeros(1, np.int64) if table is None else table.prefix_offsets,
+            bos_id=-1 if bos is None else bos,
+            plain_seed=self.config.random_seed & 0xFFFF_FFFF_FFFF_FFFF,
+            plain_threshold=min(int(fraction * 2**64), 2**64 - 1),
+        )
+
+    @cached_property
+    def _assembler(self) -> _core.Assembler:
+        meco = self.config.meco
+        return _core.Assembler(
+            corpus=self._corpus,
+            pack_offsets=self.plan.pack_offsets,
+            piece_document=self.plan.piece_document,
+            continued_piece=self.plan.continued_piece,
+            continued_begin=self.plan.continued_begin,
+            capacity=self.config.sequence_length,
+            max_documents=meco.documents_cap(self.config.sequence_length),
+            pad_id=resolve_eod(self.config.tokenizer),  # any id will do: padding is masked
+            hide_prefixes=self.config.hide_prefixes,
+            train_on_prefix=meco.train_on_prefix,
+        )
+
+    @cached_property
+    def _bin(self) -> np.ndarray | None:
+        path = get_bin_path(self.dataset.path_prefix)
+        if not self.config.mmap_bin_files or not Path(path).is_file():
+            return None
+        return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+class PhasedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The training samples of a run: conditioned below the switch, cooldown from there on.
+
+    A pure function of the sample index, so it does not matter which rank asks, or in which order.
+
+    Attributes:
+        split: Megatron's name of the split, which its loader asks for.
+        conditioned: The first phase, or None when it has no samples.
+        cooldown: The second phase, or None when it has no samples.
+    """
+
+    split = Split.train
+
+    def __init__(
+        self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule
+    ) -> None:
+        self.conditioned = conditioned
+        self.cooldown = cooldown
+        self.schedule = schedule
+
+    def __len__(self) -> int:
+        return self.schedule.num_samples
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        dataset, index = self.locate(idx or 0)
+        sample: dict[str, torch.Tensor] = dataset[index if idx is not None else None]
+        return sample
+
+    def locate(self, idx: int) -> tuple[Any, int]:
+        """The phase's dataset and the index within it of global sample `idx`."""
+        if not 0 <= idx < len(self):
+            raise IndexError(idx)
+        if idx < self.schedule.switch_sample:
+            return self.conditioned, idx
+        return self.cooldown, idx - self.schedule.switch_sample
+
+
+class PairedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Validation samples: every pack twice, with its prefixes (even index) and without (odd).
+
+    Both show the same body tokens, so the two losses differ by the metadata alone. Samples carry
+    `meco_view`, an int64 scalar: 1 with prefixes, 0 without.
+    """
+
+    def __init__(self, conditioned: Any, plain: Any, split: Split) -> None:
+        self.conditioned = conditioned
+        self.plain = plain
+        self.split = split
+
+    def __len__(self) -> int:
+        return 2 * min(len(self.conditioned), len(self.plain))
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        dataset, index = self.locate(idx or 0)
+        sample: dict[str, torch.Tensor] = dataset[index if idx is not None else None]
+        return {**sample, "meco_view": torch.tensor(int(dataset is self.conditioned))}
+
+    def locate(self, idx: int) -> tuple[Any, int]:
+        """The view and the pack of sample `idx`."""
+        if not 0 <= idx < len(self):
+            raise IndexError(idx)
+        return (self.plain if idx % 2 else self.conditioned), idx // 2
+
+
+Blend = tuple[list[str], list[float] | None]
+
+
+def build_datasets(
+    sizes: Sequence[int | None],
+    is_built_on_rank: Callable[[], bool],
+    config: MeCoGPTDatasetConfig,
+    schedule: Schedule,
+    cooldown_blend: Blend | None = None,
+) -> tuple[Any | None, Any | None, Any | None]:
+    """The training, validation and test datasets of a run.
+
+    Must be called on all ranks, as Megatron's builder must.
+
+    Args:
+        sizes: Samples of the three splits; the first is the schedule's, whatever is given; None: one
+            epoch.
+        is_built_on_rank: Whether this rank holds datasets.
+        config: The configuration of the conditioned phase.
+        schedule: Where the run switches.
+        cooldown_blend: Corpora of the cooldown and their weights; None: the share of the training
+            documents that the conditioned phase leaves over.
+
+    Returns:
+        Training, validation and test dataset; None for a split without documents, and everywhere on
+        a rank that holds none.
+    """
+    held_out = 0.0 if cooldown_blend else schedule.cooldown_share
+    num_cooldown = schedule.num_samples - schedule.switch_sample
+
+    def build(size: int | None, part: Split, /, **changes: Any) -> Any | None:
+        return _build_split(size, part, is_built_on_rank, dataclasses.replace(config, **changes))
+
+    conditioned = cooldown = None
+    if schedule.switch_sample:
+        conditioned = build(schedule.switch_sample, Split.train, document_share=(0, 1 - held_out))
+    if num_cooldown:
+        changes: dict[str, Any] = {"phase": COOLDOWN, "document_share": (1 - held_out, 1)}
+        if cooldown_blend:
+            changes |= {"blend": cooldown_blend, "blend_per_split": None, "split": "1,0,0"}
+            changes |= {"document_share": (0, 1)}
+        cooldown = build(num_cooldown, Split.train, **changes)
+    train = None
+    if conditioned is not None or cooldown is not None:
+        train = PhasedDataset(conditioned, cooldown, schedule)
+
+    def build_evaluation(split: Split) -> Any | None:
+        size = sizes[split.value]
+        if not config.meco.template:
+            return build(size, split)  # the baseline has one view only
+        pairs = None if size is None else -(-size // 2)
+        shown = build(pairs, split)
+        hidden = build(pairs, split, hide_prefixes=True)
+        return None if shown is None else PairedDataset(shown, hidden, split)
+
+    return train, build_evaluation(Split.valid), build_evaluation(Split.test)
+
+
+def _build_split(
+    size: int | None,
+    split: Split,
+    is_built_on_rank: Callable[[], bool],
+    config: MeCoGPTDatasetConfig,
+) -> Any | None:
+    """Build one split by Megatron's own builder, so that blends and barriers are its own."""
+    if size == 0:
+        return None
+    if config.blend_per_split is not None:
+        config.blend_per_split = [
+            blend if i == split.value else None for i, blend in enumerate(config.blend_per_split)
+        ]
+    else:
+        assert config.split_matrix is not None
+        config.split_matrix = [
+            part if i == split.value else None for i, part in enumerate(config.split_matrix)
+        ]
+    sizes = [size if i == split.value else 0 for i in range(len(Split))]
+    builder = BlendedMegatronDatasetBuilder(MeCoGPTDataset, sizes, is_built_on_rank, config)
+    return builder.build()[split.value]
+
+
+def _refuse_stock_options(config: MeCoGPTDatasetConfig) -> None:
+    """Stock options that would undo what MeCo relies on."""
+    refusals = {
+        "reset_attention_mask": (
+            "--reset-attention-mask",
+            "Transformer Engine ignores it silently, and MeCo separates documents by cu_seqlens",
+        ),
+        "reset_position_ids": (
+            "--reset-position-ids",
+            "it finds documents by the EOD token; MeCo restarts positions at each document",
+        ),
+        "eod_mask_loss": (
+            "--eod-mask-loss",
+            "it masks by token id; MeCo trains EOD and masks borders by position",
+        ),
+        "create_attention_mask": (
+            "--create-attention-mask-in-dataloader",
+            "MeCo separates documents by cu_seqlens, without a dense mask",
+        ),
+        "fast_cache_load": (
+            "--dataloader-fast-cache-load",
+            "MeCo's plan is opened without a scan anyhow",
+        ),
+        "defer_npy_index_mmap": (
+            "--dataloader-defer-npy-index-mmap",
+            "MeCo has no .npy index",
+        ),
+        "multiple_validation_sets": (
+            "--multiple-validation-sets",
+            "MeCo reports its two validation losses from one set",
+        ),
+    }
+    for name, (flag, reason) in refusals.items():
+        if getattr(config, name):
+            raise FlagError(f"does not go with MeCo: {reason}", where=flag, remedy="Drop the flag.")
+    if (config.context_parallel_size or 1) > 1:
+        raise FlagError(
+            f"{config.context_parallel_size} does not go with MeCo: packed documents are not padded "
+            "to 2 * CP, so attention would leak across documents",
+            where="--context-parallel-size",
+            remedy="Use 1; tensor and pipeline parallelism work.",
+        )
+
+
+def _tokenizer_identity(tokenizer: Any) -> list[Any]:
+    """What names a tokenizer: Megatron's own description, and the ids of a fixed text.
+
+    The same folder may hold another vocabulary tomorrow; the ids tell.
+    """
+    try:
+        ids = list(tokenizer.tokenize(_CANARY))
+    except ValueError:  # NullTokenizer reads numbers only
+        ids = []
+    return [tokenizer.unique_identifiers, tokenizer.vocab_size, ids]
+
+
+def _check_split(where: str, indices: np.ndarray | None, split: Split) -> None:
+    if indices is None or len(indices) == 0:
+        raise DataError(
+            f"no documents in the {split.name} split",
+            where=where,
+            remedy="Use a larger corpus or another --split.",
+        )
+    assert indices[-1] - indices[0] + 1 == len(indices), "Megatron's splits are contiguous"
+
+
+def _check_corpus(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str) -> bool:
+    """Check that documents end in EOD; tell whether each consists of one Megatron sequence."""
+    indices = np.asarray(dataset.document_indices)
+    num_sequences = len(dataset.sequence_lengths)
+    eod = resolve_eod(config.tokenizer)
+    ends = indices[1:] - 1
+    # Evenly spread, deterministic; a corpus made without EOD fails at the first of them.
+    step = max(1, len(ends) // _EOD_CHECKS)
+    for document, last in enumerate(ends[::step]):
+        length = int(dataset.sequence_lengths[last]) if last >= 0 else 0
+        if length and int(dataset.get(int(last), offset=length - 1)[0]) != eod:
+            raise DataError(
+                f"document {document * step} does not end in the tokenizer's EOD ({eod})",
+                where=where,
+                remedy="Prepare the corpus with EOD (meco prepare, or Megatron's --append-eod) and "
+                "with this tokenizer.",
+            )
+    return len(ends) == num_sequences and np.array_equal(ends, np.arange(num_sequences))

@@ -1,0 +1,201 @@
+"""The plan: which documents make up which pack.
+
+A thin layer over `_core` (C++): it names the strategies, keys and caches the plan, and counts what a
+plan costs. Strategies:
+
+    truncate  the paper's: documents in order until the pack is full, the rest of the last one is
+              discarded, the next pack starts with a new document
+
+The order of the documents is a seeded permutation that is computed, never stored. Documents of a
+split are dealt to the two phases by their place in that permutation, so the phases share none.
+Cost: 4 bytes for each document visit and 8 for each pack, memory-mapped by every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_meco import _core
+from megatron_meco.data.array_file import load_or_build
+from megatron_meco.data.fingerprint import digest
+from megatron_meco.errors import DataError
+
+KIND = "pack plan"
+_VERSION = 1
+"""Part of every cache key; raise it when the same inputs give another plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """All that decides a plan, apart from the lengths of documents and prefixes.
+
+    Attributes:
+        strategy: One of `megatron_meco.config.PACKING_STRATEGIES`.
+        capacity: Tokens in a pack (Megatron's sequence length).
+        max_documents: Cap on documents in a pack.
+        num_packs: Packs to make, over as many epochs as it takes; None: one epoch.
+        first_document: First document of the split.
+        num_documents: Documents of the split.
+        share_begin: The phase's documents are those at [share_begin, share_end) of the split's
+            permuted order, as shares.
+        share_end: See `share_begin`.
+        seed: Decides the order.
+    """
+
+    strategy: str
+    capacity: int
+    max_documents: int
+    num_packs: int | None
+    first_document: int
+    num_documents: int
+    share_begin: float = 0.0
+    share_end: float = 1.0
+    seed: int = 0
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Positions of the phase's documents in the permuted order, half-open.
+
+        A phase with any share at all gets at least one document, if there are enough.
+        """
+        return self._place(self.share_begin), self._place(self.share_end)
+
+    def _place(self, share: float) -> int:
+        place = round(share * self.num_documents)
+        if 0 < share < 1 and self.num_documents > 1:
+            return min(max(place, 1), self.num_documents - 1)
+        return place
+
+
+@dataclass(frozen=True)
+class PlanCounts:
+    """What a plan holds and what it costs. Tokens of a body include its EOD."""
+
+    documents: int = 0
+    packs: int = 0
+    body_tokens: int = 0
+    prefix_tokens: int = 0
+    bos_tokens: int = 0
+    padding_tokens: int = 0
+    discarded_tokens: int = 0
+    documents_cut: int = 0
+    documents_plain: int = 0
+    documents_empty: int = 0
+    num_epochs: int = 0
+    documents_per_pack: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def total(cls, parts: Iterable[PlanCounts]) -> PlanCounts:
+        """Sum of several plans; documents per pack are the pack-weighted mean of the medians and
+        the worst of the rest."""
+        rows = [part for part in parts if part.packs]
+        sums = {
+            f.name: sum(getattr(row, f.name) for row in rows)
+            for f in fields(cls)
+            if f.name not in ("documents_per_pack", "num_epochs")
+        }
+        per_pack: dict[str, float] = {}
+        if rows:
+            weights = [row.packs for row in rows]
+            medians = [row.documents_per_pack["median"] for row in rows]
+            per_pack = {
+                "median": float(np.average(medians, weights=weights)),
+                "p99": max(row.documents_per_pack["p99"] for row in rows),
+                "max": max(row.documents_per_pack["max"] for row in rows),
+            }
+        epochs = max((row.num_epochs for row in rows), default=0)
+        return cls(**sums, num_epochs=epochs, documents_per_pack=per_pack)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, in memory or mapped from its cache file.
+
+    Attributes:
+        pack_offsets: (num_packs + 1,), int64; pack `p` holds pieces
+            [pack_offsets[p], pack_offsets[p + 1]).
+        piece_document: (num_pieces,), int32; document of each piece.
+        continued_piece: (num_continued,), int64, rising; pieces that begin inside a document.
+        continued_begin: (num_continued,), int64; the body token they begin at.
+        counts: What it holds and costs.
+    """
+
+    pack_offsets: NDArray[np.int64]
+    piece_document: NDArray[np.int32]
+    continued_piece: NDArray[np.int64]
+    continued_begin: NDArray[np.int64]
+    counts: PlanCounts
+
+    def __len__(self) -> int:
+        return len(self.pack_offsets) - 1
+
+
+def load_plan(
+    corpus: _core.Corpus, request: PlanRequest, identity: Any, cache_folder: Path, where: str
+) -> Plan:
+    """Open the cached plan, building it first if needed.
+
+    Args:
+        corpus: Lengths of documents and prefixes.
+        request: What to build.
+        identity: What names the corpus and its prefixes (JSON-serialisable).
+        cache_folder: Where the plan is or will be.
+        where: Names the corpus in messages.
+
+    Raises:
+        DataError: When the documents do not suffice for a single pack.
+    """
+    key = {"version": _VERSION, "corpus": identity, "request": vars(request)}
+    path = cache_folder / f"{digest(key)}-plan.meco"
+
+    def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        plan = build_plan(corpus, request, where)
+        arrays = {k: v for k, v in vars(plan).items() if k != "counts"}
+        return {"counts": vars(plan.counts)}, arrays
+
+    file = load_or_build(path, KIND, build)
+    return Plan(**file.arrays, counts=PlanCounts(**file.header["counts"]))
+
+
+def build_plan(corpus: _core.Corpus, request: PlanRequest, where: str) -> Plan:
+    """Build a plan in memory. Raises DataError when no document can be placed."""
+    begin, end = request.range
+    result = _core.build_plan(
+        corpus,
+        strategy=request.strategy,
+        capacity=request.capacity,
+        max_documents=request.max_documents,
+        num_packs=request.num_packs,
+        first_document=request.first_document,
+        num_documents=request.num_documents,
+        range_begin=begin,
+        range_end=end,
+        seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
+    )
+    counts = result.pop("counts")
+    num_packs = len(result["pack_offsets"]) - 1
+    if num_packs == 0 and request.num_packs != 0:
+        raise DataError(
+            f"no document to train on: {end - begin} of {request.num_documents} documents belong "
+            f"here, {counts['documents_empty']} of them are empty",
+            where=where,
+            remedy="Use a larger corpus, or another --split or --meco-cooldown-fraction.",
+        )
+    per_pack = _documents_per_pack(result["pack_offsets"])
+    return Plan(
+        **result, counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack)
+    )
+
+
+def _documents_per_pack(pack_offsets: NDArray[np.int64]) -> dict[str, float]:
+    if len(pack_offsets) < 2:
+        return {}
+    sizes = np.diff(pack_offsets)
+    median, p99, most = np.percentile(sizes, [50, 99, 100], method="lower")
+    return {"median": float(median), "p99": float(p99), "max": float(most)}

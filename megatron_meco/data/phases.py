@@ -1,0 +1,191 @@
+"""When a run is conditioned and when it cools down: pure functions of the sample index.
+
+A run consumes samples 0, 1, 2, ... in order (Megatron's `single` sampler), so a phase that depends on
+the sample index alone switches inside the run at the same place whatever the world size, and a
+resumed run is in the phase it was in. `make_schedule` turns the flags into that index once, also under
+a batch size that grows in steps. What was given up: phases that depend on anything measured during training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from itertools import pairwise
+
+from megatron_meco.config import CONDITIONED, COOLDOWN, MeCoConfig
+from megatron_meco.errors import FlagError
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """Megatron's global batch size, constant or growing in steps.
+
+    Attributes:
+        steps: (first consumed sample, samples in a training step from there on), rising; the first
+            entry starts at 0.
+    """
+
+    steps: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def constant(cls, global_batch_size: int) -> BatchSize:
+        """The usual case, `--global-batch-size`."""
+        return cls(((0, global_batch_size),))
+
+    @classmethod
+    def parse(cls, schedule: str, sequence_length: int) -> BatchSize:
+        """Read `--step-batch-size-schedule`: "0:768 250B:1536", thresholds in tokens.
+
+        Raises:
+            FlagError: When it is not of that form, or does not rise from 0.
+        """
+        flag = "--step-batch-size-schedule"
+        try:
+            pairs = [entry.split(":") for entry in schedule.replace(",", " ").split()]
+            steps = tuple(
+                sorted((_number(at) // sequence_length, _number(size)) for at, size in pairs)
+            )
+        except ValueError as error:
+            raise FlagError(
+                f"cannot read {schedule!r} ({error})",
+                where=flag,
+                remedy="Write TOKENS:BATCH_SIZE pairs, as in '0:768 250B:1536'.",
+            ) from error
+        rising = all(a[0] < b[0] for a, b in pairwise(steps))
+        if not steps or steps[0][0] != 0 or not rising or min(size for _, size in steps) < 1:
+            raise FlagError(
+                f"{schedule!r} must start at 0, rise, and hold positive sizes",
+                where=flag,
+                remedy="Write TOKENS:BATCH_SIZE pairs, as in '0:768 250B:1536'.",
+            )
+        return cls(steps)
+
+    def at(self, consumed_samples: int) -> int:
+        """Samples in the training step that starts after `consumed_samples`."""
+        return next(size for first, size in reversed(self.steps) if consumed_samples >= first)
+
+    def samples_after(self, iterations: int) -> int:
+        """Samples consumed by the first `iterations` training steps."""
+        consumed = 0
+        for taken, size in self._stretches():
+            if taken is None or iterations <= taken:
+                return consumed + iterations * size
+            consumed += taken * size
+            iterations -= taken
+        raise AssertionError("the last stretch is endless")
+
+    def iterations_for(self, samples: int) -> int:
+        """Training steps of a run of `samples`, as Megatron counts them.
+
+        With a constant size the last, partial step is dropped; with a schedule it is taken whole.
+        """
+        if len(self.steps) == 1:
+            return samples // self.steps[0][1]
+        iterations = 0
+        for taken, size in self._stretches():
+            if taken is None or samples <= taken * size:
+                return iterations + -(-samples // size)
+            samples -= taken * size
+            iterations += taken
+        raise AssertionError("the last stretch is endless")
+
+    def _stretches(self) -> Iterator[tuple[int | None, int]]:
+        """(training steps, size) of each stretch of equal size; None: endless."""
+        consumed = 0
+        for (_, size), following in zip(self.steps, (*self.steps[1:], None), strict=True):
+            if following is None:
+                yield None, size
+                return
+            taken = -(-max(following[0] - consumed, 0) // size)
+            consumed += taken * size
+            yield taken, size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Where a run switches.
+
+    Attributes:
+        num_iterations: Steps of the whole run.
+        num_samples: Samples of the whole run.
+        switch_iteration: Steps of the conditioned phase.
+        switch_sample: Samples of the conditioned phase; sample `i` is conditioned when
+            `i < switch_sample`.
+    """
+
+    num_iterations: int
+    num_samples: int
+    switch_iteration: int
+    switch_sample: int
+
+    def phase_of_sample(self, index: int) -> str:
+        """The phase of a global sample index."""
+        return CONDITIONED if index < self.switch_sample else COOLDOWN
+
+    def phase_of_iteration(self, iteration: int) -> str:
+        """The phase of the step that follows `iteration` finished steps."""
+        return CONDITIONED if iteration < self.switch_iteration else COOLDOWN
+
+    @property
+    def cooldown_share(self) -> float:
+        """Share of the run's samples in the cooldown."""
+        return 1 - self.switch_sample / self.num_samples if self.num_samples else 0.0
+
+
+def make_schedule(
+    config: MeCoConfig,
+    batch_size: BatchSize,
+    *,
+    train_iterations: int | None = None,
+    train_samples: int | None = None,
+) -> Schedule:
+    """The schedule of a run, from the flags that decide it.
+
+    Args:
+        config: Gives the cooldown's fraction or first iteration.
+        batch_size: The global batch size, constant or growing.
+        train_iterations: `--train-iters`; exactly one of this and `train_samples` is given.
+        train_samples: `--train-samples`.
+
+    Raises:
+        FlagError: When neither or both are given, or the cooldown starts after the run ends.
+    """
+    if (train_iterations is None) == (train_samples is None):
+        raise FlagError(
+            "the length of the run must be given once",
+            where="--train-iters / --train-samples",
+            remedy="Give exactly one of the two.",
+        )
+    if train_iterations is None:
+        assert train_samples is not None
+        train_iterations = batch_size.iterations_for(train_samples)
+    num_samples = batch_size.samples_after(train_iterations)
+    switch = config.cooldown_start_iteration
+    if switch is None:
+        switch = train_iterations - _share_of(train_iterations, config.cooldown_fraction)
+    elif switch > train_iterations:
+        raise FlagError(
+            f"the cooldown would start at iteration {switch}, after the run's last one "
+            f"({train_iterations})",
+            where="--meco-cooldown-start-iteration",
+            remedy=f"Give {train_iterations} for a run without cooldown, or a smaller number.",
+        )
+    return Schedule(
+        num_iterations=train_iterations,
+        num_samples=num_samples,
+        switch_iteration=switch,
+        switch_sample=batch_size.samples_after(switch),
+    )
+
+
+def _share_of(count: int, share: float) -> int:
+    """`share` of `count`, rounded half up; decimal, since 0.1 * 30 is not 3 in binary."""
+    return int((Decimal(str(share)) * count).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+
+
+def _number(text: str) -> int:
+    """A number with an optional suffix K, M, B or T, as Megatron reads it."""
+    text = text.strip().upper()
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:], 1)
+    return int(float(text[:-1] if scale > 1 else text) * scale)

@@ -1,0 +1,184 @@
+"""The prefixes of a corpus: each distinct one tokenised once, one number for each document.
+
+Cost: one streaming pass over the metadata columns that the template reads (two when it keeps only
+frequent values), one tokenizer call for each distinct prefix, 4 bytes for each document. The result
+is cached as one memory-mapped file whose name holds all that decides it: template, tokenizer,
+metadata file, length cap. What was given up: merging tokens across the border of prefix and body;
+they are tokenised apart, so the span of a prefix is exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.data.array_file import load_or_build
+from megatron_meco.data.fingerprint import digest, file_identity
+from megatron_meco.data.template import Placeholder, Template, frequent_values
+from megatron_meco.errors import FlagError
+
+KIND = "prefix table"
+_ROWS_PER_BATCH = 1 << 18
+_TEXTS_PER_CALL = 1 << 14
+
+EncodeBatch = Callable[[list[str]], list[list[int] | None]]
+"""Texts to token ids without BOS or EOS; None for a text that the tokenizer refuses."""
+
+
+@dataclass(frozen=True)
+class PrefixTable:
+    """Prefixes of one corpus under one template and tokenizer.
+
+    Attributes:
+        prefix_ids: (num_documents,), int32; -1 for a document that trains plain.
+        prefix_tokens: (total,), int32; all distinct prefixes, one after the other.
+        prefix_offsets: (num_prefixes + 1,), int64; borders in `prefix_tokens`.
+        documents_without_value: Documents that lack a value the template asks for.
+        documents_with_long_prefix: Documents whose prefix is longer than the cap.
+        identity: Names everything that decided the table.
+    """
+
+    prefix_ids: NDArray[np.int32]
+    prefix_tokens: NDArray[np.int32]
+    prefix_offsets: NDArray[np.int64]
+    documents_without_value: int
+    documents_with_long_prefix: int
+    identity: str
+
+    def tokens_of(self, prefix_id: int) -> NDArray[np.int32]:
+        """Token ids of one prefix."""
+        begin, end = self.prefix_offsets[prefix_id], self.prefix_offsets[prefix_id + 1]
+        return self.prefix_tokens[begin:end]
+
+
+def load_prefix_table(
+    corpus_prefix: str,
+    num_documents: int,
+    template: Template,
+    encode_batch: EncodeBatch,
+    tokenizer_identity: Any,
+    max_prefix_tokens: int,
+    cache_folder: Path,
+) -> PrefixTable:
+    """Open the cached prefix table of a corpus, building it first if needed.
+
+    Args:
+        corpus_prefix: The path that `.bin`, `.idx` and `.metadata.arrow` are appended to.
+        num_documents: Number of documents in the corpus.
+        template: What to render.
+        encode_batch: The tokenizer; called only when the table is built.
+        tokenizer_identity: What names the tokenizer (JSON-serialisable).
+        max_prefix_tokens: Longer prefixes are not used.
+        cache_folder: Where the table is or will be.
+
+    Raises:
+        DataError: When the metadata is missing, damaged, or does not fit the corpus.
+        FlagError: When the template does not fit the metadata.
+    """
+    check_row_count(corpus_prefix, num_documents)
+    metadata = open_metadata(corpus_prefix)
+    where = str(metadata_path(corpus_prefix))
+    template.check_fields(metadata.schema.names, where)
+    key = {
+        "template": template.source,
+        "tokenizer": tokenizer_identity,
+        "metadata": file_identity(where),
+        "max_prefix_tokens": max_prefix_tokens,
+    }
+    identity = digest(key)
+    path = cache_folder / f"{identity}-prefixes.meco"
+
+    def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        return _build(metadata, template, encode_batch, max_prefix_tokens, where)
+
+    file = load_or_build(path, KIND, build)
+    return PrefixTable(**file.arrays, **file.header["counts"], identity=identity)
+
+
+def _build(
+    metadata: pa.Table,
+    template: Template,
+    encode_batch: EncodeBatch,
+    max_prefix_tokens: int,
+    where: str,
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    frequent = _count_frequent(metadata, template, where)
+    ids, texts = _number_prefixes(metadata, template, frequent, where)
+    tokens = _encode(texts, encode_batch)
+    too_long = np.array([len(t) > max_prefix_tokens for t in tokens], dtype=bool)
+    missing = ids < 0
+    long_documents = np.zeros_like(missing)
+    long_documents[~missing] = too_long[ids[~missing]]
+    ids[long_documents] = -1
+    arrays: dict[str, NDArray[Any]] = {
+        "prefix_ids": ids,
+        "prefix_tokens": np.array([i for t in tokens for i in t], dtype=np.int32),
+        "prefix_offsets": np.cumsum([0] + [len(t) for t in tokens], dtype=np.int64),
+    }
+    counts = {
+        "documents_without_value": int(missing.sum()),
+        "documents_with_long_prefix": int(long_documents.sum()),
+    }
+    return {"template": template.source, "counts": counts}, arrays
+
+
+def _encode(texts: list[str], encode_batch: EncodeBatch) -> list[list[int]]:
+    tokens: list[list[int]] = []
+    for begin in range(0, len(texts), _TEXTS_PER_CALL):
+        for text, ids in zip(
+            texts[begin:], encode_batch(texts[begin : begin + _TEXTS_PER_CALL]), strict=False
+        ):
+            if ids is None:
+                raise FlagError(
+                    f"the tokenizer cannot encode the prefix {text!r}",
+                    where="--meco-template",
+                    remedy="Use a tokenizer for text.",
+                )
+            tokens.append(ids)
+    return tokens
+
+
+def _number_prefixes(
+    metadata: pa.Table, template: Template, frequent: dict[Placeholder, pa.Array], where: str
+) -> tuple[NDArray[np.int32], list[str]]:
+    """Number of each document's prefix (-1: none), and the distinct prefixes in that order."""
+    ids = np.full(metadata.num_rows, -1, dtype=np.int32)
+    numbers: dict[str, int] = {}
+    row = 0
+    for batch in _batches(metadata, template, where):
+        encoded = template.render(batch, where, frequent).dictionary_encode()
+        lookup = [numbers.setdefault(text, len(numbers)) for text in encoded.dictionary.to_pylist()]
+        local = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+        # The extra last entry answers index -1: a document without a prefix.
+        ids[row : row + len(batch)] = np.array([*lookup, -1], dtype=np.int32)[local]
+        row += len(batch)
+    return ids, list(numbers)
+
+
+def _count_frequent(
+    metadata: pa.Table, template: Template, where: str
+) -> dict[Placeholder, pa.Array]:
+    """The values to keep of each placeholder with a frequency filter."""
+    placeholders = [p for p in template.placeholders if p.frequency_filters]
+    counts: dict[Placeholder, Counter[str]] = {p: Counter() for p in placeholders}
+    if placeholders:
+        for batch in _batches(metadata, template, where):
+            for placeholder in placeholders:
+                values = template.values(placeholder, batch, where).drop_null()
+                for entry in pc.value_counts(values).to_pylist():
+                    counts[placeholder][entry["values"]] += entry["counts"]
+    return {p: frequent_values(p, counts[p]) for p in placeholders}
+
+
+def _batches(metadata: pa.Table, template: Template, where: str) -> Iterator[pa.RecordBatch]:
+    columns = metadata.select(template.fields(metadata.schema.names, where))
+    yield from columns.to_batches(max_chunksize=_ROWS_PER_BATCH)

@@ -1,0 +1,126 @@
+"""The cache format: whole or not at all, damage told and never read."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_meco.data.array_file import load_or_build, open_arrays, write_arrays
+from megatron_meco.errors import DataError
+
+ARRAYS = {
+    "a": np.arange(10, dtype=np.int64),
+    "empty": np.zeros(0, np.int32),
+    "b": np.arange(7, dtype=np.int32),
+}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "x.meco"
+    write_arrays(path, "thing", {"n": 1}, ARRAYS)
+    opened = open_arrays(path, "thing")
+    assert opened.header == {"n": 1}
+    for name, array in ARRAYS.items():
+        assert np.array_equal(opened.arrays[name], array)
+        assert opened.arrays[name].dtype == array.dtype
+        assert not opened.arrays[name].flags.writeable or array.size == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["x.meco"]
+
+
+def test_every_damage_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.meco"
+    write_arrays(path, "thing", {"n": 1}, ARRAYS)
+    good = path.read_bytes()
+    header_end = good.index(b"}}") + 2
+    for length in (0, 5, 20, header_end - 3, header_end + 1, len(good) - 1):
+        path.write_bytes(good[:length])
+        with pytest.raises(DataError, match=r"x\.meco.*Delete it"):
+            open_arrays(path, "thing")
+    for position in range(0, header_end, 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        with pytest.raises(DataError, match="damaged"):
+            open_arrays(path, "thing")
+    path.write_bytes(good + b"x")
+    with pytest.raises(DataError, match="bytes"):
+        open_arrays(path, "thing")
+    path.write_bytes(good)
+    with pytest.raises(DataError, match="it holds a thing, not a plan"):
+        open_arrays(path, "plan")
+
+
+def test_a_failing_builder_leaves_nothing(tmp_path: Path) -> None:
+    def build() -> tuple[dict, dict]:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        load_or_build(tmp_path / "x.meco", "thing", build)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match="--data-cache-path"):
+        load_or_build(tmp_path / "deep" / "x.meco", "thing", lambda: ({}, ARRAYS))
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="--data-cache-path"):
+        load_or_build(tmp_path / "file" / "x.meco", "thing", lambda: ({}, ARRAYS))
+
+
+def _slow_build(log: str) -> tuple[dict, dict]:
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.3)
+    return {"n": 1}, ARRAYS
+
+
+def _race(path: str, log: str) -> None:
+    opened = load_or_build(Path(path), "thing", lambda: _slow_build(log))
+    assert np.array_equal(opened.arrays["a"], ARRAYS["a"])
+
+
+def test_eight_processes_build_once(tmp_path: Path) -> None:
+    path, log = tmp_path / "cache" / "x.meco", tmp_path / "log"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_race, args=(str(path), str(log))) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert len(log.read_text().split()) == 1
+    assert [p.name for p in path.parent.iterdir()] == ["x.meco"]
+
+
+def _endless(path: str) -> None:
+    # A generator would do; an array that is larger than the pipe keeps the writer busy.
+    big = {"a": np.zeros(50_000_000, np.int64)}
+    while True:
+        write_arrays(Path(path), "thing", {}, big)
+        os.unlink(path)
+
+
+def test_a_killed_writer_leaves_no_half_file_under_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.meco"
+    worker = multiprocessing.get_context("spawn").Process(target=_endless, args=(str(path),))
+    worker.start()
+    deadline = time.time() + 60
+    while not any(tmp_path.iterdir()) and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    if path.exists():
+        open_arrays(path, "thing")
+    left = [p for p in tmp_path.iterdir() if p != path]
+    assert all(p.name.startswith(".x.meco.") for p in left)

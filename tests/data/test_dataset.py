@@ -1,0 +1,362 @@
+"""Samples of MeCoGPTDataset against packs that are concatenated by hand."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.utils import Split
+from small_corpus import BOS, EOD, LetterTokenizer, random_bodies, write_corpus
+
+from megatron_meco.config import COOLDOWN, MeCoConfig
+from megatron_meco.data.dataset import (
+    MeCoGPTDataset,
+    MeCoGPTDatasetConfig,
+    PhasedDataset,
+    build_datasets,
+)
+from megatron_meco.data.phases import BatchSize, make_schedule
+from megatron_meco.errors import DataError, FlagError
+
+LENGTH = 48
+SEED = 7
+TEMPLATE = r"U:{url.host}\n"
+
+
+def hosts(num_documents: int) -> list[str | None]:
+    """Every seventh document has no URL."""
+    names = ["a.org", "bb.com", "www.c.net"]
+    return [None if i % 7 == 3 else f"https://{names[i % 3]}/{i}" for i in range(num_documents)]
+
+
+def prefix_of(url: str | None) -> list[int] | None:
+    """What the template renders to, tokenised: by hand."""
+    if url is None:
+        return None
+    return LetterTokenizer().tokenize("U:" + url.split("/")[2] + "\n")
+
+
+def make_config(prefix: str, **changes: Any) -> MeCoGPTDatasetConfig:
+    options: dict[str, Any] = {
+        "random_seed": SEED,
+        "sequence_length": LENGTH,
+        "blend": ([prefix], None),
+        "split": "100,0,0",
+        "path_to_cache": f"{prefix}-cache",
+        "tokenizer": LetterTokenizer(),
+        "meco": MeCoConfig(template=TEMPLATE),
+    }
+    return MeCoGPTDatasetConfig(**{**options, **changes})
+
+
+def build(config: MeCoGPTDatasetConfig, num_samples: int | None, split: Split = Split.train) -> Any:
+    sizes = [0, 0, 0]
+    sizes[split.value] = num_samples
+    builder = BlendedMegatronDatasetBuilder(MeCoGPTDataset, sizes, lambda: True, config)
+    return builder.build()[split.value]
+
+
+def arrays(sample: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The arrays of a sample as lists, cu_seqlens without its tail."""
+    keys = ("tokens", "labels", "loss_mask", "position_ids")
+    return {
+        **{k: sample[k].tolist() for k in keys},
+        "cu_seqlens": np.unique(sample["cu_seqlens"]).tolist(),
+        "max_seqlen": int(sample["max_seqlen"]),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+@pytest.mark.parametrize("sequences_each", [1, 2])
+@pytest.mark.parametrize("bos", [BOS, None])
+@pytest.mark.parametrize("template", [TEMPLATE, ""])
+@pytest.mark.parametrize("mmap", [True, False])
+def test_packs_equal_the_oracle(
+    tmp_path: Path, dtype: Any, sequences_each: int, bos: int | None, template: str, mmap: bool
+) -> None:
+    bodies = random_bodies(150)
+    urls = hosts(len(bodies))
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": urls}, dtype, sequences_each)
+    config = make_config(
+        prefix,
+        tokenizer=LetterTokenizer(bos),
+        meco=MeCoConfig(template=template),
+        mmap_bin_files=mmap,
+    )
+    dataset = build(config, 120)
+
+    order = reference.document_order(len(bodies), (0, len(bodies)), SEED, epochs=6)
+    prefixes = [prefix_of(url) if template else None for url in urls]
+    packs, discarded = reference.truncate_packs(order, bodies, prefixes, bos, LENGTH, 120)
+    assert len(dataset) == len(packs) == 120
+    for i, pack in enumerate(packs):
+        assert arrays(dataset[i]) == pack.arrays(LENGTH, pad=EOD), f"pack {i}"
+    assert dataset.plan.counts.discarded_tokens == discarded
+    assert dataset.plan.counts.num_epochs > 1
+
+
+def test_one_epoch_holds_every_document_once_and_pads_the_last_pack(tmp_path: Path) -> None:
+    bodies = random_bodies(45)
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(45)})
+    dataset = build(make_config(prefix), None)
+    order = reference.document_order(45, (0, 45), SEED, epochs=1)
+    prefixes = [prefix_of(u) for u in hosts(45)]
+    packs, _ = reference.truncate_packs(order, bodies, prefixes, BOS, LENGTH, None)
+    assert [arrays(dataset[i]) for i in range(len(dataset))] == [
+        p.arrays(LENGTH, EOD) for p in packs
+    ]
+    assert dataset.plan.counts.padding_tokens > 0
+    documents = [d["document"] for i in range(len(dataset)) for d in dataset.documents_of(i)]
+    assert sorted(documents) == [d for d in range(45) if len(bodies[d]) > 1]
+    assert dataset.plan.counts.documents_empty == 45 - len(documents)
+
+
+def test_train_on_prefix_and_documents_cap(tmp_path: Path) -> None:
+    bodies = random_bodies(60)
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(60)})
+    meco = MeCoConfig(template=TEMPLATE, train_on_prefix=True, max_documents_per_pack=2)
+    dataset = build(make_config(prefix, meco=meco), 30)
+    order = reference.document_order(60, (0, 60), SEED, epochs=3)
+    prefixes = [prefix_of(u) for u in hosts(60)]
+    packs, _ = reference.truncate_packs(order, bodies, prefixes, BOS, LENGTH, 30, max_documents=2)
+    for i, pack in enumerate(packs):
+        assert arrays(dataset[i]) == pack.arrays(LENGTH, EOD, train_on_prefix=True)
+    assert len(dataset[0]["cu_seqlens"]) == 4  # 0, two documents, padding: fixed for all packs
+
+
+def test_the_mask_is_aligned_with_labels(tmp_path: Path) -> None:
+    """Golden: two documents, at the start of a pack and inside it, written out by hand."""
+    bodies = [[300, 301, EOD], [302, 303, 304, EOD]]
+    prefix = write_corpus(tmp_path / "c", bodies, {"topic": ["xyz", "xyz"]})
+    config = make_config(prefix, sequence_length=16, meco=MeCoConfig(template="{topic}"))
+    dataset = build(config, None)
+    x, y, z = LetterTokenizer().tokenize("xyz")
+    sample = arrays(dataset[0])
+    first = [BOS, x, y, z, 300, 301, EOD]
+    second = [BOS, x, y, z, 302, 303, 304, EOD]
+    if sample["tokens"][4] == 302:
+        first, second = second, first
+    assert sample["tokens"] == [*first, *second, EOD]
+    assert sample["labels"] == [*first[1:], *second, EOD, EOD]
+    # Zero where the label is BOS, prefix or padding; one from the first body token to EOD.
+    mask_first = [0, 0, 0, *[1] * (len(first) - 4), 0]
+    mask_second = [0, 0, 0, *[1] * (len(second) - 4), 0]
+    assert sample["loss_mask"] == [*mask_first, *mask_second, 0]
+
+
+def test_no_step_from_eod_to_bos_is_trained_in_either_phase(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(100), {"url": hosts(100)})
+    for phase in ("conditioned", COOLDOWN):
+        dataset = build(make_config(prefix, phase=phase), 50)
+        for i in range(50):
+            sample = dataset[i]
+            assert not sample["loss_mask"][sample["labels"] == BOS].any()
+            bounds = sample["cu_seqlens"][1:].long() - 1
+            assert not sample["loss_mask"][bounds].any()
+            assert sample["loss_mask"].sum() > 0
+
+
+def test_the_cooldown_carries_no_prefix(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(100), {"url": hosts(100)})
+    plain = build(make_config(prefix, phase=COOLDOWN), 50)
+    baseline = build(make_config(prefix, meco=MeCoConfig(template="")), 50)
+    for i in range(50):
+        assert int(plain[i]["meco_prefix_tokens"]) == 0
+        assert arrays(plain[i]) == arrays(baseline[i])
+
+
+def test_overwriting_a_sample_does_not_change_the_next_reading(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
+    dataset = build(make_config(prefix), 20)
+    before = arrays(dataset[3])
+    for value in dataset[3].values():
+        value.fill_(77)
+    assert arrays(dataset[3]) == before
+
+
+def test_a_filler_sample_trains_nothing(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
+    assert build(make_config(prefix), 5)[None]["loss_mask"].sum() == 0
+
+
+def test_a_pickled_dataset_gives_the_same_samples(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
+    dataset = build(make_config(prefix), 20)
+    before = arrays(dataset[4])
+    assert arrays(pickle.loads(pickle.dumps(dataset))[4]) == before
+
+
+def test_plain_fraction_is_a_seeded_share_that_does_not_depend_on_order(tmp_path: Path) -> None:
+    bodies = [[300, 301, EOD]] * 400
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": ["https://a.org/"] * 400})
+    meco = MeCoConfig(template=TEMPLATE, plain_fraction=0.25)
+    dataset = build(make_config(prefix, meco=meco), None)
+    shown = {
+        d["document"]: d["prefix"] is not None
+        for i in range(len(dataset))
+        for d in dataset.documents_of(i)
+    }
+    expected = {d: reference.hash_pair(SEED, d) >= 2**62 for d in range(400)}
+    assert shown == expected
+    assert 60 < sum(not s for s in shown.values()) < 140
+
+
+def test_a_run_switches_at_its_sample_and_the_phases_share_no_document(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(300), {"url": hosts(300)})
+    schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
+    config = make_config(prefix, split="80,20,0")
+    train, valid, test = build_datasets([80, 10, 4], lambda: True, config, schedule)
+    assert (len(train), test) == (80, None)
+    seen: dict[str, set[int]] = {"conditioned": set(), COOLDOWN: set()}
+    for i in range(80):
+        dataset, pack = train.locate(i)
+        phase = "conditioned" if i < 72 else COOLDOWN
+        assert dataset.config.phase == phase
+        documents = dataset.documents_of(pack)
+        seen[phase] |= {d["document"] for d in documents}
+        assert all(d["prefix"] is None for d in documents) or phase == "conditioned"
+        assert torch.equal(train[i]["tokens"], dataset[pack]["tokens"])
+    assert not seen["conditioned"] & seen[COOLDOWN]
+    assert max(seen["conditioned"] | seen[COOLDOWN]) < 240
+    documents = {d["document"] for i in range(5) for d in valid.conditioned.documents_of(i)}
+    assert min(documents) >= 240
+    with pytest.raises(IndexError):
+        train[80]
+
+
+def test_validation_shows_each_pack_with_and_without_prefixes(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(300), {"url": hosts(300)})
+    schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
+    config = make_config(prefix, split="80,20,0")
+    _, valid, _ = build_datasets([80, 10, 0], lambda: True, config, schedule)
+    assert len(valid) == 10
+    for i in range(0, 10, 2):
+        shown, hidden = valid[i], valid[i + 1]
+        assert (int(shown["meco_view"]), int(hidden["meco_view"])) == (1, 0)
+        assert int(shown["meco_prefix_tokens"]) > 0
+        assert int(hidden["meco_prefix_tokens"]) == 0
+        bodies = [
+            [(d["document"], d["body_begin"], d["body_end"]) for d in view.documents_of(i // 2)]
+            for view in (valid.conditioned, valid.plain)
+        ]
+        assert bodies[0] == bodies[1]
+        assert shown["loss_mask"].sum() >= hidden["loss_mask"].sum() > 0
+
+
+def test_cooldown_from_a_corpus_of_its_own(tmp_path: Path) -> None:
+    main = write_corpus(tmp_path / "main", random_bodies(100), {"url": hosts(100)})
+    other = write_corpus(tmp_path / "other", random_bodies(100, seed=5))  # needs no metadata
+    schedule = make_schedule(
+        MeCoConfig(cooldown_fraction=0.5), BatchSize.constant(2), train_iterations=10
+    )
+    train, _, _ = build_datasets(
+        [20, 0, 0], lambda: True, make_config(main), schedule, ([other], None)
+    )
+    assert train.locate(9)[0].corpus_prefix == main
+    assert train.locate(10)[0].corpus_prefix == other
+    assert train.conditioned.plan.counts.packs == 10
+
+
+def test_blends_of_corpora_with_weights(tmp_path: Path) -> None:
+    paths = [
+        write_corpus(tmp_path / name, random_bodies(200, seed=i), {"url": hosts(200)})
+        for i, name in enumerate("ab")
+    ]
+    schedule = make_schedule(MeCoConfig(), BatchSize.constant(10), train_iterations=10)
+    config = make_config(paths[0], blend=(paths, [0.7, 0.3]), split="90,10,0")
+    train, valid, _ = build_datasets([100, 20, 0], lambda: True, config, schedule)
+    assert isinstance(train, PhasedDataset)
+    ids = [int(train[i]["dataset_id"]) for i in range(100)]
+    assert abs(ids[:90].count(0) - 63) <= 1
+    assert abs(ids[90:].count(0) - 7) <= 1
+    assert all(int(train[i]["meco_prefix_tokens"]) == 0 for i in range(90, 100))
+    assert len(valid) == 20
+
+
+def test_a_corpus_smaller_than_one_pack_repeats(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", [[300, 301, EOD]] * 3, {"url": ["http://a.org"] * 3})
+    dataset = build(make_config(prefix), 5)
+    assert len(dataset) == 5
+    assert dataset.plan.counts.num_epochs > 5
+
+
+def test_a_second_build_opens_the_cache_and_a_new_corpus_does_not(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
+    first = arrays(build(make_config(prefix), 10)[0])
+    files = sorted(Path(f"{prefix}-cache").glob("*.meco"))
+    assert arrays(build(make_config(prefix), 10)[0]) == first
+    assert sorted(Path(f"{prefix}-cache").glob("*.meco")) == files
+    write_corpus(tmp_path / "c", random_bodies(50, seed=9), {"url": hosts(50)})
+    assert arrays(build(make_config(prefix), 10)[0]) != first
+
+
+class TestRefusals:
+    def test_metadata_with_a_row_too_few(self, tmp_path: Path) -> None:
+        bodies = random_bodies(10)
+        prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(9)})
+        with pytest.raises(DataError, match=r"9 rows of metadata for 10 documents"):
+            build(make_config(prefix), 5)
+
+    def test_a_missing_field(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)})
+        with pytest.raises(DataError, match=r"no metadata field 'topic'.*It holds: url"):
+            build(make_config(prefix, meco=MeCoConfig(template="{topic}: ")), 5)
+
+    def test_missing_metadata(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", random_bodies(10))
+        with pytest.raises(DataError, match="no metadata file"):
+            build(make_config(prefix), 5)
+
+    def test_a_corpus_without_eod(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", [[300, 301]] * 4, {"url": hosts(4)})
+        with pytest.raises(DataError, match="document 0 does not end in the tokenizer's EOD"):
+            build(make_config(prefix), 5)
+
+    def test_nothing_but_empty_documents(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", [[EOD]] * 4, {"url": hosts(4)})
+        with pytest.raises(DataError, match="4 of them are empty"):
+            build(make_config(prefix), 5)
+
+    def test_long_prefixes_train_plain_and_are_counted(self, tmp_path: Path) -> None:
+        urls = ["http://" + "x" * 40 + ".org", "http://a.org"] * 5
+        prefix = write_corpus(tmp_path / "c", [[300, 301, EOD]] * 10, {"url": urls})
+        dataset = build(make_config(prefix), None)
+        assert dataset.prefixes.documents_with_long_prefix == 5
+        shown = [d["prefix"] for i in range(len(dataset)) for d in dataset.documents_of(i)]
+        assert sorted(p or "" for p in shown) == [""] * 5 + ["U:a.org\n"] * 5
+
+    def test_documents_without_a_value_train_plain_and_are_counted(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", [[300, 301, EOD]] * 7, {"url": hosts(7)})
+        dataset = build(make_config(prefix), None)
+        assert dataset.prefixes.documents_without_value == 1
+        assert dataset.plan.counts.documents_plain == 1
+
+    @pytest.mark.parametrize(
+        ("option", "flag"),
+        [
+            ({"reset_attention_mask": True}, "--reset-attention-mask"),
+            ({"reset_position_ids": True}, "--reset-position-ids"),
+            ({"eod_mask_loss": True}, "--eod-mask-loss"),
+            ({"context_parallel_size": 2}, "--context-parallel-size"),
+            ({"create_attention_mask": True}, "--create-attention-mask-in-dataloader"),
+        ],
+    )
+    def test_stock_options_that_contradict(
+        self, tmp_path: Path, option: dict[str, Any], flag: str
+    ) -> None:
+        with pytest.raises(FlagError, match=flag):
+            make_config(str(tmp_path / "c"), **option)
+
+    def test_a_damaged_cache_is_named_and_not_read(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
+        build(make_config(prefix), 10)
+        (plan,) = Path(f"{prefix}-cache").glob("*-plan.meco")
+        plan.write_bytes(plan.read_bytes()[:-100])
+        with pytest.raises(DataError, match=r"plan\.meco.*damaged.*Delete it"):
+            build(make_config(prefix), 10)

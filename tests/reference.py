@@ -1,0 +1,148 @@
+"""Slow, obvious oracles. Nothing here shares code with the package or with csrc.
+
+Documents are Python lists; a pack is made by concatenating lists and cutting; a mask is made by
+walking over the tokens one by one, each carrying what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MASK64 = (1 << 64) - 1
+
+
+def mix(x: int) -> int:
+    """The splitmix64 finaliser."""
+    x ^= x >> 30
+    x = (x * 0xBF58476D1CE4E5B9) & MASK64
+    x ^= x >> 27
+    x = (x * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def hash_pair(a: int, b: int) -> int:
+    """Hash of two numbers."""
+    golden = 0x9E3779B97F4A7C15
+    return mix((mix((a + golden) & MASK64) + (b + 1) * golden) & MASK64)
+
+
+def permutation(size: int, seed: int, stream: int) -> list[int]:
+    """The seeded order of `size` things, as the specification of `csrc/packing.h` has it."""
+    bits = 1
+    while (1 << bits) < size:
+        bits += 1
+    mask, shift = (1 << bits) - 1, (bits + 1) // 2
+    keys = [hash_pair(hash_pair(seed, stream), r) for r in range(4)]
+
+    def step(x: int) -> int:
+        for key in keys:
+            x = (x + key) & mask
+            x = (x * (mix(key) | 1)) & mask
+            x ^= x >> shift
+        return x
+
+    order = []
+    for i in range(size):
+        x = step(i)
+        while x >= size:
+            x = step(x)
+        order.append(x)
+    return order
+
+
+def document_order(
+    num_documents: int, share: tuple[int, int], seed: int, epochs: int, first: int = 0
+) -> list[int]:
+    """Documents of one phase, epoch after epoch: positions [share) of the split's permutation."""
+    split = permutation(num_documents, seed, 0)[share[0] : share[1]]
+    order = list(split)
+    for epoch in range(1, epochs):
+        order += [split[i] for i in permutation(len(split), seed, epoch)]
+    return [first + d for d in order]
+
+
+@dataclass
+class Token:
+    """One token and what it is: bos, prefix, body (EOD among it) or pad."""
+
+    id: int
+    kind: str
+    document: int
+    visit: int = 0
+
+
+@dataclass
+class Pack:
+    """One training sequence."""
+
+    tokens: list[Token] = field(default_factory=list)
+
+    def arrays(self, length: int, pad: int, train_on_prefix: bool = False) -> dict[str, list]:
+        """tokens, labels, loss_mask, position_ids, cu_seqlens of this pack, token by token."""
+        padded = self.tokens + [Token(pad, "pad", -1, -1)] * (length - len(self.tokens))
+        trained = {"body", "prefix"} if train_on_prefix else {"body"}
+        labels, mask, positions, bounds = [], [], [], [0]
+        for t, token in enumerate(padded):
+            following = padded[t + 1] if t + 1 < length else None
+            labels.append(pad if following is None else following.id)
+            same = following is not None and following.visit == token.visit
+            mask.append(1.0 if same and following.kind in trained else 0.0)
+            fresh = t == 0 or padded[t - 1].visit != token.visit
+            positions.append(0 if fresh else positions[-1] + 1)
+            if fresh and t > 0:
+                bounds.append(t)
+        return {
+            "tokens": [t.id for t in padded],
+            "labels": labels,
+            "loss_mask": mask,
+            "position_ids": positions,
+            "cu_seqlens": [*bounds, length],
+            "max_seqlen": max(b - a for a, b in zip(bounds, [*bounds[1:], length], strict=True)),
+        }
+
+
+def truncate_packs(
+    visits: list[int],
+    bodies: list[list[int]],
+    prefixes: list[list[int] | None],
+    bos: int | None,
+    length: int,
+    num_packs: int | None,
+    max_documents: int | None = None,
+) -> tuple[list[Pack], int]:
+    """The paper's packing, and the number of body tokens that it discards.
+
+    Concatenate whole documents until the pack is full, cut it there, drop what hangs over, start the
+    next pack with the next document.
+
+    Args:
+        visits: Document numbers in order.
+        bodies: Tokens of each document, EOD included.
+        prefixes: Prefix tokens of each document, None for a plain one.
+        bos: The BOS token, or None.
+        length: Tokens in a pack.
+        num_packs: Stop after so many; None: use all visits, the last pack may be short.
+        max_documents: Cap on documents in a pack.
+    """
+    packs: list[Pack] = []
+    discarded = 0
+    pack, held = Pack(), 0
+    for visit, document in enumerate(visits):
+        if num_packs is not None and len(packs) == num_packs:
+            break
+        body = bodies[document]
+        if len(body) <= 1:
+            continue
+        whole = [] if bos is None else [Token(bos, "bos", document, visit)]
+        whole += [Token(i, "prefix", document, visit) for i in prefixes[document] or []]
+        whole += [Token(i, "body", document, visit) for i in body]
+        room = length - len(pack.tokens)
+        pack.tokens += whole[:room]
+        held += 1
+        discarded += sum(t.kind == "body" for t in whole[room:])
+        if len(pack.tokens) == length or held == max_documents:
+            packs.append(pack)
+            pack, held = Pack(), 0
+    if pack.tokens and (num_packs is None or len(packs) < num_packs):
+        packs.append(pack)
+    return packs, discarded
