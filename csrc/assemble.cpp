@@ -95,15 +95,15 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
 
     int64_t* tokens = out->tokens + begin;
     if (piece.has_bos) *tokens++ = options.bos_id;
-    const int32_t* prefix =
-        piece.prefix_tokens > 0 ? prefix_tokens + documents.prefix_offsets[piece.prefix_id]
+    const int32_t* prefix = piece.prefix_tokens > 0
+                                ? prefix_tokens + documents.prefix_offsets[piece.prefix_id]
                                 : nullptr;
     for (int32_t k = 0; k < piece.prefix_tokens; ++k) *tokens++ = prefix[k];
     copy_tokens(sources[i], token_bytes, body, tokens);
 
     // loss_mask[t] governs predicting token t + 1, which must be trained and in the same piece.
-    const int64_t first_trained =
-        std::max(begin + 1, options.train_on_prefix ? begin + (piece.has_bos ? 1 : 0) : begin + head);
+    const int64_t first_trained = std::max(
+        begin + 1, options.train_on_prefix ? begin + (piece.has_bos ? 1 : 0) : begin + head);
     for (int64_t t = begin; t < end; ++t) {
       out->loss_mask[t] = t + 1 >= first_trained && t + 1 < end ? 1.0f : 0.0f;
       out->position_ids[t] = t - begin;

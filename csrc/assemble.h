@@ -37,7 +37,7 @@ struct AssemblyOptions {
   int64_t max_documents = 0;
   int64_t bos_id = -1;
   int64_t pad_id = 0;
-  bool hide_prefixes = false;    // the same pieces without their prefixes
+  bool hide_prefixes = false;  // the same pieces without their prefixes
   bool train_on_prefix = false;
 };
 
@@ -52,8 +52,8 @@ struct SampleArrays {
   int64_t prefix_tokens;
 };
 
-// Fixed length of cu_seqlens: a zero, a bound for each document, one for the padding. Never more than
-// capacity + 1, since every segment holds a token.
+// Fixed length of cu_seqlens: a zero, a bound for each document, one for the padding. Never more
+// than capacity + 1, since every segment holds a token.
 inline int64_t num_cu_seqlens(const AssemblyOptions& options) {
   return options.max_documents + 2 < options.capacity + 1 ? options.max_documents + 2
                                                           : options.capacity + 1;

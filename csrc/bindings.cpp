@@ -99,9 +99,8 @@ class Corpus {
 };
 
 py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t capacity,
-                    int64_t max_documents, std::optional<int64_t> num_packs,
-                    int64_t first_document, int64_t num_documents, int64_t range_begin,
-                    int64_t range_end, uint64_t seed) {
+                    int64_t max_documents, std::optional<int64_t> num_packs, int64_t first_document,
+                    int64_t num_documents, int64_t range_begin, int64_t range_end, uint64_t seed) {
   meco::Order order{first_document, num_documents, range_begin, range_end, seed};
   meco::PackingOptions options{strategy, capacity, num_packs.value_or(-1), max_documents};
   meco::Plan plan;
@@ -205,9 +204,12 @@ class Assembler {
     py::array_t<int64_t> tokens(length), labels(length), position_ids(length);
     py::array_t<float> loss_mask(length);
     py::array_t<int32_t> cu_seqlens(meco::num_cu_seqlens(options_));
-    meco::SampleArrays out{tokens.mutable_data(),       labels.mutable_data(),
-                           loss_mask.mutable_data(),    position_ids.mutable_data(),
-                           cu_seqlens.mutable_data(),   0,
+    meco::SampleArrays out{tokens.mutable_data(),
+                           labels.mutable_data(),
+                           loss_mask.mutable_data(),
+                           position_ids.mutable_data(),
+                           cu_seqlens.mutable_data(),
+                           0,
                            0};
     {
       py::gil_scoped_release release;

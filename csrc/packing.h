@@ -33,10 +33,10 @@ uint64_t hash_pair(uint64_t a, uint64_t b);
 // What is known of the documents of one corpus. Arrays are borrowed.
 struct Documents {
   int64_t num_documents = 0;
-  const int32_t* sequence_lengths = nullptr;   // tokens of each Megatron sequence
-  const int64_t* document_indices = nullptr;   // first sequence of each document; null: one each
-  const int32_t* prefix_ids = nullptr;         // per document, -1: none; null: no prefixes at all
-  const int64_t* prefix_offsets = nullptr;     // num_prefixes + 1
+  const int32_t* sequence_lengths = nullptr;  // tokens of each Megatron sequence
+  const int64_t* document_indices = nullptr;  // first sequence of each document; null: one each
+  const int32_t* prefix_ids = nullptr;        // per document, -1: none; null: no prefixes at all
+  const int64_t* prefix_offsets = nullptr;    // num_prefixes + 1
   int64_t num_prefixes = 0;
   bool has_bos = false;
   uint64_t plain_seed = 0;
@@ -73,16 +73,16 @@ struct Plan {
   std::vector<int64_t> continued_piece;  // sorted: pieces that begin inside a document ...
   std::vector<int64_t> continued_begin;  // ... and where
 
-  int64_t num_epochs = 0;         // orders begun
-  int64_t body_tokens = 0;        // EOD counted
+  int64_t num_epochs = 0;   // orders begun
+  int64_t body_tokens = 0;  // EOD counted
   int64_t prefix_tokens = 0;
   int64_t bos_tokens = 0;
   int64_t padding_tokens = 0;
-  int64_t discarded_tokens = 0;   // body tokens of documents in the plan that no pack holds
-  int64_t documents = 0;          // document visits
+  int64_t discarded_tokens = 0;  // body tokens of documents in the plan that no pack holds
+  int64_t documents = 0;         // document visits
   int64_t documents_cut = 0;
-  int64_t documents_plain = 0;    // visits without prefix although a table is given
-  int64_t documents_empty = 0;    // skipped: nothing but EOD
+  int64_t documents_plain = 0;  // visits without prefix although a table is given
+  int64_t documents_empty = 0;  // skipped: nothing but EOD
 };
 
 // Build a plan. Throws std::invalid_argument when no document can be placed or an option is out of

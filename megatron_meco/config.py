@@ -47,7 +47,8 @@ class MeCoConfig:
     """Number of conditioned iterations; takes the place of `cooldown_fraction`."""
 
     cooldown_data_path: tuple[str, ...] = ()
-    """Corpora of the cooldown, as Megatron's `--data-path`; empty: held out of the training split."""
+    """Corpora of the cooldown, as Megatron's `--data-path`; empty: held out of the training
+    split."""
 
     plain_fraction: float = 0.0
     """Seeded share of documents that train without their prefix in the conditioned phase too."""
@@ -127,11 +128,12 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--meco-template",
         default=defaults.template,
         metavar="T",
-        help="Prefix of each document in the conditioned phase, e.g. 'URL: {url.host}\\n\\n'. Fields "
-        "come from PREFIX.metadata.arrow; transforms of a URL: {url} {url.host} {url.domain} "
-        "{url.suffix} {url.hash}; filters: {url.host|top=0.2%%} {url.host|min_documents=100} keep "
-        "the frequent values and write 'unknown' for the rest, {topic|default=none} fills a gap. "
-        "Empty: the matched baseline without metadata. Default: %(default)r.",
+        help="Prefix of each document in the conditioned phase, e.g. 'URL: {url.host}\\n\\n'. "
+        "Fields come from PREFIX.metadata.arrow; transforms of a URL: {url} {url.host} "
+        "{url.domain} {url.suffix} {url.hash}; filters: {url.host|top=0.2%%} and "
+        "{url.host|min_documents=100} keep the frequent values and write 'unknown' for the rest, "
+        "{topic|default=none} fills a gap. Empty: the matched baseline without metadata. "
+        "Default: %(default)r.",
     )
     group.add_argument(
         "--meco-packing",
@@ -156,8 +158,8 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--meco-cooldown-data-path",
         nargs="*",
         metavar="PATH",
-        help="Corpora of the cooldown, in the form of --data-path. Without it, a seeded share of the "
-        "training documents is kept for the cooldown, so that the two phases share no document.",
+        help="Corpora of the cooldown, in the form of --data-path. Without it, a seeded share of "
+        "the training documents is kept for the cooldown: the phases share no document.",
     )
     group.add_argument(
         "--meco-plain-fraction",

@@ -112,8 +112,8 @@ def truncate_packs(
 ) -> tuple[list[Pack], int]:
     """The paper's packing, and the number of body tokens that it discards.
 
-    Concatenate whole documents until the pack is full, cut it there, drop what hangs over, start the
-    next pack with the next document.
+    Concatenate whole documents until the pack is full, cut it there, drop what hangs over, start
+    the next pack with the next document.
 
     Args:
         visits: Document numbers in order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ class LetterTokenizer:
 
     vocab_size = 400
     eod = EOD
-    unique_identifiers = {"class": "LetterTokenizer"}
+    unique_identifiers: ClassVar = {"class": "LetterTokenizer"}
 
     def __init__(self, bos: int | None = BOS) -> None:
         self.bos = bos

@@ -1,11 +1,11 @@
 """Named numpy arrays in one memory-mapped file, written all or not at all.
 
 The cache format of prefix tables and plans: a magic line, a JSON header with its own checksum, then
-the arrays at 64-byte borders. Opening reads the header only, checks it and the file's size, and maps
-the rest, whatever its size. Writers make a temporary file in the same folder, sync it and rename it,
-so a reader sees a whole file or none; of several writers the last one wins with an equal file.
-What was given up: a checksum of the arrays themselves, which would cost a full read at each start;
-the C++ side checks every number that it takes from them.
+the arrays at 64-byte borders. Opening reads the header only, checks it and the file's size, and
+maps the rest, whatever its size. Writers make a temporary file in the same folder, sync it and
+rename it, so a reader sees a whole file or none; of several writers the last one wins with an equal
+file. What was given up: a checksum of the arrays themselves, which would cost a full read at each
+start; the C++ side checks every number that it takes from them.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def load_or_build(
     """Open the file at `path`, building it first if it is not there.
 
     Builders of one folder take turns (an advisory lock on the folder itself, which leaves nothing
-    behind), so the processes of a node build once; where locks do not work, each builds and the last
-    rename wins.
+    behind), so the processes of a node build once; where locks do not work, each builds and the
+    last rename wins.
 
     Args:
         path: Where the file is or will be.

@@ -2,11 +2,11 @@
 
 `MeCoGPTDataset` is one phase of one corpus: it opens (or builds) the prefix table and the plan, and
 lets C++ assemble each sample. It works with `BlendedMegatronDatasetBuilder`, blends, splits and
-`--data-cache-path`. `build_datasets` composes the datasets of a whole run from it: training switches
-phase at a sample index, validation and test show every pack twice, with and without its prefixes.
-Samples carry the keys of Megatron's `--dataloader-inter-document-masking`, so its own batch code
-takes them from there. What was given up: Megatron's index and shuffle, its dense attention mask, and
-every mask made by scanning for a token id.
+`--data-cache-path`. `build_datasets` composes the datasets of a whole run from it: training
+switches phase at a sample index, validation and test show every pack twice, with and without its
+prefixes. Samples carry the keys of Megatron's `--dataloader-inter-document-masking`, so its own
+batch code takes them from there. What was given up: Megatron's index and shuffle, its dense
+attention mask, and every mask made by scanning for a token id.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _CANARY = "URL: en.wikipedia.org/wiki/Bill_Gates?a=1\n\nTopic: 0123456789 \u00e9
 class MeCoGPTDatasetConfig(GPTDatasetConfig):
     """Megatron's GPT dataset configuration plus `meco`.
 
-    The options of the stock dataset that would undo document masks or boundary masks are refused, and
-    need not be given.
+    The options of the stock dataset that would undo document masks or boundary masks are refused,
+    and need not be given.
 
     Raises:
         FlagError: When a stock option contradicts MeCo; names the flag and the remedy.
@@ -114,7 +114,8 @@ class MeCoGPTDataset(GPTDataset):
         index_split: Split,
         config: MeCoGPTDatasetConfig,
     ) -> None:
-        # Not GPTDataset.__init__: it would build Megatron's own index. Everything else is inherited.
+        # Not GPTDataset.__init__: it would build Megatron's own index. Everything else is
+        # inherited.
         MegatronDataset.__init__(
             self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
         )
@@ -126,14 +127,13 @@ class MeCoGPTDataset(GPTDataset):
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """Number of documents: splits fall between documents, whatever sequences they consist of."""
+        """Number of documents: splits fall between these, not between their sequences."""
         num_documents = len(low_level_dataset.document_indices) - 1
         if num_documents > _MAX_DOCUMENTS:
             raise DataError(
-                f"{num_documents:,} documents; Megatron numbers the documents of one file with 32 "
-                f"bits",
+                f"{num_documents:,} documents; Megatron numbers those of one file with 32 bits",
                 where=str(low_level_dataset.path_prefix),
-                remedy=f"Split it into files of at most {_MAX_DOCUMENTS:,} documents and blend them.",
+                remedy=f"Split it into files of at most {_MAX_DOCUMENTS:,} and blend them.",
             )
         return num_documents
 
@@ -330,9 +330,7 @@ class PhasedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     split = Split.train
 
-    def __init__(
-        self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule
-    ) -> None:
+    def __init__(self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule) -> None:
         self.conditioned = conditioned
         self.cooldown = cooldown
         self.schedule = schedule
@@ -396,7 +394,8 @@ def build_datasets(
     Must be called on all ranks, as Megatron's builder must.
 
     Args:
-        sizes: Samples of the three splits; the first is the schedule's, whatever is given; None: one
+        sizes: Samples of the three splits; the first is the schedule's, whatever is given; None:
+        one
             epoch.
         is_built_on_rank: Whether this rank holds datasets.
         config: The configuration of the conditioned phase.
@@ -499,8 +498,8 @@ def _refuse_stock_options(config: MeCoGPTDatasetConfig) -> None:
             raise FlagError(f"does not go with MeCo: {reason}", where=flag, remedy="Drop the flag.")
     if (config.context_parallel_size or 1) > 1:
         raise FlagError(
-            f"{config.context_parallel_size} does not go with MeCo: packed documents are not padded "
-            "to 2 * CP, so attention would leak across documents",
+            f"{config.context_parallel_size} does not go with MeCo: packed documents are not "
+            "padded to 2 * CP, so attention would leak across documents",
             where="--context-parallel-size",
             remedy="Use 1; tensor and pipeline parallelism work.",
         )

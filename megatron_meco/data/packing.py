@@ -1,7 +1,7 @@
 """The plan: which documents make up which pack.
 
-A thin layer over `_core` (C++): it names the strategies, keys and caches the plan, and counts what a
-plan costs. Strategies:
+A thin layer over `_core` (C++): it names the strategies, keys and caches the plan, and counts what
+a plan costs. Strategies:
 
     truncate  the paper's: documents in order until the pack is full, the rest of the last one is
               discarded, the next pack starts with a new document
@@ -92,8 +92,10 @@ class PlanCounts:
 
     @classmethod
     def total(cls, parts: Iterable[PlanCounts]) -> PlanCounts:
-        """Sum of several plans; documents per pack are the pack-weighted mean of the medians and
-        the worst of the rest."""
+        """Sum of several plans.
+
+        Documents per pack are the pack-weighted mean of the medians and the worst of the rest.
+        """
         rows = [part for part in parts if part.packs]
         sums = {
             f.name: sum(getattr(row, f.name) for row in rows)
@@ -188,9 +190,7 @@ def build_plan(corpus: _core.Corpus, request: PlanRequest, where: str) -> Plan:
             remedy="Use a larger corpus, or another --split or --meco-cooldown-fraction.",
         )
     per_pack = _documents_per_pack(result["pack_offsets"])
-    return Plan(
-        **result, counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack)
-    )
+    return Plan(**result, counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack))
 
 
 def _documents_per_pack(pack_offsets: NDArray[np.int64]) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """When a run is conditioned and when it cools down: pure functions of the sample index.
 
-A run consumes samples 0, 1, 2, ... in order (Megatron's `single` sampler), so a phase that depends on
-the sample index alone switches inside the run at the same place whatever the world size, and a
-resumed run is in the phase it was in. `make_schedule` turns the flags into that index once, also under
-a batch size that grows in steps. What was given up: phases that depend on anything measured during training.
+A run consumes samples 0, 1, 2, ... in order (Megatron's `single` sampler), so a phase that depends
+on the sample index alone switches inside the run at the same place whatever the world size, and a
+resumed run is in the phase it was in. `make_schedule` turns the flags into that index once, also
+under a batch size that grows in steps. What was given up: phases that depend on anything measured
+during training.
 """
 
 from __future__ import annotations

@@ -101,7 +101,13 @@ def load_prefix_table(
         return _build(metadata, template, encode_batch, max_prefix_tokens, where)
 
     file = load_or_build(path, KIND, build)
-    return PrefixTable(**file.arrays, **file.header["counts"], identity=identity)
+    return PrefixTable(
+        prefix_ids=file.arrays["prefix_ids"],
+        prefix_tokens=file.arrays["prefix_tokens"],
+        prefix_offsets=file.arrays["prefix_offsets"],
+        identity=identity,
+        **file.header["counts"],
+    )
 
 
 def _build(

@@ -1,9 +1,9 @@
 """`meco plan` and `meco inspect`: what a run will train on, without training.
 
 Both take the flags of the training script and build the datasets by the very function that the
-script calls (`build_datasets`), so what they show is what a run gets. `plan` adds up what each phase
-holds and loses; `inspect` shows one sample. Without `plan --build` the caches go to a temporary
-folder. What was given up: a second implementation of anything.
+script calls (`build_datasets`), so what they show is what a run gets. `plan` adds up what each
+phase holds and loses; `inspect` shows one sample. Without `plan --build` the caches go to a
+temporary folder. What was given up: a second implementation of anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,7 +153,7 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
     """One sample, JSON-serialisable, and the `MeCoGPTDataset` it comes from.
 
     Returns:
-        `sample`, `phase` ("conditioned", "cooldown", or "plain" for a validation pack that hides its
+        `sample`, `phase` ("conditioned", "cooldown", or "plain" for a validation pack that hides
         prefixes), `corpus`, `pack`, the arrays of the sample, `cu_seqlens` without its fixed-length
         tail, and `documents`.
     """
@@ -169,9 +168,7 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
         "phase": "plain" if source.config.hide_prefixes else source.config.phase,
         "corpus": source.corpus_prefix,
         "pack": pack,
-        **{
-            key: arrays[key].tolist() for key in ("tokens", "labels", "loss_mask", "position_ids")
-        },
+        **{key: arrays[key].tolist() for key in ("tokens", "labels", "loss_mask", "position_ids")},
         "cu_seqlens": cu_seqlens.tolist(),
         "max_seqlen": int(arrays["max_seqlen"]),
         "documents": source.documents_of(pack),
@@ -232,7 +229,7 @@ class _SplitAction(argparse.Action):
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a training command that decide its samples, with Megatron's names and defaults."""
+    """The flags of a training command that decide its samples, as Megatron has them."""
     data = parser.add_argument_group("data")
     for name in ("data", "train-data", "valid-data", "test-data"):
         data.add_argument(f"--{name}-path", nargs="*", metavar="PATH")
@@ -242,8 +239,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         action=_SplitAction,
         default=_DEFAULT_SPLIT,
-        help="Megatron's ratios of train, valid and test documents. `inspect` takes the name of one "
-        "of the three too (in a further --split), and shows a sample of that one.",
+        help="Megatron's ratios of train, valid and test documents. `inspect` takes the name of "
+        "one of the three too (in a further --split), and shows a sample of that one.",
     )
     parser.set_defaults(split_name="train")
     data.add_argument("--data-cache-path", metavar="DIR")
@@ -278,9 +275,7 @@ def _batch_size(args: argparse.Namespace) -> BatchSize:
     return BatchSize.constant(args.global_batch_size or args.micro_batch_size)
 
 
-def _sizes(
-    args: argparse.Namespace, schedule: Schedule, batch_size: BatchSize
-) -> list[int | None]:
+def _sizes(args: argparse.Namespace, schedule: Schedule, batch_size: BatchSize) -> list[int | None]:
     """Samples of the splits, as Megatron counts them."""
     last_batch = batch_size.steps[-1][1]
     evaluations = schedule.num_iterations // args.eval_interval + 1
@@ -339,7 +334,9 @@ def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
         f"[bold]{report['switch_iteration']:,}[/] (sample {report['switch_sample']:,})."
     )
     template = args.meco_template or "(none: the matched baseline)"
-    console.print(f"Template {template}, packing {args.meco_packing}.", highlight=False, markup=False)
+    console.print(
+        f"Template {template}, packing {args.meco_packing}.", highlight=False, markup=False
+    )
     columns = {**report["phases"], "total": report["total"]}
     table = Table("")
     for name in columns:
@@ -400,8 +397,8 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
     trained = int(sum(report["loss_mask"]))
     console.print(
         f"[bold]Sample {report['sample']}[/] of {split} ([bold]{report['phase']}[/]): pack "
-        f"{report['pack']} of {report['corpus']}, {len(report['documents'])} documents, {trained} of "
-        f"{length} labels in the loss.",
+        f"{report['pack']} of {report['corpus']}, {len(report['documents'])} documents, {trained} "
+        f"of {length} labels in the loss.",
         highlight=False,
     )
     console.print(

@@ -6,11 +6,11 @@ r"""The line that precedes a document: parsing a template, rendering it for many
     Quality: {score|precision=1}\n\n     a number with a fixed number of digits
     Topic: {topic|default=none}\n\n      a stand-in for a missing value
 
-Transforms (the paper's, sections 2 and 5): `full` (without scheme; what `{url}` alone means), `host`,
-`domain`, `suffix`, `hash`; `raw` leaves the value as it is. Rendering works on whole Arrow columns:
-no Python code runs for each document. A document that lacks a value of any placeholder has no prefix
-(null). `{{` and `}}` are literal braces; `\n`, `\t` and `\\` are read, since shells do not.
-What was given up: expressions, conditions and loops; a template is a line, not a program.
+Transforms (the paper's, sections 2 and 5): `full` (without scheme; what `{url}` alone means),
+`host`, `domain`, `suffix`, `hash`; `raw` leaves the value as it is. Rendering works on whole Arrow
+columns: no Python code runs for each document. A document that lacks a value of any placeholder has
+no prefix (null). `{{` and `}}` are literal braces; `\n`, `\t` and `\\` are read, since shells do
+not. What was given up: expressions, conditions and loops; a template is a line, not a program.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ UNKNOWN = "unknown"
 
 TRANSFORMS: Mapping[str, Callable[[pa.Array], pa.Array]] = {
     "raw": lambda values: values,
-    "full": lambda values: url.without_scheme(values),
-    "host": lambda values: url.host(values),
+    "full": url.without_scheme,
+    "host": url.host,
     "domain": lambda values: url.registered_domain(url.host(values)),
     "suffix": lambda values: url.suffix(url.host(values)),
     "hash": lambda values: url.hashed(url.host(values)),
@@ -181,9 +181,7 @@ class Template:
         return pc.binary_join_element_wise(*columns, "", null_handling="emit_null")
 
 
-def frequent_values(
-    placeholder: Placeholder, counts: Mapping[str, int]
-) -> pa.Array:
+def frequent_values(placeholder: Placeholder, counts: Mapping[str, int]) -> pa.Array:
     """The values that a placeholder's frequency filters keep.
 
     `top=0.2%` keeps the most frequent 0.2 % of the distinct values (the paper's 'top 0.2 % URLs'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,7 @@ def test_truncate_equals_the_oracle(
     seed: int,
 ) -> None:
     lengths, prefixes = map(list, zip(*documents, strict=True))
-    wanted = request(
-        len(documents), num_packs=num_packs, max_documents=max_documents, seed=seed
-    )
+    wanted = request(len(documents), num_packs=num_packs, max_documents=max_documents, seed=seed)
     corpus = make_corpus(lengths, prefixes, bos)
     if max(lengths) <= 1:
         with pytest.raises(DataError, match="are empty"):
@@ -122,16 +121,14 @@ def test_truncate_equals_the_oracle(
     assert plan.counts.bos_tokens == kinds.count("bos")
     assert plan.counts.padding_tokens == 16 * len(packs) - len(kinds)
     assert plan.counts.discarded_tokens == discarded + sum(lost[d] for d in used)
-    assert sum(lengths[d] for d in used) == (
-        plan.counts.body_tokens + plan.counts.discarded_tokens
-    )
+    assert sum(lengths[d] for d in used) == (plan.counts.body_tokens + plan.counts.discarded_tokens)
 
 
 def pieces(plan: Plan) -> list[list[int]]:
     """Documents of each pack."""
     bounds = plan.pack_offsets.tolist()
     documents = plan.piece_document.tolist()
-    return [documents[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [documents[a:b] for a, b in pairwise(bounds)]
 
 
 def documents_of(packs: list[reference.Pack]) -> list[list[int]]:

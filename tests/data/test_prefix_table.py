@@ -79,7 +79,7 @@ def test_the_cache_is_used_and_not_used_when_anything_changed(tmp_path: Path) ->
 
 def test_a_tokenizer_that_refuses_text(tmp_path: Path) -> None:
     write(tmp_path / "c", url=["http://a.org"])
-    with pytest.raises(FlagError, match="cannot encode the prefix 'a.org'"):
+    with pytest.raises(FlagError, match=r"cannot encode the prefix 'a\.org'"):
         load(tmp_path / "c", 1, encode_batch=lambda texts: [None for _ in texts])
 
 
