@@ -1,0 +1,64 @@
+# Every target sets up what it needs; `make help` lists them. Nothing here asks a question.
+#
+#   PYTHON=/path/to/python3.12   the Python to set up with
+#   PYTEST_ARGS="-n 2 -k plan"   further arguments for pytest
+#   ARGS="..."                   further arguments for demo, bench and gpu-check
+
+PYTEST_ARGS ?=
+ARGS ?=
+CXX ?= g++
+BIN := .venv/bin
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
+
+# Compiled Python files are kept even where the caller's shell forbids it: Megatron and torch take
+# twenty seconds to import without them, once per process.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-distributed bench check format sanitize gpu-check clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: ## Make .venv with everything pinned and the C++ extension built (also done by the others)
+	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh
+
+demo: venv ## Collect real documents, prepare, train with MeCo on this machine, show what it did
+	@$(BIN)/python examples/local_demo/run.py $(ARGS)
+
+test: venv ## Run the test suite
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-distributed: venv ## Run every test that starts several ranks, the slow ones too
+	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)
+
+bench: venv ## Run the benchmarks
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+check: venv ## Check formatting, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/python -m pytest -q tests/test_import_direction.py
+
+format: venv ## Format the Python and C++ sources
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+sanitize: ## Run the C++ tests under the address and undefined-behaviour sanitizers
+	@test -f csrc/tests/test_core.cpp || { echo "sanitize: csrc/tests/test_core.cpp is missing" >&2; exit 1; }
+	@mkdir -p build/sanitize
+	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -fno-omit-frame-pointer -pthread -Icsrc \
+	    -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp -o build/sanitize/test_core
+	build/sanitize/test_core
+
+gpu-check: venv ## Check on a CUDA machine what the CPU cannot show
+	@$(BIN)/python benchmarks/gpu/check.py $(ARGS)
+
+clean: ## Remove everything that was built, the environment included
+	rm -rf .venv build dist *.egg-info megatron_meco/_core.*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_meco tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
