@@ -1,0 +1,183 @@
+"""The `meco` command line: which sub-commands there are, and how each one ends.
+
+A sub-command lives in the module that does the work; that module adds its own arguments and runs
+them. Only the selected one is imported, so `meco --help` needs neither torch nor a fraction of a
+second. What was given up: one `argparse` tree with all arguments of all sub-commands.
+
+Exit status: 0 done, 1 refused (the reason on stderr), 2 usage, 130 interrupted, 141 nobody reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_meco import __version__
+from megatron_meco.errors import MeCoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+        summary: What it does, in one line.
+        module: Where it lives. The module has `add_NAME_arguments(parser)` and
+            `run_NAME(args) -> int`, NAME being the name of the sub-command.
+        example: Shown at the end of its help.
+        takes_training_flags: Whether flags of a training command that it has no use for are passed
+            over, so that such a command can be pasted.
+    """
+
+    summary: str
+    module: str
+    example: str
+    takes_training_flags: bool = False
+
+
+COMMANDS = {
+    "prepare": Command(
+        summary="turn raw documents into Megatron files and a metadata file",
+        module="megatron_meco.corpus.prepare",
+        example="""\
+  meco prepare pages.jsonl more.jsonl.zst --output data/web --metadata-fields url \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer --workers 8""",
+    ),
+    "plan": Command(
+        summary="show what a run will train on, without training",
+        module="megatron_meco.data.report",
+        takes_training_flags=True,
+        example="""\
+  meco plan --data-path data/web --split 99,1,0 --seq-length 8192 \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
+      --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n'""",
+    ),
+    "inspect": Command(
+        summary="show one training sample: prefixes, document borders, loss mask",
+        module="megatron_meco.data.report",
+        takes_training_flags=True,
+        example="""\
+  meco inspect --data-path data/web --split 99,1,0 --seq-length 8192 \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
+      --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n' \\
+      --sample 0""",
+    ),
+    "export": Command(
+        summary="turn a checkpoint into a Hugging Face Llama folder",
+        module="megatron_meco.inference.export",
+        example="""\
+  meco export --load checkpoints --output my-llama
+  meco export --load checkpoints --iteration 9000 --output my-llama-9000 --dtype bfloat16""",
+    ),
+    "generate": Command(
+        summary="continue a prompt with and without metadata, side by side",
+        module="megatron_meco.inference.generate",
+        example="""\
+  meco generate --model my-llama --metadata url=https://en.wikipedia.org/wiki/Llama \\
+      --metadata url=https://www.factquizmaster.com --prompt 'The llama is'""",
+    ),
+    "doctor": Command(
+        summary="check this installation and say what a run here will really use",
+        module="megatron_meco.doctor",
+        example="""\
+  meco doctor
+  meco doctor --json""",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; None: those of this process.
+
+    Returns:
+        The exit status; nothing that a user can cause is raised.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        # Here and not at exit, where a closed pipe could no longer be answered quietly.
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse: help and version end with 0, wrong usage with 2
+        return stop.code if isinstance(stop.code, int) else 2
+    except MeCoError as error:
+        print(f"meco: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("megatron_meco"):
+            raise  # a hole in this package is no mistake of the user
+        print(
+            f"meco: error: the Python module {error.name} is not installed. `meco doctor` says "
+            "what is missing and how to mend it",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("meco: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would flush stdout once more at exit and complain; let it flush into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        parser = _top_parser()
+        parser.parse_args(arguments)
+        parser.error("the sub-command comes first")
+    name = arguments[0]
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(
+        prog=f"meco {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"example:\n{command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    getattr(module, f"add_{name}_arguments")(parser)
+    args, unknown = parser.parse_known_args(arguments[1:])
+    flags = [word for word in unknown if word.startswith("--")]
+    if unknown and (not command.takes_training_flags or _is_mistyped(flags)):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if flags:
+        print(f"meco {name}: not needed here, passed over: {' '.join(flags)}", file=sys.stderr)
+    return int(getattr(module, f"run_{name}")(args))
+
+
+def _is_mistyped(flags: list[str]) -> bool:
+    """Whether what is unknown cannot be a flag of Megatron's: one of ours, or no flag at all."""
+    return not flags or any(flag.startswith("--meco") for flag in flags)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="meco",
+        description="Metadata conditioning then cooldown (MeCo) for Megatron-Core.",
+        epilog="\n".join(
+            [
+                "sub-commands:",
+                *lines,
+                "",
+                "`meco COMMAND --help` shows its arguments and an example.",
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"meco {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="see below")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

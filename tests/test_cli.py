@@ -1,0 +1,152 @@
+"""The command line: help, version, exit statuses, and what it must not load."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+
+import megatron_meco
+from megatron_meco import cli
+from megatron_meco.errors import FlagError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_meco", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Register a sub-command `probe`; its `run` is set by the test."""
+    module = types.ModuleType("meco_probe_command")
+    module.add_probe_arguments = lambda parser: parser.add_argument("--number", type=int, default=0)
+    module.run_probe = lambda args: args.number
+    monkeypatch.setitem(sys.modules, "meco_probe_command", module)
+    entry = cli.Command(summary="a probe", module="meco_probe_command", example="  meco probe")
+    monkeypatch.setitem(cli.COMMANDS, "probe", entry)
+    return module
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; from megatron_meco.cli import main; status = main(['--help']); "
+        "heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'rich', 'transformers'}; "
+        "print(sorted(heavy & set(sys.modules)), status)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert result.stdout.splitlines()[-1] == "[] 0", result.stderr
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in result.stdout
+
+
+def test_module_is_the_same_as_the_script():
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (0, f"meco {megatron_meco.__version__}\n")
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == megatron_meco.__version__
+    try:
+        installed = importlib.metadata.version("megatron-meco")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is importable, but not installed")
+    assert installed == megatron_meco.__version__
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help_with_an_example(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: meco {name}")
+    assert f"example:\n  meco {name}" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["no-such"], ["--no-such"], ["--", "doctor"], ["doctor", "--no-such"], ["doctor", "--js"]],
+)
+def test_wrong_usage_is_2(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("usage: meco")
+
+
+def test_status_is_the_commands_own(command):
+    assert cli.main(["probe"]) == 0
+    assert cli.main(["probe", "--number", "1"]) == 1
+
+
+def test_refusal_is_1_and_one_message(command, capsys):
+    def refuse(args):
+        raise FlagError("is negative: -1", where="--number", remedy="Give a positive number")
+
+    command.run_probe = refuse
+    assert cli.main(["probe"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "meco: error: --number: is negative: -1. Give a positive number\n")
+
+
+def test_interrupt_is_130(command, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    command.run_probe = interrupt
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr().err == "meco: interrupted\n"
+
+
+def test_missing_package_is_a_refusal(command, capsys):
+    def lack(args):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    command.run_probe = lack
+    assert cli.main(["probe"]) == 1
+    assert "module torch is not installed" in capsys.readouterr().err
+
+
+def test_hole_in_this_package_stays_loud(command):
+    def lack(args):
+        raise ModuleNotFoundError("gone", name="megatron_meco.gone")
+
+    command.run_probe = lack
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["probe"])
+
+
+def test_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = (
+        "import sys, types; from megatron_meco import cli; m = types.ModuleType('probe_command'); "
+        "m.add_probe_arguments = lambda parser: None; "
+        "m.run_probe = lambda args: print('x' * 100) or 0; sys.modules['probe_command'] = m; "
+        "cli.COMMANDS['probe'] = cli.Command(summary='a probe', module='probe_command', "
+        "example=''); sys.exit(cli.main(['probe']))"
+    )
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            timeout=60,
+        )
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
