@@ -1,0 +1,87 @@
+"""Progress of a long pass over documents, on stderr.
+
+A terminal gets a live bar with documents/s and MB/s; a log file gets one plain line every ten
+seconds, because a bar's control characters make a job's log unreadable. Costs two clock readings
+per call, so call it per chunk and not per document. Given up: rates over a sliding window; the mean
+since the start is what tells when the pass will end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class DocumentProgress:
+    """Reports how far a pass over documents has come.
+
+    Args:
+        label: What is being done, in one or two words.
+        total: The amount of work in any unit (bytes, files); zero when nothing is known.
+    """
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label = label
+        self._total = total
+        self._begin = time.monotonic()
+        self._last_line = self._begin
+        self._state = "starting"
+        self._bar = _bar() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._label, total=self._total or None, state="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._print_line()
+
+    def update(self, done: int, documents: int, text_bytes: int) -> None:
+        """Tell the state of the pass; all three count from its beginning.
+
+        Args:
+            done: Work done, in the unit of `total`.
+            documents: Documents finished.
+            text_bytes: Bytes of document text finished.
+        """
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        self._state = (
+            f"{documents:,} documents  {documents / seconds:,.0f} docs/s  "
+            f"{text_bytes / 1e6 / seconds:.1f} MB/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, state=self._state)
+        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._state = f"{100 * done / max(self._total, 1):3.0f} %  {self._state}"
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        print(f"{self._label}: {self._state}", file=sys.stderr, flush=True)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

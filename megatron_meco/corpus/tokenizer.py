@@ -1,0 +1,307 @@
+"""Megatron's tokenizers without Megatron's argument object, and bulk encoding of plain text.
+
+`build_tokenizer` returns exactly the object that Megatron builds for the same flags, so that what
+is prepared and what is trained agree. `text_encoder` turns it into something a worker process can
+receive: for Hugging Face tokenizers the Rust tokenizer alone, because importing Megatron costs 7 to
+20 seconds and a worker would pay it again. Text encodes to text tokens only: no BOS, no EOS, and a
+`<|end_of_text|>` written in a page stays text instead of ending the document. Given up: that last
+guarantee for tokenizers that are not Hugging Face's, which Megatron gives no way to ask for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from argparse import Namespace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tokenizers import Tokenizer
+
+from megatron_meco.errors import FlagError
+
+if TYPE_CHECKING:
+    from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
+
+# Megatron's flags and their defaults (a test compares them with its TokenizerConfig).
+TOKENIZER_DEFAULTS: dict[str, Any] = {
+    "vocab_size": None,
+    "vocab_file": None,
+    "merge_file": None,
+    "metadata_path": None,
+    "special_tokens": None,
+    "tiktoken_pattern": None,
+    "tiktoken_num_special_tokens": 1000,
+    "tokenizer_sentencepiece_legacy": False,
+    "tokenizer_sentencepiece_ignore_extra_whitespaces": True,
+    "tokenizer_hf_no_use_fast": False,
+    "tokenizer_hf_no_include_special_tokens": False,
+    "trust_remote_code": False,
+    "null_tokenizer_eod_id": None,
+    "null_tokenizer_pad_id": -1,
+    "chat_template": None,
+}
+
+# Megatron's types for running text; its chat and image types have no plain documents.
+TOKENIZER_TYPES = (
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "GPT2BPETokenizer",
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "NullTokenizer",
+)
+_TYPES_WITHOUT_MODEL = (
+    "GPT2BPETokenizer",
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "NullTokenizer",
+)
+
+# What a foreign loader raises over a file that is not what it expects.
+_LOADER_ERRORS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+# Letters, case, digits, white space, scripts: enough to tell two different encoders apart.
+_PROBE = "a Probe, 12345 x\tyz\n\n  def f(x):  return x  # \u00e9\u00df \u4f60\u597d \U0001f600"
+
+
+class TextEncoder(Protocol):
+    """Turns plain texts into token ids; can be sent to another process."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
+        """Return the tokens of each text, without BOS and EOS; None where a text is refused."""
+        ...
+
+
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None, **extra: Any
+) -> MegatronTokenizerText:
+    """Build Megatron's tokenizer for the given flags.
+
+    Args:
+        tokenizer_type: Megatron's `--tokenizer-type`.
+        tokenizer_model: Megatron's `--tokenizer-model`: a folder or file.
+        **extra: Further tokenizer fields of Megatron, named as in `TOKENIZER_DEFAULTS`.
+
+    Returns:
+        Megatron's text tokenizer.
+
+    Raises:
+        FlagError: The type is unknown, or the model cannot be loaded.
+    """
+    _check_flags(tokenizer_type, tokenizer_model, extra)
+    # Seconds of import: only after the flags are known to be sensible.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
+    flags = Namespace(
+        tokenizer_type=tokenizer_type,
+        tokenizer_model=tokenizer_model,
+        # Padding depends on the tensor-parallel size, which only training knows.
+        pad_vocab_size=False,
+        **{**TOKENIZER_DEFAULTS, **extra},
+    )
+    try:
+        return build(flags)
+    except _LOADER_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FlagError(
+            f"{tokenizer_model!r} does not load as {tokenizer_type} ({reason})",
+            where="--tokenizer-model",
+            remedy="Name the folder or file that this tokenizer type reads.",
+        ) from error
+
+
+def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
+    """Return the id that ends a document.
+
+    Args:
+        tokenizer: Megatron's tokenizer.
+
+    Returns:
+        An id inside the vocabulary.
+
+    Raises:
+        FlagError: The tokenizer has none, or one that the model has no embedding for.
+    """
+    eod = _attribute(tokenizer, "eod")
+    if eod is None:
+        raise FlagError(
+            "the tokenizer has no end-of-document token",
+            where="--tokenizer-model",
+            remedy="Give it an EOS token (`eos_token` in its tokenizer_config.json).",
+        )
+    if not 0 <= eod < tokenizer.vocab_size:
+        raise FlagError(
+            f"end-of-document id {eod} outside the vocabulary of {tokenizer.vocab_size}",
+            where="--tokenizer-model",
+            remedy="Use a tokenizer whose EOS token is part of its vocabulary.",
+        )
+    return eod
+
+
+def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
+    """Return the id that begins a document, or None when the tokenizer has none."""
+    bos = _attribute(tokenizer, "bos")
+    return bos if bos is not None and 0 <= bos < tokenizer.vocab_size else None
+
+
+def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
+    """Return the fastest encoder that gives this tokenizer's ids for plain text.
+
+    Args:
+        tokenizer: Megatron's tokenizer.
+
+    Returns:
+        An encoder that adds no tokens of its own.
+    """
+    through_megatron = MegatronEncoder(tokenizer)
+    # Megatron has no public way to the tokenizer that it wraps.
+    wrapped = getattr(tokenizer._tokenizer, "tokenizer", None)
+    backend = getattr(wrapped, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        direct = HuggingFaceEncoder(backend.to_str())
+        if direct.encode_batch([_PROBE]) == through_megatron.encode_batch([_PROBE]):
+            return direct
+    return through_megatron
+
+
+class HuggingFaceEncoder:
+    """Encodes with the Rust tokenizer alone; importing it takes a tenth of a second.
+
+    Args:
+        serialized: The tokenizer as JSON (`tokenizer.json`).
+    """
+
+    def __init__(self, serialized: str) -> None:
+        self._serialized = serialized
+
+    def __reduce__(self) -> tuple[type[HuggingFaceEncoder], tuple[str]]:
+        return (HuggingFaceEncoder, (self._serialized,))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
+        """Return the tokens of each text."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self._serialized)
+        # A saved tokenizer may carry both, and would cut documents without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Lost when the tokenizer is serialised, so set wherever it is loaded.
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+
+class MegatronEncoder:
+    """Encodes through Megatron's tokenizer, one text at a time.
+
+    Args:
+        tokenizer: Megatron's tokenizer; another process builds its own from the same arguments.
+    """
+
+    def __init__(self, tokenizer: MegatronTokenizerText) -> None:
+        self._tokenizer = tokenizer
+        self._begin, self._num_trailing = _added_tokens(tokenizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tokenizer = self._tokenizer
+        return (_rebuild, (tokenizer.library, tokenizer.path, tokenizer.additional_args))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
+        """Return the tokens of each text; None where the tokenizer refuses it."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int] | None:
+        try:
+            ids = list(self._tokenizer.tokenize(text))
+        except ValueError:
+            return None
+        return ids[self._begin : len(ids) - self._num_trailing]
+
+
+def _rebuild(library: str, path: str | None, arguments: dict[str, Any]) -> MegatronEncoder:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.tokenizers import MegatronTokenizer
+    return MegatronEncoder(
+        MegatronTokenizer.from_pretrained(
+            tokenizer_path=path, metadata_path={"library": library}, **arguments
+        )
+    )
+
+
+def _added_tokens(tokenizer: MegatronTokenizerText) -> tuple[int, int]:
+    """Return how many tokens the tokenizer itself puts before and after a text."""
+    try:
+        one, two = tokenizer.tokenize("a"), tokenizer.tokenize("a a")
+    except ValueError:
+        # NullTokenizer reads numbers only and adds nothing.
+        return 0, 0
+    special = {_attribute(tokenizer, name) for name in ("bos", "eos", "eod", "cls", "sep")}
+    begin = int(bool(one) and one[0] in special and two[0] == one[0])
+    end = int(len(one) > begin and one[-1] in special and two[-1] == one[-1])
+    return begin, end
+
+
+def _attribute(tokenizer: MegatronTokenizerText, name: str) -> int | None:
+    """Return a special id, or None: what a library lacks comes as one of several errors."""
+    try:
+        value = getattr(tokenizer, name)
+    # NameError is what the SentencePiece wrapper says of CLS and SEP.
+    except (AttributeError, NameError, NotImplementedError, TypeError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[str, Any]) -> None:
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise FlagError(
+            f"unknown tokenizer type {tokenizer_type!r}",
+            where="--tokenizer-type",
+            remedy=f"Use one of: {', '.join(TOKENIZER_TYPES)}.",
+        )
+    unknown = sorted(extra.keys() - TOKENIZER_DEFAULTS.keys())
+    if unknown:
+        raise FlagError(
+            f"unknown tokenizer settings {unknown}",
+            where="build_tokenizer",
+            remedy=f"Use Megatron's names: {', '.join(TOKENIZER_DEFAULTS)}.",
+        )
+    if tokenizer_type in _TYPES_WITHOUT_MODEL:
+        return
+    if not tokenizer_model:
+        raise FlagError(
+            f"{tokenizer_type} needs a model",
+            where="--tokenizer-model",
+            remedy="Name the folder or file that this tokenizer type reads.",
+        )
+    may_be_remote = tokenizer_type == "HuggingFaceTokenizer" and _is_hub_name(tokenizer_model)
+    if not os.path.exists(tokenizer_model) and not may_be_remote:
+        raise FlagError(
+            f"no such folder or file: {tokenizer_model!r}",
+            where="--tokenizer-model",
+            remedy="Name the folder or file that this tokenizer type reads.",
+        )
+
+
+def _is_hub_name(name: str) -> bool:
+    # `organisation/name`, unless that reads like a path into a folder that is here.
+    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+    return is_name and not os.path.isdir(name.partition("/")[0])

@@ -1,0 +1,449 @@
+"""`meco prepare` against stock Megatron, on good lines and on bad ones."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_meco.corpus import writer
+from megatron_meco.corpus.encoding import ChunkEncoder
+from megatron_meco.corpus.metadata import check_row_count, open_metadata
+from megatron_meco.corpus.prepare import (
+    PrepareConfig,
+    PrepareReport,
+    add_prepare_arguments,
+    prepare,
+    run_prepare,
+)
+from megatron_meco.corpus.readers import LineChunk, read_chunks
+from megatron_meco.corpus.tokenizer import (
+    TOKENIZER_DEFAULTS,
+    HuggingFaceEncoder,
+    MegatronEncoder,
+    build_tokenizer,
+    resolve_bos,
+    resolve_eod,
+    text_encoder,
+)
+from megatron_meco.errors import DataError, FlagError, MeCoError
+
+type WriteJsonl = Callable[..., Path]
+type Run = Callable[..., PrepareReport]
+
+PAGES = [
+    {"text": "the first page", "url": "https://a.org/1"},
+    {"text": "zwei \u00dc \U0001f600\n\nlines", "url": "https://b.org/2", "topic": "x"},
+    {"text": "a third page, longer than sixteen tokens so that truncation would show " * 3},
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer_folder: Path) -> Run:
+    """Return `prepare` with the test tokenizer and output prefix filled in."""
+
+    def run_with(*inputs: Path, **changes: Any) -> PrepareReport:
+        settings: dict[str, Any] = {
+            "output": tmp_path / "out" / "corpus",
+            "tokenizer_type": "HuggingFaceTokenizer",
+            "tokenizer_model": str(tokenizer_folder),
+        }
+        return prepare(PrepareConfig(inputs=inputs, **{**settings, **changes}))
+
+    return run_with
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_stock_megatron_reads_text_tokens_and_eod(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    report = run(write_jsonl(*PAGES))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
+    data = IndexedDataset(str(tmp_path / "out" / "corpus"))
+    assert data.index.dtype == np.uint16
+    assert list(data.document_indices) == [0, 1, 2, 3]
+    for page, tokens in zip(PAGES, data, strict=True):
+        assert tokens[-1] == tokenizer.eod
+        assert not {tokenizer.bos, tokenizer.eod} & set(tokens[:-1].tolist())
+        assert tokenizer.detokenize(tokens[:-1].tolist()) == page["text"]
+    assert report.tokens == sum(map(len, data))
+    assert report.text_bytes == sum(len(page["text"].encode()) for page in PAGES)
+
+
+def test_metadata_rows_belong_to_the_documents(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    bad = {"url": "https://no.text"}
+    report = run(
+        write_jsonl(PAGES[0], bad, *PAGES[1:]), metadata_fields=("url", "topic"), strict=False
+    )
+    prefix = tmp_path / "out" / "corpus"
+    check_row_count(prefix, 3)
+    table = open_metadata(prefix)
+    assert table["url"].to_pylist() == ["https://a.org/1", "https://b.org/2", None]
+    assert table["topic"].to_pylist() == [None, "x", None]
+    assert report.missing_metadata == {"url": 1, "topic": 2}
+
+
+def test_metadata_values_of_all_kinds(run: Run, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    values = [3, 0.5, True, None, ["a", "\u00fc"], {"k": 1}, "\ud800x", ""]
+    lines = [{"text": "a page", "meta": {"v": value}} for value in values]
+    lines.append({"text": "a page", "meta": "flat", "meta.v": "own key"})
+    lines.append({"text": "a page", "meta": "flat"})
+    run(write_jsonl(*lines), metadata_fields=("meta.v",))
+    column = open_metadata(tmp_path / "out" / "corpus")["meta.v"].to_pylist()
+    assert column[:8] == ["3", "0.5", "True", None, '["a", "\u00fc"]', '{"k": 1}', "?x", ""]
+    assert column[8:] == ["own key", None]
+
+
+def test_without_metadata_fields_there_is_no_metadata_file(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    run(write_jsonl(*PAGES), metadata_fields=())
+    assert _left(tmp_path / "out") == ["corpus.bin", "corpus.idx", "corpus.prepare.json"]
+
+
+def test_one_and_three_workers_write_the_same_bytes(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_meco.corpus.readers._BLOCK_BYTES", 300)
+    monkeypatch.setattr("megatron_meco.corpus.prepare.read_chunks", _small_chunks)
+    lines: list[Any] = [{"text": f"page {i} of the text", "url": f"u{i}"} for i in range(400)]
+    lines[7::50] = [b"broken"] * len(lines[7::50])
+    source = write_jsonl(*lines)
+    # More chunks than are in flight at once.
+    assert len(list(_small_chunks(source))) > 15
+    run(source, workers=1, output=tmp_path / "one" / "corpus")
+    run(source, workers=3, output=tmp_path / "three" / "corpus")
+    assert "corpus.rejected.jsonl" in _left(tmp_path / "one")
+    assert _left(tmp_path / "one") == _left(tmp_path / "three")
+    for name in _left(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+def _small_chunks(path: Path) -> Any:
+    return read_chunks(path, chunk_bytes=1000)
+
+
+def test_several_files_plain_and_compressed_in_the_order_given(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    plain = write_jsonl({"text": "plain", "url": "1"})
+    line = json.dumps({"text": "gzip", "url": "2"}).encode()
+    gz = tmp_path / "b.jsonl.gz"
+    # Two members, and no line end before the border of two files.
+    gz.write_bytes(gzip.compress(line + b"\n") + gzip.compress(line))
+    zst = tmp_path / "a.jsonl.zst"
+    frame = zstandard.ZstdCompressor().compress(json.dumps({"text": "zst", "url": "3"}).encode())
+    zst.write_bytes(frame)
+    run(plain, gz, zst)
+    urls = open_metadata(tmp_path / "out" / "corpus")["url"].to_pylist()
+    assert urls == ["1", "2", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut off', "broken JSON"),
+        (b"[" * 100_000, "broken JSON"),
+        (b'["a list"]', "not a JSON object"),
+        (b'{"url": "u"}', "'text' missing"),
+        (b'{"text": null}', "'text' null"),
+        (b'{"text": 7}', "'text' not a string"),
+        (b'{"text": ""}', "'text' empty"),
+        (b'{"text": " \\n"}', "'text' empty"),
+        (b'{"text": "caf\xe9"}', "invalid UTF-8"),
+        (b'{"text": "half a pair \\ud800"}', "invalid UTF-8"),
+    ],
+)
+def test_a_bad_line_is_rejected_with_its_reason(line: bytes, reason: str) -> None:
+    encoder = _encoder(lambda texts: [[5]] * len(texts))
+    chunk = LineChunk("f", 11, b'{"text": "good"}\r\n\n' + line + b"\n", 0)
+    encoded = encoder.encode(chunk)
+    assert [(r.path, r.line, r.reason) for r in encoded.rejected] == [("f", 13, reason)]
+    assert encoded.rejected[0].excerpt == line[:200].decode("utf-8", "replace")
+    assert encoded.lengths == [2]
+
+
+def _encoder(encode_batch: Callable[[list[str]], list[list[int] | None]]) -> ChunkEncoder:
+    fake = argparse.Namespace(encode_batch=encode_batch)
+    return ChunkEncoder(fake, 1, 300, "uint16", "text", ())  # type: ignore[arg-type]
+
+
+def test_documents_without_tokens_are_rejected_in_line_order() -> None:
+    encoder = _encoder(lambda texts: [[5] if t == "good" else [] for t in texts])
+    lines = [b'{"text": "vanishes"}', b"broken", b'{"text": "good"}', b'{"text": "vanishes"}']
+    encoded = encoder.encode(LineChunk("f", 1, b"\n".join(lines), 0))
+    assert [(r.line, r.reason) for r in encoded.rejected] == [
+        (1, "no tokens"),
+        (2, "broken JSON"),
+        (4, "no tokens"),
+    ]
+    assert encoded.tokens.tolist() == [5, 1]
+
+
+def test_an_id_outside_the_vocabulary_is_never_written() -> None:
+    encoder = _encoder(lambda texts: [[300]])
+    with pytest.raises(DataError, match="id 300"):
+        encoder.encode(LineChunk("f", 1, b'{"text": "a"}', 0))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    encoder = _encoder(lambda texts: [[5]] * len(texts))
+    encoded = encoder.encode(LineChunk("f", 1, b'\xef\xbb\xbf{"text": "a"}\n', 0))
+    assert encoded.lengths == [2]
+
+
+def test_bad_lines_are_set_aside_and_counted(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    source = write_jsonl(PAGES[0], b"{", b"{", {"text": None}, PAGES[1])
+    report = run(source)
+    assert report.documents == 2
+    assert report.rejected == {"broken JSON": 2, "'text' null": 1}
+    lines = (tmp_path / "out" / "corpus.rejected.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [(r["path"], r["line"]) for r in told] == [(str(source), n) for n in (2, 3, 4)]
+    manifest = json.loads((tmp_path / "out" / "corpus.prepare.json").read_text())
+    assert manifest["documents"] == 2
+    assert manifest["rejected"] == {"'text' null": 1, "broken JSON": 2}
+    assert manifest["tokenizer"]["eod"] == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_strict_stops_at_the_first_bad_line_and_leaves_nothing(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, workers: int
+) -> None:
+    source = write_jsonl(PAGES[0], b"{", {"text": None})
+    with pytest.raises(DataError) as refusal:
+        run(source, strict=True, workers=workers)
+    assert refusal.value.where == f"{source}, line 2"
+    assert _left(tmp_path / "out") == []
+
+
+def test_no_documents_at_all(run: Run, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all 2 lines rejected.*'text' missing"):
+        run(write_jsonl({"body": "x"}, {"body": "y"}))
+    with pytest.raises(DataError, match="blank"):
+        run(write_jsonl(b"", b"  "))
+    assert _left(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "not gz", "not zst"])
+def test_damaged_archives_are_told_and_leave_nothing(run: Run, tmp_path: Path, kind: str) -> None:
+    lines = b"".join(b'{"text": "page %d", "url": "u"}\n' % i for i in range(20_000))
+    content = {
+        "gz": gzip.compress(lines)[:-2000],
+        "zst": zstandard.ZstdCompressor().compress(lines)[:-2000],
+    }.get(kind, lines)
+    path = tmp_path / f"pages.jsonl.{kind.rsplit(maxsplit=1)[-1]}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="truncated" if "not" not in kind else "damaged") as told:
+        run(path)
+    assert told.value.where == str(path)
+    assert _left(tmp_path / "out") == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(writer, "_sync", full)
+    with pytest.raises(DataError, match="No space left"):
+        run(write_jsonl(*PAGES))
+    assert _left(tmp_path / "out") == []
+
+
+def test_existing_output_is_kept_unless_told(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    run(write_jsonl(b"{", *PAGES))
+    with pytest.raises(DataError, match="--overwrite"):
+        run(write_jsonl(PAGES[0]))
+    assert run(write_jsonl(PAGES[0]), overwrite=True).documents == 1
+    # The older run's rejected lines would belong to nothing.
+    assert "corpus.rejected.jsonl" not in _left(tmp_path / "out")
+    assert len(IndexedDataset(str(tmp_path / "out" / "corpus"))) == 1
+
+
+def test_a_killed_worker_is_told(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer = _Killer("f", 1, b"", 0)
+    monkeypatch.setattr("megatron_meco.corpus.prepare.read_chunks", lambda path: [killer])
+    with pytest.raises(DataError, match="worker process died"):
+        run(write_jsonl(*PAGES), workers=2)
+    assert _left(tmp_path / "out") == []
+
+
+class _Killer(LineChunk):
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os._exit, (9,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tokenizer_type": "NoSuchTokenizer"}, "unknown tokenizer type"),
+        ({"tokenizer_model": None}, "needs a model"),
+        ({"tokenizer_model": "/no/such/folder"}, "no such folder"),
+        ({"workers": 0}, "--workers"),
+        ({"metadata_fields": ("url", "url")}, "--metadata-fields"),
+        ({"inputs": (Path("/no/such/file"),)}, "no such file"),
+        ({"output": Path("/")}, "--output"),
+    ],
+)
+def test_flags_are_refused_before_anything_is_loaded(
+    write_jsonl: WriteJsonl, tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    settings: dict[str, Any] = {
+        "inputs": (write_jsonl(*PAGES),),
+        "output": tmp_path / "out" / "corpus",
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": str(tmp_path),
+    }
+    with pytest.raises(MeCoError, match=match):
+        prepare(PrepareConfig(**{**settings, **changes}))
+    assert _left(tmp_path / "out") == []
+
+
+def test_a_tokenizer_without_eod_is_refused(
+    run: Run, write_jsonl: WriteJsonl, tokenizer_without_eos: Path
+) -> None:
+    with pytest.raises(FlagError, match="no end-of-document"):
+        run(write_jsonl(*PAGES), tokenizer_model=str(tokenizer_without_eos))
+
+
+def test_an_eod_outside_the_vocabulary_is_refused() -> None:
+    tokenizer = build_tokenizer("NullTokenizer", None, vocab_size=10, null_tokenizer_eod_id=10)
+    with pytest.raises(FlagError, match="10 outside the vocabulary of 10"):
+        resolve_eod(tokenizer)
+
+
+def test_a_folder_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="does not load as HuggingFaceTokenizer"):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+
+
+def test_encoding_adds_and_drops_nothing(tokenizer_folder: Path) -> None:
+    """Megatron's own tokenizer adds BOS and EOS here."""
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
+    assert (resolve_bos(tokenizer), resolve_eod(tokenizer)) == (0, 1)
+    assert tokenizer.tokenize("a")[0] == 0
+    encoder = text_encoder(tokenizer)
+    assert isinstance(encoder, HuggingFaceEncoder)
+    ids = encoder.encode_batch(["a", "x<|end_of_text|>y"])
+    assert ids[0] == tokenizer.tokenize("a")[1:-1]
+    assert 1 not in (ids[1] or [1])
+    assert tokenizer.detokenize(ids[1] or []) == "x<|end_of_text|>y"
+
+
+def test_truncation_saved_with_a_tokenizer_is_not_obeyed(tokenizer_folder: Path) -> None:
+    serialized = (tokenizer_folder / "tokenizer.json").read_text()
+    assert json.loads(serialized)["truncation"]["max_length"] == 16
+    (ids,) = HuggingFaceEncoder(serialized).encode_batch(["word " * 50])
+    assert len(ids or []) > 50
+
+
+def test_sentencepiece_goes_through_megatron(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the text of a page", "and the next page"] * 20),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    model = str(tmp_path / "sp.model")
+    encoder = text_encoder(build_tokenizer("Llama2Tokenizer", model))
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert isinstance(copy, MegatronEncoder)
+    assert copy.encode_batch(["the page"]) == encoder.encode_batch(["the page"])
+    run(write_jsonl({"text": "the page"}), tokenizer_type="Llama2Tokenizer", tokenizer_model=model)
+    # Kept in a name: its arrays are views of a file that it unmaps when it goes.
+    data = IndexedDataset(str(tmp_path / "out" / "corpus"))
+    oracle = sentencepiece.SentencePieceProcessor(model)
+    assert data[0].tolist() == [*oracle.encode("the page"), oracle.eos_id()]
+
+
+def test_a_text_that_the_tokenizer_refuses_is_rejected(run: Run, write_jsonl: WriteJsonl) -> None:
+    source = write_jsonl({"text": "1 2 3"}, {"text": "no numbers"})
+    report = run(source, tokenizer_type="NullTokenizer", tokenizer_extra={"vocab_size": 10})
+    assert (report.documents, report.tokens, report.eod) == (1, 4, 9)
+    assert report.rejected == {"refused by the tokenizer": 1}
+
+
+def test_defaults_are_megatrons() -> None:
+    source = Path(megatron.core.__file__).parents[1] / "training/config/training_config.py"
+    found = {}
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TokenizerConfig":
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    found[line.target.id] = _default(line.value)
+    assert {name: found[name] for name in TOKENIZER_DEFAULTS} == TOKENIZER_DEFAULTS
+
+
+def _default(value: ast.expr | None) -> Any:
+    if isinstance(value, ast.Call):
+        value = next(k.value for k in value.keywords if k.arg == "default")
+    assert value is not None
+    return ast.literal_eval(value)
+
+
+def test_command_line(
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    source, prefix = write_jsonl(*PAGES, b"{"), tmp_path / "out" / "corpus"
+    flags = [str(source), "--output", str(prefix), "--tokenizer-type", "HuggingFaceTokenizer"]
+    flags += ["--tokenizer-model", str(tokenizer_folder), "--metadata-fields", "url,topic"]
+    args = parser.parse_args([*flags, "--workers", "1"])
+    assert run_prepare(args) == 0
+    out = capsys.readouterr().out
+    assert "3" in out and "1 line: broken JSON" in out and "'<|end_of_text|>'" in out
+    assert run_prepare(args) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and "already there" in told.err and "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000_000])
+def test_chunks_are_whole_lines_with_right_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr("megatron_meco.corpus.readers._BLOCK_BYTES", 5)
+    path = tmp_path / "lines"
+    content = b"a\n\nlonger than a block\nb\r\n" + b"\xe2\x80\xa8x\n" + b"last, without its end"
+    path.write_bytes(content)
+    chunks = list(read_chunks(path, chunk_bytes))
+    assert b"".join(chunk.data for chunk in chunks) == content
+    seen = 0
+    for chunk in chunks:
+        assert chunk.first_line == seen + 1
+        assert chunk.data.endswith(b"\n") or chunk is chunks[-1]
+        seen += chunk.data.count(b"\n")

@@ -1,0 +1,103 @@
+"""URL transforms, example by example."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from megatron_meco.corpus import url
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("https://en.wikipedia.org/wiki/Bill_Gates", "en.wikipedia.org"),
+        ("HTTPS://bob:p@ss@Example.COM.:8080/x", "example.com"),
+        ("//cdn.example.org/a", "cdn.example.org"),
+        ("example.org/a?b=c", "example.org"),
+        ("www.BBC.co.uk", "www.bbc.co.uk"),
+        ("localhost:80", "localhost"),
+        ("  http://example.org\n", "example.org"),
+        ("http://exam\nple.org/", "example.org"),
+        ("http://[2001:DB8::1]:80/x", "[2001:db8::1]"),
+        ("http://example.org?user@evil.com", "example.org"),
+        ("http://example.org#user@evil.com", "example.org"),
+        ("http://example.org\\@evil.com", "example.org"),
+        ("http://m\u00fcnchen.DE/", "m\u00fcnchen.de"),
+        ("http://example.org:/x", "example.org"),
+        ("", None),
+        ("   ", None),
+        ("http://", None),
+        ("http:///path", None),
+        ("http://?query", None),
+        ("http://user@/x", None),
+        ("http://...", None),
+        ("http://two words/x", None),
+        ("file:///etc/hosts", None),
+        ("mailto:a@example.org", None),
+        ("about:blank", None),
+        ("javascript:alert(1)", None),
+        (None, None),
+    ],
+)
+def test_host(given: str | None, expected: str | None) -> None:
+    assert url.host(pa.array([given], pa.string())).to_pylist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("https://en.wikipedia.org/wiki/Bill_Gates", "en.wikipedia.org/wiki/Bill_Gates"),
+        ("//Example.org/A?b#c", "Example.org/A?b#c"),
+        ("example.org/?u=http://other.org", "example.org/?u=http://other.org"),
+        (" http://example.org/a ", "example.org/a"),
+        ("http://", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_without_scheme(given: str | None, expected: str | None) -> None:
+    assert url.without_scheme(pa.array([given], pa.string())).to_pylist() == [expected]
+
+
+def test_domain_and_suffix() -> None:
+    hosts = pa.array(["www.bbc.co.uk", "a.github.io", "127.0.0.1", "[::1]", "localhost", None])
+    assert url.registered_domain(hosts).to_pylist() == [
+        "bbc.co.uk",
+        "github.io",
+        None,
+        None,
+        None,
+        None,
+    ]
+    assert url.suffix(hosts).to_pylist() == ["co.uk", "io", None, None, None, None]
+
+
+def test_hashed_ids_are_pinned() -> None:
+    """They stand in trained models' prompts: a release must not change them."""
+    ids = url.hashed(pa.array(["en.wikipedia.org", "www.bbc.co.uk", None])).to_pylist()
+    assert ids == ["pq8ibe9t-xjzp", "eifmd0vx-kpe2", None]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [url.host, url.without_scheme, url.registered_domain, url.suffix, url.hashed],
+)
+def test_chunks_dictionaries_and_nothing(transform) -> None:  # type: ignore[no-untyped-def]
+    values = pa.array(["www.example.org", None, "b.net", "www.example.org"])
+    expected = transform(values).to_pylist()
+    chunked = transform(pa.chunked_array([values.slice(0, 1), values.slice(1)]))
+    assert isinstance(chunked, pa.ChunkedArray)
+    assert chunked.to_pylist() == expected
+    assert expected[1] is None
+    assert transform(values.cast(pa.large_string())).to_pylist() == expected
+    assert transform(values.dictionary_encode()).to_pylist() == expected
+    assert transform(pa.array([], pa.string())).to_pylist() == []
+    assert transform(pa.nulls(2)).to_pylist() == [None, None]
+
+
+def test_domains_are_asked_once_per_distinct_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(url, "_hash", lambda name: asked.append(name) or "id")
+    url.hashed(pa.chunked_array([["a", "b", "a"], ["b", "a"]]))
+    assert sorted(asked) == ["a", "b"]
