@@ -1,0 +1,7 @@
+"""MeCo inside Megatron's own trainer.
+
+`arguments` reads and checks the flags, `provider` gives `pretrain()` its datasets and its training
+step, `phase_switch` announces and checks the switch, `attention` and `cpu` stand in for what a host
+without Transformer Engine or without a GPU lacks, `compat` holds what is known of Megatron
+versions.
+"""

@@ -1,0 +1,43 @@
+"""What is known of Megatron versions, in one place.
+
+`check_version` says so when the installed Megatron-Core was never tried. What was given up:
+patching any version; the package uses subclasses, providers and `--spec` only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+from megatron_meco.errors import MeCoError
+
+OLDEST = (0, 19, 2)
+BELOW = (0, 20)
+
+
+def check_version() -> str | None:
+    """Look at the installed Megatron-Core.
+
+    Returns:
+        A line of warning when its version was never tried, else None.
+
+    Raises:
+        MeCoError: When Megatron-Core, or the trainer in it, is not installed.
+    """
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MeCoError(
+            "not installed", where="megatron-core", remedy="pip install 'megatron-core[training]'."
+        ) from error
+    if importlib.util.find_spec("megatron.training") is None:
+        raise MeCoError(
+            f"version {version} comes without megatron.training",
+            where="megatron-core",
+            remedy="pip install 'megatron-core[training]>=0.19.2,<0.20'.",
+        )
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    if OLDEST <= numbers < BELOW:
+        return None
+    oldest, below = (".".join(map(str, v)) for v in (OLDEST, BELOW))
+    return f"> MeCo: Megatron-Core {version} was never tried; known to work: >= {oldest}, < {below}"

@@ -1,0 +1,316 @@
+"""What `megatron.training.pretrain()` asks a script for: datasets and the training step.
+
+With `--meco` the datasets are MeCo's and the step reports two validation losses, on conditioned and
+on plain documents; without it both are what Megatron's own `pretrain_gpt.py` does. Batches go
+through Megatron's own functions (tensor-parallel broadcast, flattening of packed sequences), so
+nothing here knows how tensors travel. Costs one broadcast of two integers for each sample, within
+the tensor-parallel group. What was given up: Megatron's paths for SFT, distillation, multi-token
+prediction and context parallelism.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_tensorboard_writer, get_timers, print_rank_0
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_meco.config import MeCoConfig
+from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
+from megatron_meco.errors import MeCoError
+from megatron_meco.training.arguments import cooldown_blend, schedule_from_args
+from megatron_meco.training.compat import check_version
+from megatron_meco.training.phase_switch import PhaseSwitch
+
+Batch = dict[str, Any]
+_BATCH_KEYS = (
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "labels",
+    "loss_mask",
+    "max_seqlen",
+    "position_ids",
+    "tokens",
+)
+_switch: PhaseSwitch | None = None
+
+
+def train_valid_test_datasets_provider(
+    train_val_test_num_samples: Sequence[int | None], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Megatron's datasets provider.
+
+    Args:
+        train_val_test_num_samples: Samples of the three splits; None: one epoch.
+        vp_stage: Virtual pipeline stage, or None.
+
+    Returns:
+        Training, validation and test dataset; None on ranks that hold none.
+    """
+    args = get_args()
+    if not args.meco:
+        return _stock_datasets(args, train_val_test_num_samples, vp_stage)
+    global _switch
+    warning = check_version()
+    if warning:
+        print_rank_0(warning)
+    schedule = schedule_from_args(args)
+    _switch = PhaseSwitch(schedule, saves=bool(args.save))
+    print_rank_0(_switch.describe())
+    try:
+        config = MeCoGPTDatasetConfig(**dataset_options(args), meco=MeCoConfig.from_args(args))
+        # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
+        return build_datasets(
+            train_val_test_num_samples,
+            lambda: mpu.get_tensor_model_parallel_rank() == 0,
+            config,
+            schedule,
+            cooldown_blend(args),
+        )
+    except MeCoError as error:
+        # Rank 0 builds first and the others wait for it, so this is printed once.
+        print(f"meco: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+# Megatron calls a provider with this mark on every rank, and lets it decide where to build.
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of Megatron's `GPTDatasetConfig`, from its parsed flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences_per_dataset = json.load(file)
+    return {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "split": args.split,
+        "multiple_validation_sets": args.multiple_validation_sets,
+        "full_validation": args.full_validation,
+        "num_dataset_builder_threads": args.num_dataset_builder_threads,
+        "path_to_cache": args.data_cache_path,
+        "mmap_bin_files": args.mmap_bin_files,
+        "tokenizer": build_tokenizer(args),
+        "reset_position_ids": args.reset_position_ids,
+        "reset_attention_mask": args.reset_attention_mask,
+        "eod_mask_loss": args.eod_mask_loss,
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "object_storage_cache_path": args.object_storage_cache_path,
+        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
+        "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "sequences_per_dataset": sequences_per_dataset,
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "context_parallel_size": args.context_parallel_size,
+        "data_parallel_size": args.data_parallel_size,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        "hybrid_context_parallel": args.hybrid_context_parallel,
+        "inter_document_masking": args.dataloader_inter_document_masking,
+    }
+
+
+def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    """Megatron's forward step: one micro-batch through one model chunk.
+
+    Args:
+        data_iterator: Gives batches on tensor-parallel rank 0; not used elsewhere.
+        model: The model chunk, wrapped as Megatron wraps it.
+
+    Returns:
+        The output tensor (per-token losses on the last stage) and the loss function.
+    """
+    args = get_args()
+    timers = get_timers()
+    if args.meco and model.training:
+        _announce(args)
+    timers("batch-generator", log_level=2).start()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch = _get_batch(args, data_iterator, vp_stage, model.training)
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=_packed_seq_params(args, batch["cu_seqlens"]),
+    )
+    views = None if model.training else batch["views"]
+    return output, partial(loss_func, batch["loss_mask"], views=views)
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor, *, views: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses inside the mask, and what to report of it.
+
+    Args:
+        loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
+        output_tensor: Per-token losses, as many.
+        views: (micro-batch,), 1 for a sample with prefixes, 0 for a plain one; None: report one
+        loss.
+
+    Returns:
+        The loss summed over trained tokens, their number (int32), and the report: for each name the
+        pair (sum, number of tokens) that Megatron adds up and divides.
+    """
+    losses = output_tensor.view(-1).float()
+    mask = loss_mask.reshape(-1).float()
+    masked = losses * mask
+    loss = masked.sum()
+    num_tokens = mask.sum().detach().to(torch.int)
+    _check_finite(loss)
+    if views is None:
+        report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+        return loss, num_tokens, report
+    sums = masked.detach().view(len(views), -1).sum(1)
+    counts = mask.view(len(views), -1).sum(1)
+    report = {}
+    for name, chosen in (("conditioned", views == 1), ("plain", views == 0)):
+        report[f"lm loss {name}"] = torch.stack([(sums * chosen).sum(), (counts * chosen).sum()])
+    if get_args().meco_template == "":
+        del report["lm loss conditioned"]
+    return loss, num_tokens, report
+
+
+def _get_batch(
+    args: argparse.Namespace, data_iterator: Iterator[Batch], vp_stage: int | None, training: bool
+) -> Batch:
+    """The micro-batch of this rank, on its device; None for what its stage does not need."""
+    packed = args.dataloader_inter_document_masking
+    edge = is_first_or_last_pipeline_stage(vp_stage)
+    if not edge and not packed:
+        return {**dict.fromkeys(_BATCH_KEYS), "views": None}
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: Batch = {}
+    views = None
+    if tp_rank == 0:
+        loaded = next(data_iterator)
+        if args.meco and training:
+            assert _switch is not None
+            _switch.check_batch(args.curr_iteration, int(loaded["meco_prefix_tokens"].sum()))
+        views = loaded.get("meco_view")
+        for key in _BATCH_KEYS:
+            value = loaded.get(key)
+            batch[key] = None if value is None else value.cuda(non_blocking=True)
+    if args.meco and not training:
+        views = _broadcast_views(args, views)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=packed,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=1,
+        tp_rank=tp_rank,
+        micro_batch_size=_micro_batch_size(args, training),
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not edge:
+        batch = {**dict.fromkeys(_BATCH_KEYS), "cu_seqlens": batch["cu_seqlens"]}
+    return {**batch, "views": views}
+
+
+def _micro_batch_size(args: argparse.Namespace, training: bool) -> int:
+    size = args.micro_batch_size if training else args.eval_micro_batch_size
+    return int(size)
+
+
+def _broadcast_views(args: argparse.Namespace, views: torch.Tensor | None) -> torch.Tensor:
+    """Tell all tensor-parallel ranks which samples show their prefixes."""
+    if views is None:
+        # A receiver, or a baseline, whose samples are all plain.
+        views = torch.zeros(_micro_batch_size(args, training=False), dtype=torch.int64)
+    views = views.cuda()
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            views,
+            mpu.get_tensor_model_parallel_src_rank(),
+            group=mpu.get_tensor_model_parallel_group(),
+        )
+    return views
+
+
+def _packed_seq_params(
+    args: argparse.Namespace, cu_seqlens: torch.Tensor | None
+) -> PackedSeqParams | None:
+    if cu_seqlens is None:
+        return None
+    bounds = cu_seqlens.squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(bounds)  # Megatron's FLOPs account
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        # An upper bound serves the kernels, and costs no wait for the device.
+        max_seqlen_q=args.seq_length,
+        max_seqlen_kv=args.seq_length,
+        tokens_per_sample=args.seq_length,
+    )
+
+
+def _announce(args: argparse.Namespace) -> None:
+    assert _switch is not None
+    text = _switch.before_step(args.curr_iteration, get_tensorboard_writer())
+    if text:
+        print_rank_0(text)
+
+
+def _check_finite(loss: torch.Tensor) -> None:
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=reject,
+            message=f"found {name} in local forward loss calculation",
+            tolerance=0.0,
+            fatal=True,
+        )
+
+
+def _stock_datasets(
+    args: argparse.Namespace, sizes: Sequence[int | None], vp_stage: int | None
+) -> tuple[Any, Any, Any]:
+    """What Megatron's own script builds."""
+
+    def built_here() -> bool:
+        everywhere = args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(
+            vp_stage
+        )
+        return mpu.get_tensor_model_parallel_rank() == 0 and everywhere
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    config = GPTDatasetConfig(**dataset_options(args))
+    train, valid, test = BlendedMegatronDatasetBuilder(kind, sizes, built_here, config).build()
+    return train, valid, test

@@ -1,0 +1,123 @@
+"""Real training runs for tests: a small corpus, the example script under torchrun, its log read."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+SEQ_LENGTH = 64
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --position-embedding-type rope --swiglu
+    --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0
+"""
+RUN = f"""
+    --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} --micro-batch-size 1
+    --global-batch-size 4 --train-iters 10 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine
+    --split 80,20,0 --log-interval 1 --eval-interval 5 --eval-iters 2 --num-workers 0 --seed 7
+"""
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE of 300 tokens, as a Hugging Face folder with BOS and EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox and the lazy dog"] * 10, trainer)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_pages(path: Path, num_documents: int = 300) -> Path:
+    """JSONL of short pages whose words depend on their host."""
+    draw = random.Random(3)
+    words = {
+        "animals.example.org": ["fox", "dog", "cat", "horse", "cow"],
+        "www.colours.example.com": ["red", "green", "blue", "brown", "white"],
+        "numbers.example.net": ["one", "two", "three", "four", "five"],
+    }
+    with path.open("w") as file:
+        for i in range(num_documents):
+            host = draw.choice(list(words))
+            length = max(3, int(draw.lognormvariate(2.5, 0.8)))
+            text = " ".join(draw.choice(words[host]) for _ in range(length))
+            file.write(json.dumps({"text": text, "url": f"https://{host}/{i}"}) + "\n")
+    return path
+
+
+@dataclass
+class Result:
+    """What a run printed."""
+
+    status: int
+    log: str
+    losses: dict[int, str] = field(default_factory=dict)
+    validation: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, status: int, log: str) -> Result:
+        """Losses are kept as printed, so that equal means equal to the last digit shown."""
+        result = cls(status, log)
+        for match in re.finditer(r"iteration +(\d+)/ +\d+ \|.*?lm loss: (\S+) ", log):
+            result.losses[int(match[1])] = match[2]
+        for match in re.finditer(r"validation loss at iteration (\d+) \|(.*)", log):
+            values = re.findall(r"(lm loss[a-z ]*) value: (\S+) ", match[2])
+            result.validation[int(match[1])] = {name.strip(): value for name, value in values}
+        return result
+
+
+def launch(command: list[str], ranks: int, timeout: int = 240) -> Result:
+    """Run a script under torchrun and wait; its output comes back whatever happens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            *command,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )
+    return Result.read(done.returncode, done.stdout)
+
+
+def train(
+    corpus: str, tokenizer: Path, *flags: str, ranks: int = 1, script: Path = SCRIPT
+) -> Result:
+    """Run the example script on a corpus; later flags win over the defaults above."""
+    data = ["--data-path", corpus, "--tokenizer-type", "HuggingFaceTokenizer"]
+    data += ["--tokenizer-model", str(tokenizer)]
+    return launch([str(script), *MODEL.split(), *RUN.split(), *data, *flags], ranks)
