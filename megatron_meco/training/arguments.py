@@ -256,15 +256,16 @@ def _corpus_prefixes(args: argparse.Namespace) -> list[str]:
     """Every corpus that the data flags name, once."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(per_split or []), cooldown_blend(args)]
-    prefixes = [prefix for b in blends if b is not None for prefix in b[0]]
-    if not prefixes:
+    sources = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
+    if not any(getattr(args, name) for name in sources):
         raise FlagError(
             "no corpus is given",
             where="--data-path",
             remedy="Give the path of a prepared corpus, without .bin or .idx.",
         )
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend, *(per_split or []), cooldown_blend(args)]
+    prefixes = [prefix for b in blends if b is not None for prefix in b[0]]
     return list(dict.fromkeys(prefixes))
 
 
