@@ -24,8 +24,10 @@ from megatron_meco.training.cpu import (
     CPU_DEFAULTS,
     enable_cpu_platform,
     impossible_flags,
+    let_distributed_optimizer_resume,
     looks_like_broken_gpu_setup,
     should_use_cpu,
+    skip_helper_compilation,
 )
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -51,6 +53,10 @@ def parse_and_validate_args(
     on_cpu = should_use_cpu()
     if on_cpu:
         enable_cpu_platform()
+    else:
+        skip_helper_compilation()
+        if not _has_transformer_engine():
+            let_distributed_optimizer_resume()
     from megatron.training import arguments as megatron_arguments
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -170,7 +176,6 @@ def _check_cpu(args: argparse.Namespace) -> None:
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
-    pipeline = (args.pipeline_model_parallel_size or 1) > 1
     refusals: list[tuple[bool, str, str, str]] = [
         (
             args.dataloader_type not in (None, "single"),
@@ -201,13 +206,6 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}",
             "packed documents are not padded to 2 * CP, so attention would leak across documents",
             "Use 1; tensor and pipeline parallelism work.",
-        ),
-        (
-            pipeline and (args.micro_batch_size or 1) > 1,
-            f"--micro-batch-size {args.micro_batch_size}",
-            "with pipeline parallelism, Megatron receives packed micro-batches in another shape "
-            "than it sends them",
-            "Use --micro-batch-size 1: a pack is a whole batch of documents already.",
         ),
         (
             bool(args.phase_transition_iterations),
@@ -289,7 +287,14 @@ def _apply(args: argparse.Namespace) -> None:
         if args.save_interval:
             switch = schedule_from_args(args).switch_iteration
             args.save_interval = SaveInterval(args.save_interval, also=switch)
-    if args.dataloader_inter_document_masking and args.transformer_impl == "local":
+    packed = args.dataloader_inter_document_masking
+    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+        # A packed micro-batch travels as [mbs * s, 1, h], where the next stage expects [s, mbs, h];
+        # this makes stages tell each other the shape. Megatron wants the second setting with it,
+        # also without experts.
+        args.variable_seq_lengths = True
+        args.moe_token_dispatcher_type = "alltoall"
+    if packed and args.transformer_impl == "local":
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 
         # Megatron's own local attention refuses packed documents.

@@ -45,7 +45,6 @@ def test_a_good_command_line_passes(check) -> None:
         ("--reset-position-ids", "--reset-position-ids"),
         ("--eod-mask-loss", "--eod-mask-loss"),
         ("--context-parallel-size 2", r"--context-parallel-size 2.*leak"),
-        ("--pipeline-model-parallel-size 2 --micro-batch-size 2", r"--micro-batch-size 2"),
         ("--phase-transition-iterations 5", "--phase-transition-iterations"),
         ("--rampup-batch-size 2 2 8", r"--rampup-batch-size.*--step-batch-size-schedule"),
         ("--multiple-validation-sets", "--multiple-validation-sets"),
@@ -62,10 +61,6 @@ def test_a_good_command_line_passes(check) -> None:
 def test_contradictions_are_refused_by_name(check, flags: str, message: str) -> None:
     with pytest.raises(FlagError, match=message):
         check(flags)
-
-
-def test_pipeline_parallelism_alone_is_fine(check) -> None:
-    check("--pipeline-model-parallel-size 2")
 
 
 def test_a_missing_corpus_field_or_metadata(check, corpus: str, tmp_path: Path) -> None:

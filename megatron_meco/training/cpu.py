@@ -1,0 +1,503 @@
+"""Let `megatron.training.pretrain` run on a host without a CUDA device.
+
+Megatron-Core has no CPU path, but nearly all of it is plain PyTorch that names the device "cuda".
+`enable_cpu_platform` therefore makes `torch.cuda` answer for one device, and that device is the
+CPU: streams and events do nothing, the CUDA generator is the default generator, memory statistics
+are zero, and every `device="cuda"` becomes the CPU. Collectives go over Gloo. `CPU_DEFAULTS` turns
+off the fused kernels that exist for GPUs only, and `impossible_flags` names what cannot be had.
+
+What it costs: five to ten microseconds of Python per torch call, and torch is changed for the whole
+process, for good. What was given up: speed (this is for tests, demos and debugging), Transformer
+Engine, fp8, CUDA graphs, asynchronous checkpoints. The device translation is bound to the thread
+that enables it (and to processes forked from it); a thread that writes `device="cuda"` itself
+still fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+import time
+import types
+import warnings
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU_DEFAULTS: dict[str, object] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+    "attention_backend": "unfused",
+}
+"""Defaults of Megatron's argument parser (dest -> value) for a CPU run.
+
+To be applied with `parser.set_defaults(**CPU_DEFAULTS)` after Megatron has added its arguments, for
+example in the `extra_args_provider`. argparse converts the one string that stands for an enum.
+"""
+
+_CPU = torch.device("cpu")
+# Bound before anything is replaced.
+_torch_sees_cuda = torch.cuda.is_available
+
+
+def should_use_cpu() -> bool:
+    """Return True where torch sees no CUDA device, also after `enable_cpu_platform`."""
+    return not _torch_sees_cuda()
+
+
+def looks_like_broken_gpu_setup() -> str | None:
+    """Return one line on why this host seems to have a GPU that torch cannot see, or None.
+
+    Training on the CPU by mistake costs days, so a script should print this line, or stop.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # An empty value or -1 hides the GPUs on purpose.
+    if not should_use_cpu() or visible in ("", "-1"):
+        return None
+    for path in ("/dev/nvidia0", "/proc/driver/nvidia/version"):
+        if Path(path).exists():
+            return f"{path} exists, but torch {torch.__version__} sees no CUDA device"
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible}, but torch {torch.__version__} sees no CUDA device"
+    return None
+
+
+def impossible_flags(args: Namespace) -> list[tuple[str, str]]:
+    """List what `args` asks for that a CPU cannot do.
+
+    Args:
+        args: Megatron's parsed arguments, before or after its own validation.
+
+    Returns:
+        Pairs of (flag with its value, what to do instead); empty where the run can start.
+    """
+    found = []
+    for dest, is_impossible, flag, remedy in _GPU_ONLY:
+        value = getattr(args, dest, None)
+        if is_impossible(value):
+            found.append((flag.format(_spelling(value)), remedy))
+    return found
+
+
+@functools.cache
+def enable_cpu_platform() -> None:
+    """Make `torch.cuda` answer for a single device that is the CPU.
+
+    Call it once, before `megatron` is imported, in the main thread, and only where
+    `should_use_cpu()` holds. A second call does nothing.
+    """
+    # Megatron decorates functions with torch.compile at import: without a GPU that only means
+    # minutes in a C++ compiler. The variable is read at each decoration, not when torch starts.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Dynamo tells functions of torch.cuda apart by identity when it is imported, and torch's
+    # optimizers import it in any case: it has to see the originals.
+    import torch._dynamo
+
+    # For functions that were decorated before this call.
+    torch._dynamo.config.disable = True
+    # Megatron insists on it for tensor parallelism on anything older than Blackwell.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    _replace_in_torch_cuda(_torch_cuda_names())
+    _replace_tensor_methods()
+    _hide_accelerator()
+    _CudaMeansCpu().__enter__()
+    skip_helper_compilation()
+    let_distributed_optimizer_resume()
+
+
+def skip_helper_compilation() -> None:
+    """Keep Megatron from running `make` for its dataset helpers where they are built already.
+
+    The wheel ships the compiled `helpers_cpp` and no Makefile, so Megatron's own call ends the
+    run. This is needed on GPU hosts as well; it imports megatron.core.
+    """
+    # Imported here: megatron.core must not be imported before torch.cuda has been replaced.
+    from megatron.core.datasets import utils
+
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        utils.compile_helpers = _do_nothing
+
+
+def let_distributed_optimizer_resume() -> None:
+    """Let the distributed optimizer resume exactly without Transformer Engine and Apex.
+
+    With torch's Adam, Megatron 0.19 asserts a common step count of all parameters also where no
+    step was made yet, loads one counter for all of them to share, and then copies over it what the
+    checkpoint's tensors hold under "step": another count, or nothing (a KeyError). This is needed
+    on GPU hosts without Transformer Engine as well; it imports megatron.core.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stock_state_dict = DistributedOptimizer.state_dict
+    stock_load_state_dict = DistributedOptimizer.load_state_dict
+    # A private name: the only place that all formats of a checkpoint pass through.
+    stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(stock_state_dict)
+    def state_dict(self: Any) -> Any:
+        if _is_torch_adam(self.optimizer) and not self.optimizer.state:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        return stock_state_dict(self)
+
+    @functools.wraps(stock_load_state_dict)
+    def load_state_dict(self: Any, state: Any) -> None:
+        stock_load_state_dict(self, state)
+        if _is_torch_adam(self.optimizer):
+            for values in self.optimizer.state.values():
+                # One tensor each: Adam counts in place.
+                values["step"] = values["step"].clone()
+
+    @functools.wraps(stock_set)
+    def set_all_but_step(self: Any, model_param: Any, tensors: Any) -> None:
+        # The stock function skips what is not a tensor.
+        stock_set(self, model_param, {**tensors, "step": None})
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_all_but_step
+
+
+def _is_torch_adam(optimizer: object) -> bool:
+    """Tell torch's Adam from the fused ones, which keep one step count per parameter group."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _is_true(value: object) -> bool:
+    return bool(value)
+
+
+def _is_none_of(*allowed: object) -> Callable[[object], bool]:
+    return lambda value: value is not None and _spelling(value) not in allowed
+
+
+def _is_above(limit: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and value > limit
+
+
+def _spelling(value: object) -> str:
+    """Return a value as the user typed it (argparse turns some choices into enums)."""
+    return str(getattr(value, "name", value))
+
+
+# (dest in Megatron's arguments, whether its value is impossible, flag, remedy)
+_GPU_ONLY: list[tuple[str, Callable[[Any], bool], str, str]] = [
+    (
+        "transformer_impl",
+        _is_none_of("local"),
+        "--transformer-impl {}",
+        "Transformer Engine needs a GPU: use --transformer-impl local.",
+    ),
+    (
+        "distributed_backend",
+        _is_none_of("gloo"),
+        "--distributed-backend {}",
+        "Use --distributed-backend gloo.",
+    ),
+    (
+        "attention_backend",
+        _is_none_of("unfused", "auto", "local"),
+        "--attention-backend {}",
+        "Flash and fused attention need a GPU: use --attention-backend unfused.",
+    ),
+    ("use_flash_attn", _is_true, "--use-flash-attn", "Remove it: the kernels need a GPU."),
+    (
+        "gradient_accumulation_fusion",
+        _is_true,
+        "gradient accumulation fusion",
+        "Its kernel needs a GPU: add --no-gradient-accumulation-fusion.",
+    ),
+    (
+        "masked_softmax_fusion",
+        _is_true,
+        "masked softmax fusion",
+        "Its kernel needs a GPU: add --no-masked-softmax-fusion.",
+    ),
+    (
+        "apply_rope_fusion",
+        _is_true,
+        "RoPE fusion",
+        "Its kernel needs Transformer Engine: add --no-rope-fusion.",
+    ),
+    ("fp8", _is_true, "--fp8-format {}", "Remove it: use --bf16 or fp32 on a CPU."),
+    ("fp4", _is_true, "--fp4-format {}", "Remove it: use --bf16 or fp32 on a CPU."),
+    ("fp16", _is_true, "--fp16", "Use --bf16 or fp32: loss scaling is untried on a CPU."),
+    (
+        "context_parallel_size",
+        _is_above(1),
+        "--context-parallel-size {}",
+        "Context parallelism needs Transformer Engine: use --context-parallel-size 1.",
+    ),
+    ("tp_comm_overlap", _is_true, "--tp-comm-overlap", "Remove it: it needs Transformer Engine."),
+    (
+        "cross_entropy_fusion_impl",
+        _is_none_of("native"),
+        "--cross-entropy-fusion-impl {}",
+        "Use --cross-entropy-fusion-impl native.",
+    ),
+    ("te_rng_tracker", _is_true, "--te-rng-tracker", "Remove it: it needs Transformer Engine."),
+    (
+        "use_precision_aware_optimizer",
+        _is_true,
+        "--use-precision-aware-optimizer",
+        "Remove it: it needs Transformer Engine's optimizer.",
+    ),
+    (
+        "cuda_graph_impl",
+        _is_none_of("none"),
+        "--cuda-graph-impl {}",
+        "Remove it: there are no CUDA graphs on a CPU.",
+    ),
+    ("enable_cuda_graph", _is_true, "--enable-cuda-graph", "Remove it."),
+    ("external_cuda_graph", _is_true, "--external-cuda-graph", "Remove it."),
+    ("optimizer_cuda_graph", _is_true, "--optimizer-cuda-graph", "Remove it."),
+    ("use_megatron_fsdp", _is_true, "--use-megatron-fsdp", "Use --use-distributed-optimizer."),
+    ("use_torch_fsdp2", _is_true, "--use-torch-fsdp2", "Use --use-distributed-optimizer."),
+    ("nccl_ub", _is_true, "--use-nccl-ub", "Remove it: there is no NCCL on a CPU."),
+    ("use_sharp", _is_true, "--use-sharp", "Remove it: there is no NCCL on a CPU."),
+    ("moe_grouped_gemm", _is_true, "--moe-grouped-gemm", "Remove it: its kernel needs a GPU."),
+    ("batch_invariant_mode", _is_true, "--batch-invariant-mode", "Remove it: it needs Triton."),
+    ("optimizer_cpu_offload", _is_true, "--optimizer-cpu-offload", "Remove it: all is on the CPU."),
+    (
+        "cpu_offloading_num_layers",
+        _is_above(0),
+        "--cpu-offloading-num-layers {}",
+        "Remove it: all is on the CPU.",
+    ),
+    (
+        "fine_grained_activation_offloading",
+        _is_true,
+        "--fine-grained-activation-offloading",
+        "Remove it: all is on the CPU.",
+    ),
+    (
+        # Copying to the host, which makes such a checkpoint safe, is no copy on the CPU.
+        "async_save",
+        _is_true,
+        "--async-save",
+        "Remove it: on a CPU training would change tensors while they are written.",
+    ),
+    ("profile", _is_true, "--profile", "Remove it: it starts the CUDA profiler."),
+    (
+        "record_memory_history",
+        _is_true,
+        "--record-memory-history",
+        "Remove it: it records CUDA memory.",
+    ),
+]
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device argument of every torch call from "cuda" to the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        _types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        # The only function that takes a device by position.
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _names_cuda(device: object) -> bool:
+    """Tell whether a device argument means a CUDA device; a bare index does."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _Stream:
+    """A stream of a device that does one thing at a time."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+
+class _Event:
+    """An event that has happened as soon as it is recorded, with its time."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self._recorded_at = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def elapsed_time(self, end_event: _Event) -> float:
+        """Return milliseconds, as torch does."""
+        return 1000.0 * (end_event._recorded_at - self._recorded_at)
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None: ...
+
+
+def _always(value: object) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _torch_cuda_names() -> dict[str, object]:
+    """Return name -> replacement for the members of `torch.cuda` that Megatron can reach."""
+    stream = _Stream()
+    properties = types.SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
+    )
+    names: dict[str, object] = {
+        "is_available": _always(True),
+        "device_count": _always(1),
+        # An index, not a torch.device: Megatron also writes f"cuda:{current_device()}".
+        "current_device": _always(0),
+        "get_device_name": _always("cpu"),
+        # The lowest, so that no path for a particular GPU generation is chosen.
+        "get_device_capability": _always((0, 0)),
+        "get_device_properties": _always(properties),
+        "is_bf16_supported": _always(True),
+        "is_current_stream_capturing": _always(False),
+        # Context managers that yield and change nothing.
+        "device": contextlib.nullcontext,
+        "stream": contextlib.nullcontext,
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": _always(stream),
+        "default_stream": _always(stream),
+        # Called counters in Megatron's logs; an unknown counter is zero.
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "mem_get_info": _always((0, 0)),
+        # torch.cuda's own random functions reach the generator through these three, so all of
+        # them (and Megatron's tracker of random states) then work on the CPU's generator.
+        "_lazy_init": _do_nothing,
+        "_lazy_call": lambda function, **kwargs: function(),
+        "default_generators": (torch.default_generator,),
+    }
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"):
+        names[name] = _do_nothing
+    for name in (
+        "reset_peak_memory_stats",
+        "reset_accumulated_memory_stats",
+        "reset_max_memory_allocated",
+        "reset_max_memory_cached",
+    ):
+        names[name] = _do_nothing
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+        "utilization",
+        "temperature",
+        "power_draw",
+        "clock_rate",
+    ):
+        names[name] = _always(0)
+    return names
+
+
+def _replace_in_torch_cuda(replacements: Mapping[str, object]) -> None:
+    """Set members of `torch.cuda`, also where a module has imported them by name."""
+    importers = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith(("torch.cuda.", "megatron.")) and isinstance(module, types.ModuleType)
+    ]
+    for name, new in replacements.items():
+        old = getattr(torch.cuda, name, None)
+        setattr(torch.cuda, name, new)
+        for module in importers:
+            if old is not None and vars(module).get(name) is old:
+                setattr(module, name, new)
+
+
+def _replace_tensor_methods() -> None:
+    """Make moving to the GPU a no-op and let a tensor's type name say "cuda"."""
+    tensor_type = torch.Tensor.type
+
+    def type_with_cuda_name(
+        self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> Any:
+        if dtype is None:
+            # Megatron's optimizers and gradient clipping sort parameters by
+            # "torch.cuda.FloatTensor" and refuse any other name. Under a TorchFunctionMode the
+            # original method comes back here, so the name may have been changed already.
+            name = tensor_type(self)
+            return name if "cuda" in name else name.replace("torch.", "torch.cuda.")
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return tensor_type(self, dtype, non_blocking, **kwargs)
+
+    def return_self(self: Any, *args: object, **kwargs: object) -> Any:
+        return self
+
+    for owner, name, method in (
+        (torch.Tensor, "type", type_with_cuda_name),
+        (torch.Tensor, "cuda", return_self),
+        (torch.Tensor, "pin_memory", return_self),
+        (torch.Tensor, "record_stream", _do_nothing),
+        (torch.nn.Module, "cuda", return_self),
+    ):
+        setattr(owner, name, method)
+
+
+def _hide_accelerator() -> None:
+    """Let `torch.accelerator` report none, so that a DataLoader does not try to pin memory."""
+    torch.accelerator.is_available = _always(False)
+    torch.accelerator.current_accelerator = _always(None)
+    torch.accelerator.device_count = _always(0)
+    # Megatron always asks for pinned memory; that it has no effect here is no news.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
