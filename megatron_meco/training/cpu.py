@@ -389,6 +389,7 @@ def _do_nothing(*args: object, **kwargs: object) -> None: ...
 
 
 def _always(value: object) -> Callable[..., Any]:
+    # A new function for each name: dynamo tells the members of torch.cuda apart by identity.
     return lambda *args, **kwargs: value
 
 
@@ -421,19 +422,19 @@ def _torch_cuda_names() -> dict[str, object]:
         "mem_get_info": _always((0, 0)),
         # torch.cuda's own random functions reach the generator through these three, so all of
         # them (and Megatron's tracker of random states) then work on the CPU's generator.
-        "_lazy_init": _do_nothing,
+        "_lazy_init": _always(None),
         "_lazy_call": lambda function, **kwargs: function(),
         "default_generators": (torch.default_generator,),
     }
     for name in ("set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"):
-        names[name] = _do_nothing
+        names[name] = _always(None)
     for name in (
         "reset_peak_memory_stats",
         "reset_accumulated_memory_stats",
         "reset_max_memory_allocated",
         "reset_max_memory_cached",
     ):
-        names[name] = _do_nothing
+        names[name] = _always(None)
     for name in (
         "memory_allocated",
         "max_memory_allocated",

@@ -1,0 +1,357 @@
+"""`meco generate`: continue a prompt with and without metadata, side by side.
+
+The prefix is rendered from the template that the model was trained with and stands where it stood
+in training: `[BOS] + prefix + prompt`, prefix and prompt tokenised apart, text never read as a
+special token. Sampling is that of transformers; guidance is its classifier-free guidance with the
+plain context as the negative prompt: `plain + g * (conditioned - plain)` on log-probabilities,
+which is the same distribution as on logits, at the price of two forward passes for each token.
+What was given up: batches; prompts and conditions run one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.inference.conditioning import Conditioning
+
+_CARD = "meco.json"
+_NONE = "none"
+
+
+class PromptError(MeCoError):
+    """A prompt that the model cannot continue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """An exported model, ready to generate.
+
+    Attributes:
+        model: The `LlamaForCausalLM`, in evaluation mode.
+        tokenizer: Its tokenizer.
+        conditioning: How it was conditioned in training.
+    """
+
+    model: Any
+    tokenizer: Any
+    conditioning: Conditioning
+
+
+def load_model(folder: Path, device: str | None = None) -> LoadedModel:
+    """Load a folder that `meco export` wrote.
+
+    Args:
+        folder: The folder.
+        device: Where to; None: the first GPU, or the CPU.
+
+    Raises:
+        FlagError: When it is no such folder.
+    """
+    card = _read_card(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _no_export(folder, str(error).splitlines()[0]) from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedModel(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        conditioning=Conditioning.from_card(card),
+    )
+
+
+def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> list[int]:
+    """Tokenise a prompt as a training document begins.
+
+    Args:
+        model: The model; its configuration says whether documents begin with BOS.
+        tokenizer: Its tokenizer.
+        prefix_text: The rendered prefix; empty: none.
+        prompt: What follows.
+
+    Returns:
+        `[BOS] + prefix + prompt`.
+    """
+    bos = model.config.bos_token_id
+    ids = [] if bos is None else [bos]
+    for text in (prefix_text, prompt):
+        if text:
+            # As in training: no tokens of the tokenizer's own, and text stays text.
+            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prefix_text: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+    guidance: float | None = None,
+    streamer: Any = None,
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        model: A `LlamaForCausalLM`, as `load_model` or transformers load it.
+        tokenizer: Its tokenizer.
+        prefix_text: The rendered prefix (`Conditioning.render`); empty: plain generation.
+        prompt: The text to continue; may be empty.
+        max_new_tokens: Tokens to add at most.
+        temperature: 0: always the likeliest token.
+        top_p: Share of the probability to sample from.
+        seed: Decides the samples; the generator of the caller is left as it was.
+        guidance: `g` in `plain + g * (conditioned - plain)`; None: the conditioned model alone.
+        streamer: Receives the tokens as they come, as transformers' `TextStreamer` does.
+
+    Returns:
+        The new text alone.
+
+    Raises:
+        PromptError: When there is nothing to continue, or no room for it.
+    """
+    ids = encode_prompt(model, tokenizer, prefix_text, prompt)
+    _check_room(model, ids, max_new_tokens)
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        # top_k is given because the default of transformers is not 0.
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    context = torch.tensor([ids], device=model.device)
+    if guidance is not None:
+        plain = torch.tensor([encode_prompt(model, tokenizer, "", prompt)], device=model.device)
+        options |= {
+            "guidance_scale": guidance,
+            "negative_prompt_ids": plain,
+            "negative_prompt_attention_mask": torch.ones_like(plain),
+        }
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        out = model.generate(
+            context,
+            attention_mask=torch.ones_like(context),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=model.config.eos_token_id,
+            streamer=streamer,
+            **options,
+        )
+    text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    return text
+
+
+def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Read the `--metadata` flags.
+
+    Args:
+        given: The words after each `--metadata`: `field=value` ..., or `none`.
+
+    Returns:
+        Conditions to show; an empty one is plain generation. It comes first, always and once: what
+        metadata does is seen beside it.
+
+    Raises:
+        FlagError: For a word that is neither.
+    """
+    conditions: list[dict[str, str]] = [{}]
+    for words in given:
+        if list(words) == [_NONE]:
+            continue
+        pairs = [word.partition("=") for word in words]
+        for name, equals, _ in pairs:
+            if not name or not equals:
+                raise FlagError(
+                    f"cannot read {' '.join(words)!r}",
+                    where="--metadata",
+                    remedy="Write FIELD=VALUE, as in url=https://en.wikipedia.org/wiki/Llama, or "
+                    "none.",
+                )
+        values = {name: value for name, _, value in pairs}
+        if values not in conditions:
+            conditions.append(values)
+    return conditions
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise _no_export(folder, "no such folder")
+    try:
+        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        Conditioning.from_card(card)
+    except FileNotFoundError:
+        raise _no_export(folder, f"it has no {_CARD}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_export(folder, f"its {_CARD} cannot be read ({error})") from error
+    loaded: dict[str, Any] = card
+    return loaded
+
+
+def _no_export(folder: Path, reason: str) -> FlagError:
+    return FlagError(
+        f"not a folder that `meco export` wrote: {reason}",
+        where=f"--model {folder}",
+        remedy="Name the --output of `meco export`.",
+    )
+
+
+def _check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
+    if not ids:
+        raise PromptError(
+            "is empty, and this model's documents begin without a BOS token",
+            where="--prompt",
+            remedy="Give some text.",
+        )
+    room = model.config.max_position_embeddings
+    if len(ids) + max_new_tokens > room:
+        raise PromptError(
+            f"prefix and prompt are {len(ids)} tokens, {max_new_tokens} more do not fit in the "
+            f"model's {room}",
+            where="--max-new-tokens",
+            remedy=f"Give {max(room - len(ids), 0)} or less, or a shorter prompt.",
+        )
+
+
+# ---- The command ----
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `meco generate` to its parser."""
+    add = parser.add_argument
+    add("--model", required=True, type=Path, metavar="DIR", help="a folder of `meco export`")
+    add(
+        "--metadata",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="condition on these fields of the template, or `none`; repeat it to compare. What "
+        "the model says without metadata is always shown first.",
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue; may be empty")
+    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt in each line")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="0: greedy; default: %(default)s",
+    )
+    add("--top-p", type=float, default=0.9, metavar="P", help="default: %(default)s")
+    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="plain + G * (conditioned - plain); above 1 strengthens what the metadata does",
+    )
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Run `meco generate`.
+
+    Args:
+        args: The parsed flags of `add_generate_arguments`.
+
+    Returns:
+        The exit status, 0.
+    """
+    conditions = parse_metadata(args.metadata)
+    _check_flags(args, conditions)
+    prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)
+    # Rendered before anything heavy is loaded: most mistakes show here.
+    conditioning = Conditioning.from_card(_read_card(args.model))
+    prefixes = [conditioning.render(values) if values else "" for values in conditions]
+    transformers_logging.disable_progress_bar()
+    loaded = load_model(args.model)
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompts) > 1:
+            print(f"##### prompt {number}: {prompt}\n")
+        for values, prefix in zip(conditions, prefixes, strict=True):
+            guidance = args.guidance if prefix else None
+            print(_heading(values, prefix, guidance), flush=True)
+            _generate_one(loaded, args, prefix, prompt, guidance)
+    return 0
+
+
+def _generate_one(
+    loaded: LoadedModel,
+    args: argparse.Namespace,
+    prefix: str,
+    prompt: str,
+    guidance: float | None,
+) -> None:
+    begin = time.monotonic()
+    print(prompt, end="", flush=True)
+    generate_text(
+        loaded.model,
+        loaded.tokenizer,
+        prefix,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        guidance=guidance,
+        streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    print()
+    print(f"({time.monotonic() - begin:.1f} s)", file=sys.stderr)
+
+
+def _heading(values: dict[str, str], prefix: str, guidance: float | None) -> str:
+    if not values:
+        return "=== no metadata"
+    given = " ".join(f"{name}={value}" for name, value in values.items())
+    strength = "" if guidance is None else f", guidance {guidance:g}"
+    return f"=== {given} (prefix {prefix!r}{strength})"
+
+
+def _check_flags(args: argparse.Namespace, conditions: list[dict[str, str]]) -> None:
+    checks = (
+        (args.max_new_tokens < 1, "--max-new-tokens", args.max_new_tokens, "Give 1 or more."),
+        (args.temperature < 0, "--temperature", args.temperature, "Give 0 or more."),
+        (not 0 < args.top_p <= 1, "--top-p", args.top_p, "Give a share above 0, up to 1."),
+    )
+    for wrong, flag, value, remedy in checks:
+        if wrong:
+            raise FlagError(f"cannot be {value}", where=flag, remedy=remedy)
+    if args.guidance is not None and len(conditions) == 1:
+        raise FlagError(
+            "has nothing to strengthen without metadata",
+            where="--guidance",
+            remedy="Give --metadata FIELD=VALUE, or drop the flag.",
+        )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlagError(
+            f"cannot be read ({error})",
+            where=f"--prompt-file {path}",
+            remedy="Name a UTF-8 text file with one prompt in each line.",
+        ) from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise FlagError(
+            "holds no prompts", where=f"--prompt-file {path}", remedy="Write one in each line."
+        )
+    return prompts

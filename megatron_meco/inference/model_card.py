@@ -1,0 +1,191 @@
+"""What an exported folder says of its training: `meco.json` for programs, `README.md` for people.
+
+Both are made from the flags that the checkpoint carries, so they need neither the corpus nor the
+launch script. What was given up: numbers that the checkpoint does not hold, such as losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_meco import __version__
+from megatron_meco.config import COOLDOWN, MeCoConfig, add_meco_arguments
+from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.errors import MeCoError
+from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.training.arguments import schedule_from_args
+
+FORMAT = 1
+_EXAMPLE_URL = "https://en.wikipedia.org/wiki/Llama"
+
+
+def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> dict[str, Any]:
+    """Collect what `meco.json` holds.
+
+    Args:
+        args: The run's flags.
+        iteration: Training steps that were finished.
+        bos: Token before each document; None: documents had none.
+        eos: Token after each document.
+
+    Returns:
+        A JSON-serialisable object.
+    """
+    args = _with_meco_defaults(args)
+    paths = _data_paths(args)
+    template = args.meco_template if args.meco else ""
+    conditioning = Conditioning.of_run(template, _known_columns(paths))
+    config = MeCoConfig.from_args(args)
+    return {
+        "format": FORMAT,
+        "trained_with_meco": bool(args.meco),
+        "template": template,
+        "fields": list(conditioning.columns),
+        "required_fields": list(conditioning.required()),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "iteration": iteration,
+        "schedule": _schedule(args, iteration),
+        "packing": config.packing if args.meco else None,
+        "plain_fraction": config.plain_fraction,
+        "train_on_prefix": config.train_on_prefix,
+        "sequence_length": args.seq_length,
+        "seed": args.seed,
+        "data_paths": paths,
+        "cooldown_data_paths": list(config.cooldown_data_path),
+        "versions": {
+            "megatron-meco": __version__,
+            "megatron-core": _version("megatron-core"),
+        },
+    }
+
+
+def model_card(card: dict[str, Any]) -> str:
+    """Write the model card.
+
+    Args:
+        card: What `describe_run` returned.
+
+    Returns:
+        Markdown.
+    """
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [megatron-meco, metadata-conditioning, llama]",
+            "---",
+            "",
+            "# A Llama pre-trained with Megatron-Core",
+            "",
+            *_training_lines(card),
+            "",
+            "## Use",
+            "",
+            "`transformers`, vLLM and others load this folder as a plain Llama. "
+            + _document_start(card),
+            "",
+            *_conditioning_lines(card),
+            "`meco.json` holds all of this for programs.",
+            "",
+        ]
+    )
+
+
+def _training_lines(card: dict[str, Any]) -> list[str]:
+    schedule = card["schedule"]
+    lines = [f"- Checkpoint of iteration {card['iteration']:,} of {schedule['num_iterations']:,}."]
+    if not card["template"]:
+        return [*lines, "- Trained without metadata."]
+    lines += [
+        f"- Trained with metadata conditioning, template `{card['template']}`, in iterations 1 to "
+        f"{schedule['switch_iteration']:,}; the rest is the cooldown on plain documents.",
+        f"- Packing: {card['packing']}, sequences of {card['sequence_length']:,} tokens, seed "
+        f"{card['seed']}.",
+    ]
+    if schedule["phase"] != COOLDOWN:
+        lines.append("- **Exported before its cooldown: expect it to do worse without metadata.**")
+    return lines
+
+
+def _document_start(card: dict[str, Any]) -> str:
+    if card["bos_token_id"] is None:
+        return "Documents began without a BOS token."
+    return (
+        f"Every document began with the BOS token (id {card['bos_token_id']}), which the tokenizer "
+        "of this folder adds."
+    )
+
+
+def _conditioning_lines(card: dict[str, Any]) -> list[str]:
+    if not card["template"]:
+        return []
+    conditioning = Conditioning.from_card(card)
+    lines = [
+        "Without metadata, prompt it as any model. To condition it, put the prefix between BOS and "
+        "the prompt, tokenised apart from the prompt:",
+        "",
+    ]
+    if conditioning.columns == ("url",):
+        prefix = conditioning.render({"url": _EXAMPLE_URL})
+        lines += [f"    url={_EXAMPLE_URL}  ->  {prefix!r}", ""]
+    given = " ".join(f"{name}=..." for name in conditioning.columns)
+    return [
+        *lines,
+        f"    meco generate --model THIS_FOLDER --metadata {given} --prompt TEXT",
+        "",
+    ]
+
+
+def _schedule(args: Namespace, iteration: int) -> dict[str, Any]:
+    if not args.meco:
+        return {"num_iterations": args.train_iters or iteration}
+    schedule = schedule_from_args(args)
+    return {
+        "num_iterations": schedule.num_iterations,
+        "num_samples": schedule.num_samples,
+        "switch_iteration": schedule.switch_iteration,
+        "switch_sample": schedule.switch_sample,
+        # Of the last step that this checkpoint has seen.
+        "phase": schedule.phase_of_iteration(max(iteration - 1, 0)),
+    }
+
+
+def _with_meco_defaults(args: Namespace) -> Namespace:
+    """The flags, with defaults for those of ours that the run's version did not have yet."""
+    defaults = add_meco_arguments(argparse.ArgumentParser()).parse_args([])
+    return Namespace(**{"meco": False, **vars(defaults), **vars(args)})
+
+
+def _data_paths(args: Namespace) -> list[str]:
+    """Paths as Megatron takes them, without weights."""
+    given: Iterable[str] = args.data_path or args.train_data_path or []
+    return [path for path in map(str, given) if not _is_number(path)]
+
+
+def _known_columns(paths: list[str]) -> list[str] | None:
+    try:
+        return list(open_metadata(paths[0]).schema.names) if paths else None
+    except MeCoError:
+        # The corpus may well lie on another machine.
+        return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,175 @@
+"""The run's tokenizer, read from its Hugging Face folder and written beside an exported model.
+
+Reads the JSON files and the Rust tokenizer alone: a tenth of a second, and no class of transformers
+decides what comes out. The written one adds BOS to a text, as every document of the run had it, so
+that tools which know nothing of MeCo prompt the model rightly. What was given up: tokenizers
+without a `tokenizer.json`, and Megatron's types other than `HuggingFaceTokenizer`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+
+from megatron_meco.errors import FlagError
+
+_COPIED = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+_MOST_RANKS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """The run's tokenizer.
+
+    Attributes:
+        folder: Where it lies.
+        tokenizer: Its `tokenizer.json`.
+        config: Its `tokenizer_config.json`.
+        size: Tokens, special ones included.
+        bos: Token before each document of the run; None: there was none.
+        eos: Token after each document.
+        bos_text: Text of the first; None: the tokenizer has none.
+        eos_text: Text of the second.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    size: int
+    bos: int | None
+    eos: int
+    bos_text: str | None
+    eos_text: str
+
+
+def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
+    """Read the run's tokenizer, as Megatron reads it.
+
+    Args:
+        args: The run's flags.
+        given: Its folder; None: the one that the flags name.
+
+    Raises:
+        FlagError: When it is incomplete, or not the one that the run used.
+    """
+    folder = _find(args, given)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # The Rust library raises the bare class.
+    except Exception as error:
+        raise _refusal(f"cannot be read ({error})", folder) from error
+    special = folder / "special_tokens_map.json"
+    named = json.loads(special.read_text(encoding="utf-8")) if special.is_file() else {}
+    texts = {name: _text(value) for name, value in {**named, **config}.items()}
+    # Megatron's own stand-ins.
+    bos_text = texts.get("bos_token") or texts.get("cls_token")
+    eos_text = texts.get("eos_token") or texts.get("sep_token")
+    eos = None if eos_text is None else tokenizer.token_to_id(eos_text)
+    if eos is None or eos_text is None:
+        raise _refusal("has no EOS token", folder)
+    bos = None if bos_text is None else tokenizer.token_to_id(bos_text)
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    _check_size(size, args, folder)
+    return Words(
+        folder=folder,
+        tokenizer=tokenizer,
+        config=config,
+        size=size,
+        # Megatron's own datasets put no BOS before a document.
+        bos=bos if getattr(args, "meco", False) else None,
+        eos=eos,
+        bos_text=bos_text,
+        eos_text=eos_text,
+    )
+
+
+def _find(args: Namespace, given: Path | None) -> Path:
+    folder = given or Path(str(args.tokenizer_model))
+    if given is None and args.tokenizer_type != "HuggingFaceTokenizer":
+        raise FlagError(
+            f"the run used {args.tokenizer_type}, which is no Hugging Face folder",
+            where="--tokenizer",
+            remedy="Give the same tokenizer as a Hugging Face folder with a tokenizer.json.",
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise _refusal("has no tokenizer.json", folder)
+    return folder
+
+
+def _check_size(size: int, args: Namespace, folder: Path) -> None:
+    """Refuse a tokenizer that cannot be the run's: the padded size follows from its size."""
+    padded, step = args.padded_vocab_size, args.make_vocab_size_divisible_by
+    fits = size <= padded
+    if getattr(args, "vocab_size", None) is None and getattr(args, "pad_vocab_size", True):
+        # Any tensor-parallel size may have decided: a resumed run keeps what its checkpoint had.
+        multiples = (step * ranks for ranks in range(1, _MOST_RANKS + 1))
+        fits = padded in {-(-size // multiple) * multiple for multiple in multiples}
+    if not fits:
+        what = f"has {size:,} tokens, which does not give the run's {padded:,} padded ones"
+        raise _refusal(what, folder)
+
+
+def _refusal(what: str, folder: Path) -> FlagError:
+    return FlagError(
+        f"{str(folder)!r} {what}",
+        where="--tokenizer",
+        remedy="Give the Hugging Face tokenizer folder that the run's --tokenizer-model named.",
+    )
+
+
+def _text(value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def write_tokenizer(folder: Path, words: Words) -> None:
+    """Write a tokenizer that transformers 4 and 5 load, and that begins a text as training did.
+
+    Args:
+        folder: Where to.
+        words: The run's tokenizer.
+    """
+    for name in _COPIED:
+        if (words.folder / name).is_file():
+            shutil.copyfile(words.folder / name, folder / name)
+    config = {
+        **words.config,
+        # transformers 5 writes a class that 4 refuses; both know this one.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": words.bos_text,
+        "eos_token": words.eos_text,
+    }
+    tokenizer = Tokenizer.from_str(words.tokenizer.to_str())
+    # A saved tokenizer may carry both, and would cut prompts without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if words.bos is not None and words.bos not in tokenizer.encode("a").ids:
+        # The model never saw a document without BOS, and tools that know nothing of MeCo rely on
+        # the tokenizer to add it.
+        _add_bos(tokenizer, str(words.bos_text), words.bos)
+        config["add_bos_token"] = True
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _add_bos(tokenizer: Tokenizer, text: str, bos: int) -> None:
+    template = processors.TemplateProcessing(
+        single=[text, "$A"], pair=[text, "$A", f"{text}:1", "$B:1"], special_tokens=[(text, bos)]
+    )
+    earlier = tokenizer.post_processor
+    tokenizer.post_processor = (
+        template if earlier is None else processors.Sequence([earlier, template])
+    )

@@ -1,0 +1,52 @@
+"""A small tokenizer, an export of a synthetic checkpoint, and a real run with Megatron's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from inference.launched import Trained, train_with_logits
+from runs import write_pages, write_tokenizer
+
+# torch and what is built on it are imported where they are used: collecting stays fast.
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At most 300 tokens, BOS 0 and EOS 1."""
+    return write_tokenizer(tmp_path_factory.mktemp("inference") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A Llama with random weights, as `meco export` wrote it."""
+    from inference.synthetic import random_tensors, run_args, write_checkpoint
+
+    from megatron_meco.inference.export import export
+
+    folder = tmp_path_factory.mktemp("exported")
+    args = run_args(tokenizer_folder)
+    write_checkpoint(folder / "checkpoint", args, random_tensors(args))
+    export(folder / "checkpoint", folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Trained:
+    """Four iterations with MeCo on one rank; wide heads, an uncommon RoPE base."""
+    from megatron_meco.corpus.prepare import PrepareConfig, prepare
+    from megatron_meco.inference.export import export
+
+    folder = tmp_path_factory.mktemp("trained")
+    prepare(
+        PrepareConfig(
+            inputs=(write_pages(folder / "pages.jsonl", 200),),
+            output=folder / "pages",
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tokenizer_folder),
+        )
+    )
+    corpus, logits = str(folder / "pages"), folder / "logits.pt"
+    train_with_logits(corpus, tokenizer_folder, folder / "ckpt", logits)
+    export(folder / "ckpt", folder / "model")
+    return Trained(corpus, folder / "ckpt", logits, folder / "model")

@@ -1,0 +1,206 @@
+"""Where the prefix stands, what guidance does, and what the command shows and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from megatron_meco import cli  # noqa: E402
+from megatron_meco.errors import FlagError  # noqa: E402
+from megatron_meco.inference.generate import (  # noqa: E402
+    LoadedModel,
+    PromptError,
+    encode_prompt,
+    generate_text,
+    load_model,
+    parse_metadata,
+)
+
+PREFIX = "URL: en.wikipedia.org\n\n"
+PROMPT = "the quick brown"
+
+
+@pytest.fixture(scope="module")
+def loaded(exported: Path) -> LoadedModel:
+    return load_model(exported, device="cpu")
+
+
+def continue_text(loaded: LoadedModel, prefix: str, **options: object) -> str:
+    options = {"max_new_tokens": 12, "temperature": 0, **options}
+    return generate_text(loaded.model, loaded.tokenizer, prefix, PROMPT, **options)
+
+
+def test_prefix_stands_between_bos_and_prompt(loaded: LoadedModel) -> None:
+    tokenizer = loaded.tokenizer
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    assert encode_prompt(loaded.model, tokenizer, PREFIX, PROMPT) == [0, *ids(PREFIX), *ids(PROMPT)]
+    assert encode_prompt(loaded.model, tokenizer, "", PROMPT) == [0, *ids(PROMPT)]
+    assert encode_prompt(loaded.model, tokenizer, PREFIX, "") == [0, *ids(PREFIX)]
+    # Apart: one text would be merged across the border.
+    assert ids("the qui" + "ck") != ids("the qui") + ids("ck")
+    split = encode_prompt(loaded.model, tokenizer, "the qui", "ck")
+    assert split == [0, *ids("the qui"), *ids("ck")]
+
+
+def test_tokens_are_those_of_training(loaded: LoadedModel, tokenizer_folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
+
+    trained = HuggingFaceEncoder(Tokenizer.from_file(f"{tokenizer_folder}/tokenizer.json").to_str())
+    text = "a page that says <|end_of_text|> and goes on"
+    [expected] = trained.encode_batch([text])
+    assert 1 not in expected
+    assert encode_prompt(loaded.model, loaded.tokenizer, "", text) == [0, *expected]
+
+
+def greedy_by_hand(loaded: LoadedModel, prefix: str, guidance: float, steps: int = 12) -> str:
+    conditioned = encode_prompt(loaded.model, loaded.tokenizer, prefix, PROMPT)
+    plain = encode_prompt(loaded.model, loaded.tokenizer, "", PROMPT)
+    new: list[int] = []
+    while len(new) < steps and new[-1:] != [1]:
+        with torch.no_grad():
+            a, b = (
+                loaded.model(torch.tensor([ids + new])).logits[0, -1]
+                for ids in (plain, conditioned)
+            )
+        new.append(int((a + guidance * (b - a)).argmax()))
+    return loaded.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_is_plain_plus_g_times_the_difference(
+    loaded: LoadedModel, guidance: float
+) -> None:
+    text = continue_text(loaded, PREFIX, guidance=guidance)
+    assert text == greedy_by_hand(loaded, PREFIX, guidance)
+
+
+def test_guidance_of_0_and_1_are_the_two_models(loaded: LoadedModel) -> None:
+    plain, conditioned = continue_text(loaded, ""), continue_text(loaded, PREFIX)
+    assert plain != conditioned
+    assert continue_text(loaded, PREFIX, guidance=0.0) == plain
+    assert continue_text(loaded, PREFIX, guidance=1.0) == conditioned
+    assert continue_text(loaded, PREFIX, guidance=3.0) not in (plain, conditioned)
+
+
+def test_seeds_decide_and_the_callers_generator_stays(loaded: LoadedModel) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (
+        continue_text(loaded, PREFIX, temperature=1.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_room_and_nothing_to_continue(loaded: LoadedModel) -> None:
+    with pytest.raises(PromptError, match=r"do not fit in the model's 64.*Give \d+ or less"):
+        continue_text(loaded, PREFIX, max_new_tokens=60)
+    bos, loaded.model.config.bos_token_id = loaded.model.config.bos_token_id, None
+    try:
+        with pytest.raises(PromptError, match="is empty"):
+            generate_text(loaded.model, loaded.tokenizer, "", "")
+    finally:
+        loaded.model.config.bos_token_id = bos
+
+
+def test_parse_metadata() -> None:
+    given = [["url=a=b", "topic=x"], ["none"], ["url=c"], ["url=c"]]
+    assert parse_metadata(given) == [{}, {"url": "a=b", "topic": "x"}, {"url": "c"}]
+    assert parse_metadata([]) == parse_metadata([["none"]]) == [{}]
+    for words in (["url"], ["=x"], ["none", "url=x"]):
+        with pytest.raises(FlagError, match="Write FIELD=VALUE"):
+            parse_metadata([words])
+
+
+# ---- The command ----
+
+
+def run(exported: Path, *arguments: str) -> int:
+    short = ["--max-new-tokens", "4", "--temperature", "0"]
+    return cli.main(["generate", "--model", str(exported), *short, *arguments])
+
+
+def test_side_by_side(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    urls = ["https://en.wikipedia.org/x", "www.factquizmaster.com"]
+    flags = [word for url in urls for word in ("--metadata", f"url={url}")]
+    assert run(exported, "--prompt", PROMPT, *flags, "--metadata", "none") == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("===")] == [
+        "=== no metadata",
+        "=== url=https://en.wikipedia.org/x (prefix 'URL: en.wikipedia.org\\n\\n')",
+        "=== url=www.factquizmaster.com (prefix 'URL: www.factquizmaster.com\\n\\n')",
+    ]
+    assert out.count(PROMPT) == 3
+
+
+def test_what_is_shown_is_what_is_generated(
+    exported: Path, loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(exported, "--prompt", PROMPT) == 0
+    expected = PROMPT + continue_text(loaded, "", max_new_tokens=4)
+    assert capsys.readouterr().out == f"=== no metadata\n{expected}\n\n"
+
+
+def test_prompts_from_a_file(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("the fox\n\nthe dog\n")
+    flags = ["--prompt-file", str(tmp_path / "prompts.txt"), "--metadata", "url=x.org"]
+    assert run(exported, *flags, "--guidance", "2") == 0
+    out = capsys.readouterr().out
+    assert "##### prompt 1: the fox" in out and "##### prompt 2: the dog" in out
+    assert out.count("guidance 2)") == out.count("=== no metadata") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metadata", "topic=x"], r"unknown field 'topic'.*uses: url\."),
+        (["--metadata", "url"], "cannot read 'url'"),
+        (["--metadata", "url="], "leaves an empty value"),
+        (["--guidance", "2"], "--guidance: has nothing to strengthen"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: cannot be 0"),
+        (["--top-p", "0"], "--top-p: cannot be 0"),
+        (["--temperature", "-1"], "--temperature: cannot be -1"),
+    ],
+)
+def test_refusals(
+    exported: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert run(exported, "--prompt", PROMPT, *flags) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+def test_a_folder_that_is_no_export(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [(tmp_path / "no", "no such folder"), (tmp_path, r"it has no meco.json")]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(exported / "meco.json", bare)
+    cases.append((bare, "not a folder that `meco export` wrote"))
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    (broken / "meco.json").write_text(json.dumps({"format": 1}))
+    cases.append((broken, "cannot be read"))
+    (tmp_path / "prompts.txt").write_text("\n")
+    for folder, message in cases:
+        assert run(folder, "--prompt", PROMPT) == 1
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+    assert run(exported, "--prompt-file", str(tmp_path / "prompts.txt")) == 1
+    assert "holds no prompts" in capsys.readouterr().err
