@@ -36,6 +36,10 @@ void copy_tokens(const uint8_t* source, int token_bytes, int64_t count, int64_t*
   }
 }
 
+void count_up(int64_t* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) target[i] = i;
+}
+
 }  // namespace
 
 std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
@@ -61,12 +65,22 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
       throw std::out_of_range("damaged plan: body offset");
     }
     piece.has_bos = documents.has_bos && room > 0;
-    room -= piece.has_bos ? 1 : 0;
     piece.prefix_id = documents.prefix_id(piece.document);
-    const int64_t prefix = std::min(documents.prefix_length(piece.prefix_id), room);
-    room -= prefix;
-    piece.body_end = piece.body_begin + std::min(body - piece.body_begin, room);
-    room -= piece.body_end - piece.body_begin;
+    if (piece.body_begin > 0 && !options.repeat_prefix) piece.prefix_id = -1;
+    const bool is_empty_pack = room == options.capacity;
+    // Best-fit cuts every body as for a pack of its own, the others as the room left demands.
+    int64_t left = options.strategy == Strategy::kBestFit ? options.capacity : room;
+    left -= piece.has_bos ? 1 : 0;
+    const int64_t prefix = std::min(documents.prefix_length(piece.prefix_id), left);
+    left -= prefix;
+    int64_t taken = std::min(body - piece.body_begin, left);
+    if (taken < body - piece.body_begin && options.strategy != Strategy::kTruncate) {
+      const bool must = is_empty_pack || options.strategy == Strategy::kBestFit;
+      taken = documents.cut(piece.document, piece.body_begin, taken, must);
+    }
+    piece.body_end = piece.body_begin + taken;
+    room -= (piece.has_bos ? 1 : 0) + prefix + taken;
+    if (room < 0) throw std::out_of_range("damaged plan: pack overfull");
     // The body is cut as if the prefix were there: both views hold the same body tokens.
     if (options.hide_prefixes) piece.prefix_id = -1;
     piece.prefix_tokens = options.hide_prefixes ? 0 : static_cast<int32_t>(prefix);
@@ -82,7 +96,7 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
   int64_t cursor = 0;
   int64_t longest = 0;
   int64_t num_bounds = 0;
-  out->prefix_tokens = 0;
+  int64_t prefix_total = 0;
   out->cu_seqlens[num_bounds++] = 0;
 
   for (size_t i = 0; i < pieces.size(); ++i) {
@@ -104,11 +118,12 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
     // loss_mask[t] governs predicting token t + 1, which must be trained and in the same piece.
     const int64_t first_trained = std::max(
         begin + 1, options.train_on_prefix ? begin + (piece.has_bos ? 1 : 0) : begin + head);
-    for (int64_t t = begin; t < end; ++t) {
-      out->loss_mask[t] = t + 1 >= first_trained && t + 1 < end ? 1.0f : 0.0f;
-      out->position_ids[t] = t - begin;
+    std::fill(out->loss_mask + begin, out->loss_mask + end, 0.0f);
+    if (first_trained < end) {
+      std::fill(out->loss_mask + first_trained - 1, out->loss_mask + end - 1, 1.0f);
     }
-    out->prefix_tokens += piece.prefix_tokens;
+    count_up(out->position_ids + begin, end - begin);
+    prefix_total += piece.prefix_tokens;
     longest = std::max(longest, end - begin);
     cursor = end;
     if (end > begin) out->cu_seqlens[num_bounds++] = static_cast<int32_t>(end);
@@ -116,17 +131,16 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
 
   // Padding is a segment of its own: no document sees it, and nothing in it is trained.
   longest = std::max(longest, capacity - cursor);
-  for (int64_t t = cursor; t < capacity; ++t) {
-    out->tokens[t] = options.pad_id;
-    out->loss_mask[t] = 0.0f;
-    out->position_ids[t] = t - cursor;
-  }
+  std::fill(out->tokens + cursor, out->tokens + capacity, options.pad_id);
+  std::fill(out->loss_mask + cursor, out->loss_mask + capacity, 0.0f);
+  count_up(out->position_ids + cursor, capacity - cursor);
   for (; num_bounds < num_cu_seqlens(options); ++num_bounds) {
     out->cu_seqlens[num_bounds] = static_cast<int32_t>(capacity);
   }
   std::memcpy(out->labels, out->tokens + 1, static_cast<size_t>(capacity - 1) * sizeof(int64_t));
   out->labels[capacity - 1] = options.pad_id;
-  out->max_seqlen = static_cast<int32_t>(longest);
+  *out->max_seqlen = static_cast<int32_t>(longest);
+  *out->prefix_tokens = prefix_total;
 }
 
 }  // namespace meco

@@ -33,6 +33,8 @@ struct PlanView {
 };
 
 struct AssemblyOptions {
+  Strategy strategy = Strategy::kTruncate;
+  bool repeat_prefix = true;
   int64_t capacity = 0;
   int64_t max_documents = 0;
   int64_t bos_id = -1;
@@ -43,13 +45,13 @@ struct AssemblyOptions {
 
 // Output arrays of one sample; all are written in full.
 struct SampleArrays {
-  int64_t* tokens;        // capacity
-  int64_t* labels;        // capacity
-  float* loss_mask;       // capacity
-  int64_t* position_ids;  // capacity
-  int32_t* cu_seqlens;    // num_cu_seqlens(options), the tail repeats `capacity`
-  int32_t max_seqlen;
-  int64_t prefix_tokens;
+  int64_t* tokens;         // capacity
+  int64_t* labels;         // capacity
+  float* loss_mask;        // capacity
+  int64_t* position_ids;   // capacity
+  int32_t* cu_seqlens;     // num_cu_seqlens(options), the tail repeats `capacity`
+  int32_t* max_seqlen;     // one number
+  int64_t* prefix_tokens;  // one number
 };
 
 // Fixed length of cu_seqlens: a zero, a bound for each document, one for the padding. Never more

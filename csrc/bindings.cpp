@@ -100,31 +100,45 @@ class Corpus {
 
 py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t capacity,
                     int64_t max_documents, std::optional<int64_t> num_packs, int64_t first_document,
-                    int64_t num_documents, int64_t range_begin, int64_t range_end, uint64_t seed) {
+                    int64_t num_documents, int64_t range_begin, int64_t range_end, uint64_t seed,
+                    bool repeat_prefix, int num_threads, const py::object& progress) {
   meco::Order order{first_document, num_documents, range_begin, range_end, seed};
-  meco::PackingOptions options{strategy, capacity, num_packs.value_or(-1), max_documents};
+  meco::PackingOptions options;
+  options.strategy = meco::parse_strategy(strategy);
+  options.capacity = capacity;
+  options.num_packs = num_packs.value_or(-1);
+  options.max_documents = max_documents;
+  options.repeat_prefix = repeat_prefix;
+  options.num_threads = num_threads;
+  options.progress = [&progress](double share) {
+    py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // Ctrl-C
+    if (!progress.is_none()) progress(share);
+  };
   meco::Plan plan;
   {
     py::gil_scoped_release release;
     plan = meco::build_plan(corpus.documents(), order, options);
   }
+  const meco::PlanCounts& c = plan.counts;
   py::dict counts;
-  counts["num_epochs"] = plan.num_epochs;
-  counts["documents"] = plan.documents;
-  counts["documents_cut"] = plan.documents_cut;
-  counts["documents_plain"] = plan.documents_plain;
-  counts["documents_empty"] = plan.documents_empty;
-  counts["body_tokens"] = plan.body_tokens;
-  counts["prefix_tokens"] = plan.prefix_tokens;
-  counts["bos_tokens"] = plan.bos_tokens;
-  counts["padding_tokens"] = plan.padding_tokens;
-  counts["discarded_tokens"] = plan.discarded_tokens;
+  counts["num_epochs"] = c.num_epochs;
+  counts["documents"] = c.documents;
+  counts["documents_cut"] = c.documents_cut;
+  counts["documents_plain"] = c.documents_plain;
+  counts["documents_empty"] = c.documents_empty;
+  counts["body_tokens"] = c.body_tokens;
+  counts["prefix_tokens"] = c.prefix_tokens;
+  counts["bos_tokens"] = c.bos_tokens;
+  counts["padding_tokens"] = c.padding_tokens;
+  counts["discarded_tokens"] = c.discarded_tokens;
   py::dict result;
   result["counts"] = counts;
   result["pack_offsets"] = to_array(std::move(plan.pack_offsets));
   result["piece_document"] = to_array(std::move(plan.piece_document));
   result["continued_piece"] = to_array(std::move(plan.continued_piece));
   result["continued_begin"] = to_array(std::move(plan.continued_begin));
+  result["packs_by_size"] = to_array(std::move(plan.packs_by_size));
   return result;
 }
 
@@ -133,7 +147,8 @@ class Assembler {
  public:
   Assembler(py::object corpus, Array<int64_t> pack_offsets, Array<int32_t> piece_document,
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
-            int64_t max_documents, int64_t pad_id, bool hide_prefixes, bool train_on_prefix)
+            int64_t max_documents, int64_t pad_id, bool hide_prefixes, bool train_on_prefix,
+            const std::string& strategy, bool repeat_prefix)
       : corpus_object_(std::move(corpus)),
         corpus_(corpus_object_.cast<const Corpus&>()),
         pack_offsets_(std::move(pack_offsets)),
@@ -151,6 +166,8 @@ class Assembler {
     plan_.continued_piece = continued_piece_.data();
     plan_.continued_begin = continued_begin_.data();
     plan_.num_continued = continued_piece_.size();
+    options_.strategy = meco::parse_strategy(strategy);
+    options_.repeat_prefix = repeat_prefix;
     options_.capacity = capacity;
     options_.max_documents = max_documents;
     options_.bos_id = corpus_.bos_id();
@@ -204,26 +221,25 @@ class Assembler {
     py::array_t<int64_t> tokens(length), labels(length), position_ids(length);
     py::array_t<float> loss_mask(length);
     py::array_t<int32_t> cu_seqlens(meco::num_cu_seqlens(options_));
-    meco::SampleArrays out{tokens.mutable_data(),
-                           labels.mutable_data(),
-                           loss_mask.mutable_data(),
-                           position_ids.mutable_data(),
-                           cu_seqlens.mutable_data(),
-                           0,
-                           0};
+    py::array_t<int32_t> max_seqlen(std::vector<py::ssize_t>{});
+    py::array_t<int64_t> prefix_tokens(std::vector<py::ssize_t>{});
+    meco::SampleArrays out{tokens.mutable_data(),       labels.mutable_data(),
+                           loss_mask.mutable_data(),    position_ids.mutable_data(),
+                           cu_seqlens.mutable_data(),   max_seqlen.mutable_data(),
+                           prefix_tokens.mutable_data()};
     {
       py::gil_scoped_release release;
       meco::assemble(pieces, sources, token_bytes, corpus_.documents(), corpus_.prefix_tokens(),
                      options_, &out);
     }
     py::dict result;
-    result["tokens"] = tokens;
-    result["labels"] = labels;
-    result["loss_mask"] = loss_mask;
-    result["position_ids"] = position_ids;
-    result["cu_seqlens"] = cu_seqlens;
-    result["max_seqlen"] = out.max_seqlen;
-    result["prefix_tokens"] = out.prefix_tokens;
+    result["tokens"] = std::move(tokens);
+    result["labels"] = std::move(labels);
+    result["loss_mask"] = std::move(loss_mask);
+    result["position_ids"] = std::move(position_ids);
+    result["cu_seqlens"] = std::move(cu_seqlens);
+    result["max_seqlen"] = std::move(max_seqlen);
+    result["meco_prefix_tokens"] = std::move(prefix_tokens);
     return result;
   }
 
@@ -244,10 +260,7 @@ Array<int64_t> permutation(uint64_t size, uint64_t seed, uint64_t stream, int64_
   }
   Array<int64_t> result(end - begin);
   int64_t* values = result.mutable_data();
-  const meco::Permutation permute(size, seed, stream);
-  for (int64_t i = begin; i < end; ++i) {
-    values[i - begin] = static_cast<int64_t>(permute(static_cast<uint64_t>(i)));
-  }
+  meco::Permutation(size, seed, stream).fill(static_cast<uint64_t>(begin), end - begin, values);
   return result;
 }
 
@@ -274,11 +287,12 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
-                    int64_t, int64_t, int64_t, bool, bool>(),
+                    int64_t, int64_t, int64_t, bool, bool, const std::string&, bool>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
-           py::arg("pad_id"), py::arg("hide_prefixes"), py::arg("train_on_prefix"))
+           py::arg("pad_id"), py::arg("hide_prefixes"), py::arg("train_on_prefix"),
+           py::arg("strategy"), py::arg("repeat_prefix"))
       .def("pieces", &Assembler::pieces, py::arg("pack"))
       .def("sample", &Assembler::sample, py::arg("pack"), py::arg("bin"),
            py::arg("sequence_pointers").noconvert(), py::arg("token_bytes"))
@@ -288,7 +302,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_plan", &build_plan, py::arg("corpus"), py::kw_only(), py::arg("strategy"),
         py::arg("capacity"), py::arg("max_documents"), py::arg("num_packs"),
         py::arg("first_document"), py::arg("num_documents"), py::arg("range_begin"),
-        py::arg("range_end"), py::arg("seed"));
+        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"), py::arg("num_threads"),
+        py::arg("progress") = py::none());
   m.def("permutation", &permutation, py::arg("size"), py::arg("seed"), py::arg("stream"),
         py::arg("begin"), py::arg("end"));
   m.def("hash_pair", &meco::hash_pair, py::arg("a"), py::arg("b"));

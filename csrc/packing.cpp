@@ -1,13 +1,32 @@
 #include "packing.h"
 
 #include <algorithm>
+#include <chrono>
+#include <deque>
+#include <future>
+#include <optional>
 #include <stdexcept>
+#include <utility>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+// The multiplications below have no SSE2 form; where AVX2 is there, eight go at once.
+#define MECO_VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define MECO_VECTOR_CLONES
+#endif
 
 namespace meco {
 
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+// Documents that one thread looks up at a time: small enough for a cache, large enough to start a
+// thread for.
+constexpr int64_t kChunk = int64_t{1} << 16;
+// Documents of one best-fit window. Padding is lost at the end of a window only.
+constexpr int64_t kWindow = int64_t{1} << 18;
+constexpr int64_t kPrefetch = 24;
 
 uint64_t mix(uint64_t x) {
   x ^= x >> 30;
@@ -17,111 +36,569 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Everything a strategy needs to visit documents in order, epoch after epoch.
-class Visitor {
- public:
-  Visitor(const Order& order)
-      : order_(order),
-        size_(order.range_end - order.range_begin),
-        split_(order.num_documents, order.seed, 0),
-        epoch_(size_, order.seed, 0) {}
-
-  // The next document; starts the next epoch when the last one is used up.
-  int64_t next() {
-    if (position_ == size_) {
-      position_ = 0;
-      ++epochs_;
-      epoch_ = Permutation(size_, order_.seed, static_cast<uint64_t>(epochs_));
+// One block of the permutation in 32-bit arithmetic, which gives the same low bits.
+MECO_VECTOR_CLONES void permute_block(uint32_t* x, int64_t count, uint32_t mask, int shift,
+                                      const uint64_t* add, const uint64_t* multiply, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const auto a = static_cast<uint32_t>(add[round]);
+    const auto m = static_cast<uint32_t>(multiply[round]);
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t y = (x[i] + a) & mask;
+      y = (y * m) & mask;
+      x[i] = y ^ (y >> shift);
     }
-    // The first epoch walks the split's own permutation, which is random already.
-    const int64_t within =
-        epochs_ == 0 ? position_ : static_cast<int64_t>(epoch_(static_cast<uint64_t>(position_)));
-    ++position_;
-    return order_.first_document +
-           static_cast<int64_t>(split_(static_cast<uint64_t>(order_.range_begin + within)));
+  }
+}
+
+// A stretch of documents in order, with their lengths.
+struct Chunk {
+  std::vector<int64_t> document;
+  std::vector<int64_t> body;
+  std::vector<int32_t> prefix;  // tokens, -1: the document is plain
+};
+
+struct Task {
+  int64_t epoch;
+  int64_t begin;
+  int64_t end;
+};
+
+// Walks the order of a phase, epoch after epoch, in tasks of equal size.
+class Walk {
+ public:
+  Walk(const Documents& documents, const Order& order)
+      : documents_(documents),
+        order_(order),
+        size_(order.range_end - order.range_begin),
+        split_(static_cast<uint64_t>(order.num_documents), order.seed, 0) {}
+
+  int64_t size() const { return size_; }
+
+  Chunk read(const Task& task) const {
+    Chunk chunk;
+    const int64_t count = task.end - task.begin;
+    chunk.document.resize(static_cast<size_t>(count));
+    chunk.body.resize(static_cast<size_t>(count));
+    chunk.prefix.resize(static_cast<size_t>(count));
+    place(task, chunk.document.data());
+    const int64_t* document = chunk.document.data();
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kPrefetch < count) prefetch(document[i + kPrefetch]);
+      chunk.body[static_cast<size_t>(i)] = documents_.body_length(document[i]);
+      const int32_t id = documents_.prefix_id(document[i]);
+      chunk.prefix[static_cast<size_t>(i)] =
+          id < 0 ? -1 : static_cast<int32_t>(documents_.prefix_length(id));
+    }
+    return chunk;
   }
 
-  bool epoch_done() const { return position_ == size_; }
-  int64_t epochs_begun() const { return epochs_ + 1; }
-
  private:
+  void place(const Task& task, int64_t* document) const {
+    const int64_t count = task.end - task.begin;
+    // The first epoch walks the split's own permutation, which is random already.
+    if (task.epoch == 0) {
+      split_.fill(static_cast<uint64_t>(order_.range_begin + task.begin), count, document);
+    } else {
+      const Permutation epoch(static_cast<uint64_t>(size_), order_.seed,
+                              static_cast<uint64_t>(task.epoch));
+      epoch.fill(static_cast<uint64_t>(task.begin), count, document);
+      for (int64_t i = 0; i < count; ++i) {
+        document[i] =
+            static_cast<int64_t>(split_(static_cast<uint64_t>(order_.range_begin + document[i])));
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) document[i] += order_.first_document;
+  }
+
+  void prefetch(int64_t document) const {
+    if (documents_.document_indices != nullptr) {
+      __builtin_prefetch(documents_.document_indices + document);
+    } else {
+      __builtin_prefetch(documents_.sequence_lengths + document);
+    }
+    if (documents_.prefix_ids != nullptr) __builtin_prefetch(documents_.prefix_ids + document);
+  }
+
+  const Documents& documents_;
   Order order_;
   int64_t size_;
   Permutation split_;
-  Permutation epoch_;
-  int64_t position_ = 0;
-  int64_t epochs_ = 0;
+};
+
+// A pack under construction, and the plan it goes into.
+class Builder {
+ public:
+  Builder(const Documents& documents, const PackingOptions& options, int64_t expected_pieces)
+      : documents_(documents), options_(options), bos_(documents.has_bos ? 1 : 0) {
+    plan_.pack_offsets.push_back(0);
+    // Memory that is never touched costs nothing, moving a grown array does.
+    plan_.piece_document.reserve(static_cast<size_t>(expected_pieces));
+    plan_.packs_by_size.resize(static_cast<size_t>(options.max_documents) + 1);
+  }
+
+  bool done() const {
+    return options_.num_packs >= 0 &&
+           static_cast<int64_t>(plan_.pack_offsets.size()) > options_.num_packs;
+  }
+  int64_t num_packs() const { return static_cast<int64_t>(plan_.pack_offsets.size()) - 1; }
+  int64_t num_pieces() const { return static_cast<int64_t>(plan_.piece_document.size()); }
+  Plan& plan() { return plan_; }
+  PlanCounts& counts() { return plan_.counts; }
+  int64_t bos() const { return bos_; }
+
+  void close_pack(int64_t used) {
+    const int64_t pieces = num_pieces() - plan_.pack_offsets.back();
+    plan_.counts.padding_tokens += options_.capacity - used;
+    plan_.pack_offsets.push_back(num_pieces());
+    ++plan_.packs_by_size[static_cast<size_t>(pieces)];
+  }
+
+  void add_piece(int64_t document, int64_t begin) {
+    if (begin > 0) {
+      plan_.continued_piece.push_back(num_pieces());
+      plan_.continued_begin.push_back(begin);
+    }
+    plan_.piece_document.push_back(static_cast<int32_t>(document));
+  }
+
+ protected:
+  const Documents& documents_;
+  const PackingOptions& options_;
+  Plan plan_;
+  const int64_t bos_;
+};
+
+// The paper's rule: documents in order until the pack is full, the rest of the last one is
+// discarded, the next pack starts with a new document.
+class Truncate : public Builder {
+ public:
+  static constexpr int64_t kTaskSize = kChunk;
+  using Result = Chunk;
+  using Builder::Builder;
+
+  Chunk make(const Walk& walk, const Task& task) const { return walk.read(task); }
+
+  void consume(const Chunk& chunk) {
+    const auto count = static_cast<int64_t>(chunk.document.size());
+    const int64_t capacity = options_.capacity;
+    const bool has_table = documents_.prefix_ids != nullptr;
+    PlanCounts& c = plan_.counts;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t body = chunk.body[static_cast<size_t>(i)];
+      if (body <= 1) {
+        ++c.documents_empty;
+        continue;
+      }
+      const int32_t known = chunk.prefix[static_cast<size_t>(i)];
+      const int64_t prefix = std::max(known, 0);
+      plan_.piece_document.push_back(static_cast<int32_t>(chunk.document[static_cast<size_t>(i)]));
+      ++pieces_;
+      ++c.documents;
+      c.documents_plain += has_table && known < 0 ? 1 : 0;
+      used_ += bos_ + prefix + body;
+      c.body_tokens += body;
+      c.prefix_tokens += prefix;
+      c.bos_tokens += bos_;
+      if (used_ >= capacity || pieces_ == options_.max_documents) {
+        if (used_ > capacity) cut_overhang(body, prefix);
+        close_pack(used_);
+        used_ = pieces_ = 0;
+        if (done()) return;
+      }
+    }
+  }
+
+  void finish() {
+    if (pieces_ > 0 && !done()) close_pack(used_);
+  }
+
+ private:
+  // Takes back what hangs over the end of the pack: body first, then prefix, then BOS.
+  void cut_overhang(int64_t body, int64_t prefix) {
+    const int64_t over = used_ - options_.capacity;
+    const int64_t lost_body = std::min(over, body);
+    const int64_t lost_prefix = std::min(over - lost_body, prefix);
+    plan_.counts.body_tokens -= lost_body;
+    plan_.counts.discarded_tokens += lost_body;
+    plan_.counts.prefix_tokens -= lost_prefix;
+    plan_.counts.bos_tokens -= over - lost_body - lost_prefix;
+    plan_.counts.documents_cut += lost_body > 0 ? 1 : 0;
+    used_ = options_.capacity;
+  }
+
+  int64_t used_ = 0;    // tokens in the open pack
+  int64_t pieces_ = 0;  // documents in the open pack
+};
+
+// Documents in order; the rest of a cut one opens the next pack, under its own BOS and prefix.
+class Split : public Builder {
+ public:
+  static constexpr int64_t kTaskSize = kChunk;
+  using Result = Chunk;
+  using Builder::Builder;
+
+  Chunk make(const Walk& walk, const Task& task) const { return walk.read(task); }
+
+  void consume(const Chunk& chunk) {
+    for (size_t i = 0; i < chunk.document.size() && !done(); ++i) {
+      if (chunk.body[i] <= 1) {
+        ++plan_.counts.documents_empty;
+      } else {
+        place(chunk.document[i], chunk.body[i], chunk.prefix[i]);
+      }
+    }
+  }
+
+  void finish() {
+    if (pieces_ > 0 && !done()) close();
+  }
+
+ private:
+  void place(int64_t document, int64_t body, int32_t known_prefix) {
+    PlanCounts& c = plan_.counts;
+    int64_t begin = 0;
+    bool cut = false;
+    while (begin < body && !done()) {
+      const int64_t prefix = begin == 0 || options_.repeat_prefix ? std::max(known_prefix, 0) : 0;
+      const int64_t room = options_.capacity - used_ - bos_ - prefix;
+      int64_t taken = std::min(body - begin, room);
+      if (taken > 0 && taken < body - begin) {
+        taken = documents_.cut(document, begin, taken, used_ == 0);
+      }
+      if (taken <= 0) {  // not one token of the body fits here
+        close();
+        continue;
+      }
+      add_piece(document, begin);
+      ++pieces_;
+      used_ += bos_ + prefix + taken;
+      c.bos_tokens += bos_;
+      c.prefix_tokens += prefix;
+      c.body_tokens += taken;
+      begin += taken;
+      if (begin < body) cut = true;
+      if (begin < body || used_ == options_.capacity || pieces_ == options_.max_documents) close();
+    }
+    if (begin == 0) return;  // the run ends before the document
+    ++c.documents;
+    c.documents_plain += documents_.prefix_ids != nullptr && known_prefix < 0 ? 1 : 0;
+    c.documents_cut += cut ? 1 : 0;
+    c.discarded_tokens += body - begin;  // the run ends inside the document
+  }
+
+  void close() {
+    close_pack(used_);
+    used_ = pieces_ = 0;
+  }
+
+  int64_t used_ = 0;
+  int64_t pieces_ = 0;
+};
+
+// What best-fit makes of one window, in the order of its shuffled packs.
+struct Window {
+  struct Piece {
+    int32_t document;
+    int32_t prefix;  // tokens shown
+    int64_t begin;
+    int32_t body;  // tokens held
+    bool is_plain;
+    bool is_cut;
+  };
+  std::vector<Piece> pieces;
+  std::vector<int32_t> pack_sizes;  // in pieces
+  int64_t documents_empty = 0;
+};
+
+// Best-fit-decreasing without search: packs with equal room are interchangeable, so a run of equal
+// sizes goes into a run of equal packs at once. The sizes come sorted by counting.
+class BestFitDecreasing {
+ public:
+  BestFitDecreasing(int64_t capacity, int64_t max_pieces)
+      : capacity_(capacity),
+        max_pieces_(max_pieces),
+        groups_(static_cast<size_t>(capacity) + 1),
+        used_rooms_(static_cast<size_t>(capacity / 64) + 1) {}
+
+  // pack_of[i]: the pack of the i-th largest piece. Returns the number of packs.
+  int64_t place(const std::vector<int32_t>& count_of_size, std::vector<int32_t>* pack_of) {
+    pack_of_ = pack_of->data();
+    for (int64_t size = capacity_; size > 0; --size) {
+      place_run(size, count_of_size[static_cast<size_t>(size)]);
+    }
+    return num_packs_;
+  }
+
+ private:
+  struct Group {  // packs [first, first + count), all with the same room and number of pieces
+    int32_t first;
+    int32_t count;
+    int32_t pieces;
+  };
+
+  void place_run(int64_t size, int64_t left) {
+    while (left > 0) {
+      int64_t room = smallest_room(size);
+      Group group;
+      if (room < 0) {
+        room = capacity_;
+        const int64_t each = std::min(capacity_ / size, max_pieces_);
+        group = {static_cast<int32_t>(num_packs_), static_cast<int32_t>((left + each - 1) / each),
+                 0};
+        num_packs_ += group.count;
+      } else {
+        group = pop(room);
+      }
+      const int64_t each = std::min(room / size, max_pieces_ - group.pieces);
+      const auto whole = static_cast<int32_t>(std::min<int64_t>(group.count, left / each));
+      assign(group.first, whole, each);
+      push(room - each * size, {group.first, whole, group.pieces + static_cast<int32_t>(each)});
+      left -= whole * each;
+      group = {group.first + whole, group.count - whole, group.pieces};
+      if (group.count > 0 && left > 0 && left < each) {
+        assign(group.first, 1, left);
+        push(room - left * size, {group.first, 1, group.pieces + static_cast<int32_t>(left)});
+        left = 0;
+        group = {group.first + 1, group.count - 1, group.pieces};
+      }
+      push(room, group);
+    }
+  }
+
+  void assign(int32_t first, int32_t num_packs, int64_t each) {
+    for (int32_t pack = first; pack < first + num_packs; ++pack) {
+      for (int64_t i = 0; i < each; ++i) *pack_of_++ = pack;
+    }
+  }
+
+  void push(int64_t room, Group group) {
+    if (group.count == 0 || room == 0 || group.pieces >= max_pieces_) return;
+    groups_[static_cast<size_t>(room)].push_back(group);
+    used_rooms_[static_cast<size_t>(room / 64)] |= uint64_t{1} << (room % 64);
+  }
+
+  Group pop(int64_t room) {
+    std::vector<Group>& stack = groups_[static_cast<size_t>(room)];
+    const Group group = stack.back();
+    stack.pop_back();
+    if (stack.empty()) {
+      used_rooms_[static_cast<size_t>(room / 64)] &= ~(uint64_t{1} << (room % 64));
+    }
+    return group;
+  }
+
+  int64_t smallest_room(int64_t size) const {
+    auto word = static_cast<size_t>(size / 64);
+    uint64_t bits = used_rooms_[word] & (~uint64_t{0} << (size % 64));
+    while (bits == 0) {
+      if (++word == used_rooms_.size()) return -1;
+      bits = used_rooms_[word];
+    }
+    return static_cast<int64_t>(word) * 64 + __builtin_ctzll(bits);
+  }
+
+  int64_t capacity_;
+  int64_t max_pieces_;
+  std::vector<std::vector<Group>> groups_;  // by room
+  std::vector<uint64_t> used_rooms_;        // bit r: groups_[r] is not empty
+  int64_t num_packs_ = 0;
+  int32_t* pack_of_ = nullptr;
+};
+
+// Documents longer than a pack are split; all pieces of a window are placed best-fit-decreasing and
+// its packs shuffled. Nothing is discarded, and no document that fits a pack is cut.
+class BestFit : public Builder {
+ public:
+  static constexpr int64_t kTaskSize = kWindow;
+  using Result = Window;
+
+  BestFit(const Documents& documents, const PackingOptions& options, int64_t expected_pieces,
+          uint64_t seed)
+      : Builder(documents, options, expected_pieces), seed_(seed) {}
+
+  Window make(const Walk& walk, const Task& task) const {
+    Window window;
+    const std::vector<Window::Piece> pieces = cut_documents(walk.read(task), &window);
+    // Sort by size, largest first, by counting.
+    std::vector<int32_t> count_of_size(static_cast<size_t>(options_.capacity) + 1);
+    for (const auto& piece : pieces) ++count_of_size[size_of(piece)];
+    std::vector<int32_t> next(count_of_size.size());
+    int32_t total = 0;
+    for (size_t size = count_of_size.size(); size-- > 0;) {
+      next[size] = total;
+      total += count_of_size[size];
+    }
+    std::vector<int32_t> rank(pieces.size());
+    for (size_t i = 0; i < pieces.size(); ++i) rank[i] = next[size_of(pieces[i])]++;
+
+    std::vector<int32_t> pack_of(pieces.size());
+    BestFitDecreasing packer(options_.capacity, options_.max_documents);
+    const int64_t num_packs = packer.place(count_of_size, &pack_of);
+    const uint64_t stream =
+        hash_pair(static_cast<uint64_t>(task.epoch), static_cast<uint64_t>(task.begin) + 1);
+    fill_window(pieces, rank, pack_of, num_packs, stream, &window);
+    return window;
+  }
+
+  void consume(const Window& window) {
+    PlanCounts& c = plan_.counts;
+    c.documents_empty += window.documents_empty;
+    const bool has_table = documents_.prefix_ids != nullptr;
+    size_t next = 0;
+    for (const int32_t pieces : window.pack_sizes) {
+      if (done()) return;
+      int64_t used = 0;
+      for (const size_t end = next + static_cast<size_t>(pieces); next < end; ++next) {
+        const Window::Piece& piece = window.pieces[next];
+        add_piece(piece.document, piece.begin);
+        used += bos_ + piece.prefix + piece.body;
+        c.body_tokens += piece.body;
+        c.prefix_tokens += piece.prefix;
+        c.bos_tokens += bos_;
+        if (piece.begin == 0) {
+          ++c.documents;
+          c.documents_cut += piece.is_cut ? 1 : 0;
+          c.documents_plain += has_table && piece.is_plain ? 1 : 0;
+        }
+      }
+      close_pack(used);
+    }
+  }
+
+  void finish() {}
+
+ private:
+  size_t size_of(const Window::Piece& piece) const {
+    return static_cast<size_t>(bos_ + piece.prefix + piece.body);
+  }
+
+  std::vector<Window::Piece> cut_documents(const Chunk& chunk, Window* window) const {
+    std::vector<Window::Piece> pieces;
+    pieces.reserve(chunk.document.size() + chunk.document.size() / 4);
+    for (size_t i = 0; i < chunk.document.size(); ++i) {
+      const int64_t body = chunk.body[i];
+      if (body <= 1) {
+        ++window->documents_empty;
+        continue;
+      }
+      const bool is_plain = chunk.prefix[i] < 0;
+      for (int64_t begin = 0; begin < body;) {
+        const int32_t prefix =
+            begin == 0 || options_.repeat_prefix ? std::max(chunk.prefix[i], 0) : 0;
+        const int64_t room = options_.capacity - bos_ - prefix;
+        int64_t taken = std::min(body - begin, room);
+        if (taken < body - begin) taken = documents_.cut(chunk.document[i], begin, taken, true);
+        pieces.push_back({static_cast<int32_t>(chunk.document[i]), prefix, begin,
+                          static_cast<int32_t>(taken), is_plain, begin + taken < body});
+        begin += taken;
+      }
+    }
+    return pieces;
+  }
+
+  void fill_window(const std::vector<Window::Piece>& pieces, const std::vector<int32_t>& rank,
+                   const std::vector<int32_t>& pack_of, int64_t num_packs, uint64_t stream,
+                   Window* window) const {
+    const auto packs = static_cast<size_t>(num_packs);
+    std::vector<int64_t> place(packs);
+    if (packs > 0) {
+      Permutation(packs, seed_, stream).fill(0, num_packs, place.data());
+    }
+    window->pack_sizes.resize(packs);
+    for (const int32_t pack : pack_of) {
+      ++window->pack_sizes[static_cast<size_t>(place[static_cast<size_t>(pack)])];
+    }
+    std::vector<int32_t> next(packs);
+    int32_t total = 0;
+    for (size_t p = 0; p < packs; ++p) {
+      next[p] = total;
+      total += window->pack_sizes[p];
+    }
+    window->pieces.resize(pieces.size());
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const int32_t pack = pack_of[static_cast<size_t>(rank[i])];
+      const auto shuffled = static_cast<size_t>(place[static_cast<size_t>(pack)]);
+      window->pieces[static_cast<size_t>(next[shuffled]++)] = pieces[i];
+    }
+  }
+
+  uint64_t seed_;
 };
 
 void check(const Documents& documents, const Order& order, const PackingOptions& options) {
   if (options.capacity < 2) throw std::invalid_argument("capacity must be at least 2");
   if (options.max_documents < 1) throw std::invalid_argument("max_documents must be at least 1");
+  if (options.num_threads < 1) throw std::invalid_argument("num_threads must be at least 1");
   if (order.first_document < 0 || order.num_documents < 0 ||
       order.first_document + order.num_documents > documents.num_documents ||
       order.range_begin < 0 || order.range_begin > order.range_end ||
       order.range_end > order.num_documents) {
     throw std::invalid_argument("document range out of bounds");
   }
+  if (options.strategy == Strategy::kTruncate) return;
+  for (int64_t p = 0; p < documents.num_prefixes; ++p) {
+    const int64_t head =
+        documents.prefix_length(static_cast<int32_t>(p)) + (documents.has_bos ? 1 : 0);
+    if (documents.prefix_ids != nullptr && head >= options.capacity) {
+      throw std::invalid_argument("a prefix leaves no room for its document");
+    }
+  }
 }
 
-// The paper's rule: documents in order until the pack is full, the rest of the last one is
-// discarded, the next pack starts with a new document.
-Plan pack_truncate(const Documents& documents, const Order& order, const PackingOptions& options) {
-  Plan plan;
-  plan.pack_offsets.push_back(0);
-  if (options.num_packs == 0 || order.range_begin == order.range_end) return plan;
-
-  Visitor visitor(order);
+// Makes results on several threads and consumes them in order, so that nothing depends on who was
+// first. Results that turn out not to be needed are thrown away.
+template <typename Packer>
+Plan run(Packer packer, const Walk& walk, const PackingOptions& options) {
+  const int64_t size = walk.size();
+  if (size == 0 || options.num_packs == 0) return std::move(packer.plan());
   const bool one_epoch = options.num_packs < 0;
-  const int64_t bos = documents.has_bos ? 1 : 0;
-  int64_t used = 0;    // tokens in the open pack
-  int64_t pieces = 0;  // documents in the open pack
-  bool placed_in_epoch = false;
 
-  auto close_pack = [&] {
-    plan.padding_tokens += options.capacity - used;
-    plan.pack_offsets.push_back(static_cast<int64_t>(plan.piece_document.size()));
-    used = pieces = 0;
-  };
-  auto done = [&] {
-    return !one_epoch && static_cast<int64_t>(plan.pack_offsets.size()) > options.num_packs;
+  Task upcoming{0, 0, 0};
+  auto next_task = [&]() -> std::optional<Task> {
+    if (upcoming.end == size) {
+      if (one_epoch) return std::nullopt;
+      upcoming = {upcoming.epoch + 1, 0, 0};
+    }
+    upcoming = {upcoming.epoch, upcoming.end, std::min(size, upcoming.end + Packer::kTaskSize)};
+    return upcoming;
   };
 
-  while (!done()) {
-    if (visitor.epoch_done()) {
-      if (!placed_in_epoch) break;  // every document is empty: no number of epochs helps
-      if (one_epoch) break;
-      placed_in_epoch = false;
+  std::deque<std::pair<Task, std::future<typename Packer::Result>>> in_flight;
+  auto start_next = [&] {
+    if (const auto task = next_task()) {
+      const auto policy = options.num_threads > 1 ? std::launch::async : std::launch::deferred;
+      in_flight.emplace_back(
+          *task, std::async(policy, [&packer, &walk, t = *task] { return packer.make(walk, t); }));
     }
-    const int64_t document = visitor.next();
-    const int64_t body = documents.body_length(document);
-    if (body <= 1) {
-      ++plan.documents_empty;
-      continue;
-    }
-    placed_in_epoch = true;
-    const int32_t prefix_id = documents.prefix_id(document);
-    const int64_t prefix = documents.prefix_length(prefix_id);
-    const int64_t room = options.capacity - used;
-    const int64_t taken = std::min(room, bos + prefix + body);
-    const int64_t prefix_taken = std::min(std::max<int64_t>(taken - bos, 0), prefix);
-    const int64_t body_taken = std::max<int64_t>(taken - bos - prefix, 0);
+  };
 
-    plan.piece_document.push_back(static_cast<int32_t>(document));
-    ++pieces;
-    used += taken;
-    ++plan.documents;
-    plan.bos_tokens += std::min(bos, taken);
-    plan.prefix_tokens += prefix_taken;
-    plan.body_tokens += body_taken;
-    plan.discarded_tokens += body - body_taken;
-    plan.documents_cut += body_taken < body ? 1 : 0;
-    plan.documents_plain += documents.prefix_ids != nullptr && prefix_id < 0 ? 1 : 0;
-    if (used == options.capacity || pieces == options.max_documents) close_pack();
+  for (int i = 0; i < options.num_threads; ++i) start_next();
+  auto last_told = std::chrono::steady_clock::now();
+  int64_t pieces_before_epoch = 0;
+  while (!in_flight.empty()) {
+    auto [task, future] = std::move(in_flight.front());
+    in_flight.pop_front();
+    const auto result = future.get();
+    start_next();
+    packer.consume(result);
+    packer.counts().num_epochs = task.epoch + 1;
+    if (packer.done()) break;
+    if (task.end == size) {
+      // An epoch of empty documents: no number of further ones helps.
+      if (packer.num_pieces() == pieces_before_epoch) break;
+      pieces_before_epoch = packer.num_pieces();
+    }
+    const auto now = std::chrono::steady_clock::now();
+    if (options.progress && now - last_told > std::chrono::milliseconds(100)) {
+      last_told = now;
+      const double done = one_epoch ? static_cast<double>(task.end) / static_cast<double>(size)
+                                    : static_cast<double>(packer.num_packs()) /
+                                          static_cast<double>(options.num_packs);
+      options.progress(done);
+    }
   }
-  if (pieces > 0 && !done()) close_pack();
-  plan.num_epochs = visitor.epochs_begun();
-  return plan;
+  packer.finish();
+  return std::move(packer.plan());
 }
 
 }  // namespace
@@ -129,10 +606,10 @@ Plan pack_truncate(const Documents& documents, const Order& order, const Packing
 uint64_t hash_pair(uint64_t a, uint64_t b) { return mix(mix(a + kGolden) + (b + 1) * kGolden); }
 
 Permutation::Permutation(uint64_t size, uint64_t seed, uint64_t stream) : size_(size) {
-  int bits = 1;
-  while (bits < 64 && (uint64_t{1} << bits) < size) ++bits;
-  mask_ = bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-  shift_ = (bits + 1) / 2;
+  bits_ = 1;
+  while (bits_ < 64 && (uint64_t{1} << bits_) < size) ++bits_;
+  mask_ = bits_ == 64 ? ~uint64_t{0} : (uint64_t{1} << bits_) - 1;
+  shift_ = (bits_ + 1) / 2;
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t key = hash_pair(hash_pair(seed, stream), static_cast<uint64_t>(round));
     add_[round] = key & mask_;
@@ -140,16 +617,60 @@ Permutation::Permutation(uint64_t size, uint64_t seed, uint64_t stream) : size_(
   }
 }
 
-uint64_t Permutation::operator()(uint64_t index) const {
-  uint64_t x = index;
-  do {
-    for (int round = 0; round < kRounds; ++round) {
-      x = (x + add_[round]) & mask_;
-      x = (x * multiply_[round]) & mask_;
-      x ^= x >> shift_;
-    }
-  } while (x >= size_);
+uint64_t Permutation::round_trip(uint64_t x) const {
+  for (int round = 0; round < kRounds; ++round) {
+    x = (x + add_[round]) & mask_;
+    x = (x * multiply_[round]) & mask_;
+    x ^= x >> shift_;
+  }
   return x;
+}
+
+uint64_t Permutation::operator()(uint64_t index) const {
+  uint64_t x = round_trip(index);
+  while (x >= size_) x = round_trip(x);
+  return x;
+}
+
+void Permutation::fill(uint64_t begin, int64_t count, int64_t* values) const {
+  if (bits_ > 32) {
+    for (int64_t i = 0; i < count; ++i) {
+      values[i] = static_cast<int64_t>((*this)(begin + static_cast<uint64_t>(i)));
+    }
+    return;
+  }
+  constexpr int64_t kBlock = 1024;
+  uint32_t x[kBlock];
+  for (int64_t done = 0; done < count; done += kBlock) {
+    const int64_t n = std::min(kBlock, count - done);
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = static_cast<uint32_t>(begin + static_cast<uint64_t>(done + i));
+    }
+    permute_block(x, n, static_cast<uint32_t>(mask_), shift_, add_, multiply_, kRounds);
+    // Those outside walk on: gather them, permute them again, until none is left.
+    int32_t outside[kBlock];
+    uint32_t again[kBlock];
+    int64_t num_outside = 0;
+    for (int32_t i = 0; i < n; ++i) {
+      values[done + i] = x[i];
+      outside[num_outside] = i;
+      num_outside += x[i] >= size_ ? 1 : 0;
+    }
+    while (num_outside > 0) {
+      for (int64_t i = 0; i < num_outside; ++i) again[i] = x[outside[i]];
+      permute_block(again, num_outside, static_cast<uint32_t>(mask_), shift_, add_, multiply_,
+                    kRounds);
+      int64_t left = 0;
+      for (int64_t i = 0; i < num_outside; ++i) {
+        const int32_t at = outside[i];
+        x[at] = again[i];
+        values[done + at] = again[i];
+        outside[left] = at;
+        left += again[i] >= size_ ? 1 : 0;
+      }
+      num_outside = left;
+    }
+  }
 }
 
 int64_t Documents::body_length(int64_t document) const {
@@ -172,10 +693,40 @@ int32_t Documents::prefix_id(int64_t document) const {
   return id;
 }
 
+int64_t Documents::cut(int64_t document, int64_t begin, int64_t room, bool must) const {
+  if (document_indices == nullptr) return room;  // one sequence: there is no better place
+  int64_t border = 0;
+  int64_t best = 0;
+  for (int64_t s = document_indices[document]; s < document_indices[document + 1]; ++s) {
+    border += sequence_lengths[s];
+    if (border > begin + room) break;
+    best = border;
+  }
+  if (best > begin) return best - begin;
+  return must ? room : 0;
+}
+
+Strategy parse_strategy(const std::string& name) {
+  if (name == "truncate") return Strategy::kTruncate;
+  if (name == "split") return Strategy::kSplit;
+  if (name == "best-fit") return Strategy::kBestFit;
+  throw std::invalid_argument("unknown packing strategy: " + name);
+}
+
 Plan build_plan(const Documents& documents, const Order& order, const PackingOptions& options) {
   check(documents, order, options);
-  if (options.strategy == "truncate") return pack_truncate(documents, order, options);
-  throw std::invalid_argument("unknown packing strategy: " + options.strategy);
+  const Walk walk(documents, order);
+  // A guess at the pieces of a plan; an epoch's are known to within its splits.
+  const int64_t expected = options.num_packs == 0 ? 0 : walk.size();
+  switch (options.strategy) {
+    case Strategy::kTruncate:
+      return run(Truncate(documents, options, expected), walk, options);
+    case Strategy::kSplit:
+      return run(Split(documents, options, expected), walk, options);
+    case Strategy::kBestFit:
+      return run(BestFit(documents, options, expected, order.seed), walk, options);
+  }
+  throw std::invalid_argument("unknown packing strategy");
 }
 
 }  // namespace meco

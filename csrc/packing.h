@@ -2,10 +2,12 @@
 //
 // Pure functions over plain arrays: no Python, no I/O. The order of the documents is a seeded
 // permutation that is computed, not stored; a plan stores one document number for each piece, one
-// offset for each pack, and the body offset of the few pieces that continue a document.
+// offset for each pack, and the body offset of the few pieces that continue a document. Results do
+// not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -17,11 +19,15 @@ class Permutation {
  public:
   Permutation(uint64_t size, uint64_t seed, uint64_t stream);
   uint64_t operator()(uint64_t index) const;
+  // values[i] = (*this)(begin + i), several at a time.
+  void fill(uint64_t begin, int64_t count, int64_t* values) const;
 
  private:
   static constexpr int kRounds = 4;
+  uint64_t round_trip(uint64_t x) const;
   uint64_t size_;
   uint64_t mask_;
+  int bits_;
   int shift_;
   uint64_t add_[kRounds];
   uint64_t multiply_[kRounds];
@@ -48,6 +54,9 @@ struct Documents {
   int64_t prefix_length(int32_t prefix_id) const {
     return prefix_id < 0 ? 0 : prefix_offsets[prefix_id + 1] - prefix_offsets[prefix_id];
   }
+  // Where to cut a body that begins at `begin` and of which `room` tokens fit: after the last whole
+  // Megatron sequence (a sentence) that fits; without one, anywhere if `must`, else 0.
+  int64_t cut(int64_t document, int64_t begin, int64_t room, bool must) const;
 };
 
 // Which documents, in which order: positions [range_begin, range_end) of the seeded permutation of
@@ -60,19 +69,21 @@ struct Order {
   uint64_t seed = 0;
 };
 
+enum class Strategy { kTruncate, kSplit, kBestFit };
+Strategy parse_strategy(const std::string& name);  // throws std::invalid_argument
+
 struct PackingOptions {
-  std::string strategy;
+  Strategy strategy = Strategy::kTruncate;
   int64_t capacity = 0;       // tokens in a pack
   int64_t num_packs = -1;     // -1: one epoch; else as many epochs as it takes
   int64_t max_documents = 0;  // pieces in a pack
+  bool repeat_prefix = true;  // on every piece that continues a document
+  int num_threads = 1;
+  // Told the share of the work that is done, now and then, on the calling thread; may throw.
+  std::function<void(double)> progress;
 };
 
-struct Plan {
-  std::vector<int64_t> pack_offsets;     // num_packs + 1, into the pieces
-  std::vector<int32_t> piece_document;   // num_pieces
-  std::vector<int64_t> continued_piece;  // sorted: pieces that begin inside a document ...
-  std::vector<int64_t> continued_begin;  // ... and where
-
+struct PlanCounts {
   int64_t num_epochs = 0;   // orders begun
   int64_t body_tokens = 0;  // EOD counted
   int64_t prefix_tokens = 0;
@@ -85,8 +96,17 @@ struct Plan {
   int64_t documents_empty = 0;  // skipped: nothing but EOD
 };
 
-// Build a plan. Throws std::invalid_argument when no document can be placed or an option is out of
-// range.
+struct Plan {
+  std::vector<int64_t> pack_offsets;     // num_packs + 1, into the pieces
+  std::vector<int32_t> piece_document;   // num_pieces
+  std::vector<int64_t> continued_piece;  // sorted: pieces that begin inside a document ...
+  std::vector<int64_t> continued_begin;  // ... and where
+  std::vector<int64_t> packs_by_size;    // number of packs with 0, 1, 2, ... pieces
+  PlanCounts counts;
+};
+
+// Build a plan; without any pack when all documents are empty. Throws std::invalid_argument when an
+// option is out of range.
 Plan build_plan(const Documents& documents, const Order& order, const PackingOptions& options);
 
 }  // namespace meco

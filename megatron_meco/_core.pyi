@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class Assembler:
         pad_id: int,
         hide_prefixes: bool,
         train_on_prefix: bool,
+        strategy: str,
+        repeat_prefix: bool,
     ) -> None: ...
     def pieces(self, pack: int) -> list[Piece]: ...
     def sample(
@@ -58,6 +61,9 @@ def build_plan(
     range_begin: int,
     range_end: int,
     seed: int,
+    repeat_prefix: bool,
+    num_threads: int,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]: ...
 def permutation(size: int, seed: int, stream: int, begin: int, end: int) -> NDArray[np.int64]: ...
 def hash_pair(a: int, b: int) -> int: ...

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_meco.errors import FlagError
 
-PACKING_STRATEGIES = ("truncate",)
+PACKING_STRATEGIES = ("truncate", "split", "best-fit")
 """Rules for which documents make up which pack; see `megatron_meco.data.packing`."""
 
 CONDITIONED = "conditioned"
@@ -53,6 +53,9 @@ class MeCoConfig:
     plain_fraction: float = 0.0
     """Seeded share of documents that train without their prefix in the conditioned phase too."""
 
+    repeat_prefix: bool = True
+    """Whether a piece that continues a document has the document's prefix again."""
+
     max_documents_per_pack: int | None = None
     """Cap on documents in one pack; None: as many as fit."""
 
@@ -82,6 +85,12 @@ class MeCoConfig:
                 "there is no prefix to train on, the template is empty",
                 where="--meco-train-on-prefix",
                 remedy="Give a --meco-template, or drop the flag.",
+            )
+        if not self.repeat_prefix and (not self.template or self.packing == "truncate"):
+            raise FlagError(
+                "has no effect: no document is continued with a prefix",
+                where="--meco-prefix-once",
+                remedy="Use it with a --meco-template and --meco-packing split or best-fit.",
             )
         if self.plain_fraction and not self.template:
             raise FlagError(
@@ -113,6 +122,7 @@ class MeCoConfig:
             cooldown_start_iteration=args.meco_cooldown_start_iteration,
             cooldown_data_path=tuple(args.meco_cooldown_data_path or ()),
             plain_fraction=args.meco_plain_fraction,
+            repeat_prefix=not args.meco_prefix_once,
             max_documents_per_pack=args.meco_max_documents_per_pack,
             max_prefix_tokens=args.meco_max_prefix_tokens,
             train_on_prefix=args.meco_train_on_prefix,
@@ -167,6 +177,12 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default=defaults.plain_fraction,
         metavar="P",
         help="Seeded share of documents without prefix throughout. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--meco-prefix-once",
+        action="store_true",
+        help="Show the prefix of a document that is split at its beginning only. Default: on every "
+        "piece.",
     )
     group.add_argument(
         "--meco-max-documents-per-pack",

@@ -366,6 +366,8 @@ def _self_test(core: Any) -> str:
         range_begin=0,
         range_end=3,
         seed=1,
+        repeat_prefix=True,
+        num_threads=2,
     )
     if sorted(plan["piece_document"].tolist()) != [0, 1, 2]:
         return "a plan repeats or loses documents"

@@ -146,3 +146,100 @@ def truncate_packs(
     if pack.tokens and (num_packs is None or len(packs) < num_packs):
         packs.append(pack)
     return packs, discarded
+
+
+def pieces_to_pack(
+    pieces: list[tuple[int, int, int]],
+    bodies: list[list[int]],
+    prefixes: list[list[int] | None],
+    bos: int | None,
+    repeat_prefix: bool = True,
+) -> Pack:
+    """The pack that holds these pieces: (document, body_begin, body_end) each."""
+    pack = Pack()
+    for visit, (document, begin, end) in enumerate(pieces):
+        shown = prefixes[document] or [] if begin == 0 or repeat_prefix else []
+        pack.tokens += [] if bos is None else [Token(bos, "bos", document, visit)]
+        pack.tokens += [Token(i, "prefix", document, visit) for i in shown]
+        pack.tokens += [Token(i, "body", document, visit) for i in bodies[document][begin:end]]
+    return pack
+
+
+def cut_after(borders: list[int], begin: int, room: int, must: bool) -> int:
+    """Tokens to take of a body from `begin` on, when `room` fit: up to the last border that fits.
+
+    Args:
+        borders: Where the sentences of the document end; none: anywhere.
+    """
+    if not borders:
+        return room
+    fitting = [border for border in borders if begin < border <= begin + room]
+    if fitting:
+        return fitting[-1] - begin
+    return room if must else 0
+
+
+def split_pieces(
+    visits: list[int],
+    bodies: list[list[int]],
+    prefixes: list[list[int] | None],
+    bos: int | None,
+    length: int,
+    num_packs: int | None,
+    max_documents: int,
+    repeat_prefix: bool = True,
+    borders: list[list[int]] | None = None,
+) -> list[list[tuple[int, int, int]]]:
+    """`split`: documents in order; the rest of a cut one opens the next pack."""
+    packs: list[list[tuple[int, int, int]]] = []
+    pack: list[tuple[int, int, int]] = []
+    room = length
+    for document in visits:
+        body, begin = bodies[document], 0
+        if len(body) <= 1:
+            continue
+        while begin < len(body):
+            if num_packs is not None and len(packs) == num_packs:
+                return packs
+            head = 0 if bos is None else 1
+            if begin == 0 or repeat_prefix:
+                head += len(prefixes[document] or [])
+            take = min(len(body) - begin, room - head)
+            if 0 < take < len(body) - begin:
+                take = cut_after(borders[document] if borders else [], begin, take, not pack)
+            if take > 0:
+                pack.append((document, begin, begin + take))
+                room -= head + take
+                begin += take
+            if take <= 0 or begin < len(body) or room == 0 or len(pack) == max_documents:
+                packs.append(pack)
+                pack, room = [], length
+    if pack and (num_packs is None or len(packs) < num_packs):
+        packs.append(pack)
+    return packs
+
+
+def chunk_sizes(body: int, prefix: int, head: int, length: int, repeat_prefix: bool) -> list[int]:
+    """Sizes of the pieces that best-fit makes of one document without sentence borders."""
+    sizes, begin = [], 0
+    while begin < body:
+        overhead = head + (prefix if begin == 0 or repeat_prefix else 0)
+        take = min(body - begin, length - overhead)
+        sizes.append(overhead + take)
+        begin += take
+    return sizes
+
+
+def best_fit_rooms(sizes: list[int], length: int, max_documents: int) -> list[int]:
+    """Best-fit-decreasing, the slow way: the room left in each pack, sorted."""
+    packs: list[list[int]] = []  # [room, pieces]
+    for size in sorted(sizes, reverse=True):
+        fitting = [p for p in packs if p[0] >= size and p[1] < max_documents]
+        if fitting:
+            best = min(fitting, key=lambda p: p[0])
+        else:
+            best = [length, 0]
+            packs.append(best)
+        best[0] -= size
+        best[1] += 1
+    return sorted(room for room, _ in packs)

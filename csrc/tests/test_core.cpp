@@ -92,8 +92,10 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
   std::vector<int64_t> tokens(length, -7), labels(length, -7), positions(length, -7);
   std::vector<float> mask(length, -7.0f);
   std::vector<int32_t> bounds(static_cast<size_t>(meco::num_cu_seqlens(options)), -7);
-  meco::SampleArrays out{
-      tokens.data(), labels.data(), mask.data(), positions.data(), bounds.data(), 0, 0};
+  int32_t max_seqlen = -7;
+  int64_t prefix_tokens = -7;
+  meco::SampleArrays out{tokens.data(), labels.data(), mask.data(),   positions.data(),
+                         bounds.data(), &max_seqlen,   &prefix_tokens};
   meco::assemble(pieces, sources, 2, documents, corpus.prefix_tokens.data(), options, &out);
 
   CHECK(bounds.front() == 0 && bounds.back() == options.capacity);
@@ -119,15 +121,24 @@ void test_random_corpora() {
     const int num_documents = 1 + static_cast<int>(draw() % 60);
     const TestCorpus corpus = make_corpus(draw, num_documents);
     const meco::Documents documents = corpus.view(round % 2 == 0);
-    const int64_t capacity = 4 + static_cast<int64_t>(draw() % 60);
-    const int64_t cap = round % 3 == 0 ? 2 : capacity;
+    const int64_t capacity = 10 + static_cast<int64_t>(draw() % 60);
+    const int64_t cap = round % 4 == 0 ? 2 : capacity;
     meco::Order order{0, num_documents, 0, num_documents, draw()};
-    meco::PackingOptions packing{"truncate", capacity, round % 5 == 0 ? -1 : 30, cap};
+    meco::PackingOptions packing;
+    packing.strategy = static_cast<meco::Strategy>(round % 3);
+    packing.capacity = capacity;
+    packing.num_packs = round % 5 == 0 ? -1 : 30;
+    packing.max_documents = cap;
+    packing.repeat_prefix = round % 7 != 0;
+    packing.num_threads = 1 + round % 2;
     const meco::Plan plan = meco::build_plan(documents, order, packing);
     const meco::PlanView view = view_of(plan);
-    CHECK(plan.body_tokens + plan.prefix_tokens + plan.bos_tokens + plan.padding_tokens ==
+    const meco::PlanCounts& counts = plan.counts;
+    CHECK(counts.body_tokens + counts.prefix_tokens + counts.bos_tokens + counts.padding_tokens ==
           view.num_packs * capacity);
     meco::AssemblyOptions options;
+    options.strategy = packing.strategy;
+    options.repeat_prefix = packing.repeat_prefix;
     options.capacity = capacity;
     options.max_documents = cap;
     options.bos_id = 0;

@@ -161,12 +161,7 @@ class MeCoGPTDataset(GPTDataset):
             meco_prefix_tokens: int64 scalar, prefix tokens in the pack.
         """
         arrays = self._assemble(0 if idx is None else int(idx))
-        sample = {
-            key: torch.from_numpy(arrays[key])
-            for key in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
-        }
-        sample["max_seqlen"] = torch.tensor(arrays["max_seqlen"], dtype=torch.int32)
-        sample["meco_prefix_tokens"] = torch.tensor(arrays["prefix_tokens"], dtype=torch.int64)
+        sample = {key: torch.from_numpy(array) for key, array in arrays.items()}
         if idx is None:
             sample["loss_mask"].zero_()
         return sample
@@ -258,6 +253,7 @@ class MeCoGPTDataset(GPTDataset):
             share_begin=config.document_share[0] if training else 0.0,
             share_end=config.document_share[1] if training else 1.0,
             seed=config.random_seed,
+            repeat_prefix=config.meco.repeat_prefix,
         )
         return load_plan(
             self._corpus, request, self._identity(), self._cache_folder(), self.corpus_prefix
@@ -307,6 +303,8 @@ class MeCoGPTDataset(GPTDataset):
             pad_id=resolve_eod(self.config.tokenizer),  # any id will do: padding is masked
             hide_prefixes=self.config.hide_prefixes,
             train_on_prefix=meco.train_on_prefix,
+            strategy=meco.packing,
+            repeat_prefix=meco.repeat_prefix,
         )
 
     @cached_property

@@ -5,6 +5,11 @@ a plan costs. Strategies:
 
     truncate  the paper's: documents in order until the pack is full, the rest of the last one is
               discarded, the next pack starts with a new document
+    split     documents in order, too; the rest of a cut one opens the next pack, under its own BOS
+              and prefix; nothing is discarded
+    best-fit  documents longer than a pack are split, all pieces of a window of the order are placed
+              best-fit-decreasing, and the packs of the window shuffled; nothing is discarded, and
+              no document that fits a pack is cut
 
 The order of the documents is a seeded permutation that is computed, never stored. Documents of a
 split are dealt to the two phases by their place in that permutation, so the phases share none.
@@ -13,7 +18,8 @@ Cost: 4 bytes for each document visit and 8 for each pack, memory-mapped by ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,7 @@ from megatron_meco.data.fingerprint import digest
 from megatron_meco.errors import DataError
 
 KIND = "pack plan"
-_VERSION = 1
+_VERSION = 2
 """Part of every cache key; raise it when the same inputs give another plan."""
 
 
@@ -46,6 +52,7 @@ class PlanRequest:
             permuted order, as shares.
         share_end: See `share_begin`.
         seed: Decides the order.
+        repeat_prefix: Whether every piece that continues a document has its prefix again.
     """
 
     strategy: str
@@ -57,6 +64,7 @@ class PlanRequest:
     share_begin: float = 0.0
     share_end: float = 1.0
     seed: int = 0
+    repeat_prefix: bool = True
 
     @property
     def range(self) -> tuple[int, int]:
@@ -165,8 +173,26 @@ def load_plan(
     return Plan(**file.arrays, counts=PlanCounts(**file.header["counts"]))
 
 
-def build_plan(corpus: _core.Corpus, request: PlanRequest, where: str) -> Plan:
-    """Build a plan in memory. Raises DataError when no document can be placed."""
+def build_plan(
+    corpus: _core.Corpus,
+    request: PlanRequest,
+    where: str,
+    *,
+    num_threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Plan:
+    """Build a plan in memory.
+
+    Args:
+        corpus: Lengths of documents and prefixes.
+        request: What to build.
+        where: Names the corpus in messages.
+        num_threads: None: one for each core of this process. The plan does not depend on it.
+        progress: Told the share that is done, now and then.
+
+    Raises:
+        DataError: When no document can be placed.
+    """
     begin, end = request.range
     result = _core.build_plan(
         corpus,
@@ -179,8 +205,12 @@ def build_plan(corpus: _core.Corpus, request: PlanRequest, where: str) -> Plan:
         range_begin=begin,
         range_end=end,
         seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
+        repeat_prefix=request.repeat_prefix,
+        num_threads=num_threads or len(os.sched_getaffinity(0)),
+        progress=progress,
     )
     counts = result.pop("counts")
+    per_pack = _documents_per_pack(result.pop("packs_by_size"))
     num_packs = len(result["pack_offsets"]) - 1
     if num_packs == 0 and request.num_packs != 0:
         raise DataError(
@@ -189,13 +219,15 @@ def build_plan(corpus: _core.Corpus, request: PlanRequest, where: str) -> Plan:
             where=where,
             remedy="Use a larger corpus, or another --split or --meco-cooldown-fraction.",
         )
-    per_pack = _documents_per_pack(result["pack_offsets"])
     return Plan(**result, counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack))
 
 
-def _documents_per_pack(pack_offsets: NDArray[np.int64]) -> dict[str, float]:
-    if len(pack_offsets) < 2:
+def _documents_per_pack(packs_by_size: NDArray[np.int64]) -> dict[str, float]:
+    """Median, 99th percentile and maximum, from the number of packs of each size."""
+    below = np.cumsum(packs_by_size)
+    if not len(below) or below[-1] == 0:
         return {}
-    sizes = np.diff(pack_offsets)
-    median, p99, most = np.percentile(sizes, [50, 99, 100], method="lower")
-    return {"median": float(median), "p99": float(p99), "max": float(most)}
+    median, p99, most = (
+        float(np.searchsorted(below, max(1, -(-below[-1] * q // 100)))) for q in (50, 99, 100)
+    )
+    return {"median": median, "p99": p99, "max": most}

@@ -101,6 +101,30 @@ def test_packs_equal_the_oracle(
     assert dataset.plan.counts.num_epochs > 1
 
 
+@pytest.mark.parametrize("strategy", ["split", "best-fit"])
+@pytest.mark.parametrize("sequences_each", [1, 3])
+@pytest.mark.parametrize("repeat_prefix", [True, False])
+def test_split_documents_begin_again_under_bos_and_prefix(
+    tmp_path: Path, strategy: str, sequences_each: int, repeat_prefix: bool
+) -> None:
+    bodies = random_bodies(150, longest=200)
+    urls = hosts(len(bodies))
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": urls}, sequences_each=sequences_each)
+    meco = MeCoConfig(template=TEMPLATE, packing=strategy, repeat_prefix=repeat_prefix)
+    dataset = build(make_config(prefix, meco=meco), None)
+    prefixes = [prefix_of(url) for url in urls]
+    placed: list[tuple[int, int, int]] = []
+    for i in range(len(dataset)):
+        pieces = [(d["document"], d["body_begin"], d["body_end"]) for d in dataset.documents_of(i)]
+        pack = reference.pieces_to_pack(pieces, bodies, prefixes, BOS, repeat_prefix)
+        assert arrays(dataset[i]) == pack.arrays(LENGTH, pad=EOD), f"pack {i}"
+        placed += pieces
+    for document, body in enumerate(bodies):
+        tokens = [t for d, b, e in sorted(placed) if d == document for t in body[b:e]]
+        assert tokens == (body if len(body) > 1 else []), f"document {document}"
+    assert any(b > 0 for _, b, _ in placed)
+
+
 def test_one_epoch_holds_every_document_once_and_pads_the_last_pack(tmp_path: Path) -> None:
     bodies = random_bodies(45)
     prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(45)})

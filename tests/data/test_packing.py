@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,249 @@ def documents_of(packs: list[reference.Pack]) -> list[list[int]]:
     """The same of the oracle's packs; a document may come twice, in two visits."""
     visits = [dict.fromkeys((t.visit, t.document) for t in p.tokens) for p in packs]
     return [[document for _, document in pack] for pack in visits]
+
+
+DOCUMENTS = st.lists(
+    st.tuples(
+        st.one_of(st.integers(0, 70), st.sampled_from([0, 1, 2, 15, 16, 17, 500])),
+        st.integers(-1, 8),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(
+    documents=DOCUMENTS,
+    bos=st.booleans(),
+    num_packs=st.one_of(st.none(), st.integers(1, 60)),
+    max_documents=st.sampled_from([1, 2, 16]),
+    repeat_prefix=st.booleans(),
+    sentences=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=300, deadline=None)
+def test_split_equals_the_oracle(
+    documents: list[tuple[int, int]],
+    bos: bool,
+    num_packs: int | None,
+    max_documents: int,
+    repeat_prefix: bool,
+    sentences: bool,
+    seed: int,
+) -> None:
+    lengths, prefixes = map(list, zip(*documents, strict=True))
+    if max(lengths) <= 1:
+        return
+    corpus, borders = make_sentences(lengths, prefixes, bos, seed if sentences else None)
+    wanted = request(
+        len(documents),
+        strategy="split",
+        num_packs=num_packs,
+        max_documents=max_documents,
+        seed=seed,
+        repeat_prefix=repeat_prefix,
+    )
+    plan = build_plan(corpus, wanted, "c", num_threads=2)
+    bodies = [[7] * length for length in lengths]
+    shown = [[5] * p if p >= 0 else None for p in prefixes]
+    epochs = plan.counts.num_epochs + 1 if num_packs else 1
+    order = reference.document_order(len(documents), (0, len(documents)), seed, epochs)
+    head = BOS if bos else None
+    packs = reference.split_pieces(
+        order, bodies, shown, head, 16, num_packs, max_documents, repeat_prefix, borders
+    )
+    assert described(corpus, plan, wanted) == packs
+    check_counts(plan, packs, lengths, shown, head, repeat_prefix)
+
+
+@given(
+    documents=DOCUMENTS,
+    bos=st.booleans(),
+    max_documents=st.sampled_from([1, 3, 16]),
+    repeat_prefix=st.booleans(),
+    sentences=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=300, deadline=None)
+def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
+    documents: list[tuple[int, int]],
+    bos: bool,
+    max_documents: int,
+    repeat_prefix: bool,
+    sentences: bool,
+    seed: int,
+) -> None:
+    lengths, prefixes = map(list, zip(*documents, strict=True))
+    if max(lengths) <= 1:
+        return
+    corpus, _ = make_sentences(lengths, prefixes, bos, seed if sentences else None)
+    wanted = request(
+        len(documents),
+        strategy="best-fit",
+        max_documents=max_documents,
+        seed=seed,
+        repeat_prefix=repeat_prefix,
+    )
+    plan = build_plan(corpus, wanted, "c", num_threads=2)
+    packs = described(corpus, plan, wanted)
+    shown = [[5] * p if p >= 0 else None for p in prefixes]
+    head = BOS if bos else None
+    check_counts(plan, packs, lengths, shown, head, repeat_prefix)
+    assert plan.counts.discarded_tokens == 0
+    held = sorted(piece for pack in packs for piece in pack)
+    for document, length in enumerate(lengths):
+        spans = [(b, e) for d, b, e in held if d == document]
+        if length <= 1:
+            assert spans == []
+            continue
+        assert spans[0][0] == 0
+        assert spans[-1][1] == length
+        assert all(a[1] == b[0] for a, b in pairwise(spans))
+        if int(bos) + max(prefixes[document], 0) + length <= 16:
+            assert len(spans) == 1, "a document that fits was cut"
+    used = [pack_size(pack, shown, head, repeat_prefix) for pack in packs]
+    assert max(used) <= 16
+    assert max(len(pack) for pack in packs) <= max_documents
+    if not sentences and max_documents == 16:
+        sizes = [
+            size
+            for length, p in zip(lengths, prefixes, strict=True)
+            if length > 1
+            for size in reference.chunk_sizes(length, max(p, 0), int(bos), 16, repeat_prefix)
+        ]
+        assert sorted(16 - u for u in used) == reference.best_fit_rooms(sizes, 16, 16)
+
+
+def make_sentences(
+    lengths: list[int], prefixes: list[int], bos: bool, seed: int | None
+) -> tuple[_core.Corpus, list[list[int]]]:
+    """A corpus whose documents consist of sentences of random lengths; None: of one each."""
+    if seed is None:
+        return make_corpus(lengths, prefixes, bos), [[] for _ in lengths]
+    draw = random.Random(seed)
+    sentences: list[int] = []
+    indices, borders = [0], []
+    for length in lengths:
+        ends: list[int] = []
+        while not ends or ends[-1] < length:
+            ends.append(min(length, (ends[-1] if ends else 0) + draw.randint(1, 25)))
+        sentences += [b - a for a, b in pairwise([0, *ends])]
+        indices.append(len(sentences))
+        borders.append(ends)
+    distinct = sorted({p for p in prefixes if p >= 0})
+    corpus = _core.Corpus(
+        sequence_lengths=np.array(sentences, np.int32),
+        document_indices=np.array(indices, np.int64),
+        prefix_ids=np.array([distinct.index(p) if p >= 0 else -1 for p in prefixes], np.int32),
+        prefix_tokens=np.full(sum(distinct), 5, np.int32),
+        prefix_offsets=np.cumsum([0, *distinct], dtype=np.int64),
+        bos_id=BOS if bos else -1,
+        plain_seed=0,
+        plain_threshold=0,
+    )
+    return corpus, borders
+
+
+def described(
+    corpus: _core.Corpus, plan: Plan, wanted: PlanRequest
+) -> list[list[tuple[int, int, int]]]:
+    """The pieces of each pack as the assembler sees them: (document, body_begin, body_end)."""
+    assembler = _core.Assembler(
+        corpus=corpus,
+        pack_offsets=plan.pack_offsets,
+        piece_document=plan.piece_document,
+        continued_piece=plan.continued_piece,
+        continued_begin=plan.continued_begin,
+        capacity=wanted.capacity,
+        max_documents=wanted.max_documents,
+        pad_id=EOD,
+        hide_prefixes=False,
+        train_on_prefix=False,
+        strategy=wanted.strategy,
+        repeat_prefix=wanted.repeat_prefix,
+    )
+    return [
+        [(p.document, p.body_begin, p.body_end) for p in assembler.pieces(i)]
+        for i in range(len(plan))
+    ]
+
+
+def pack_size(
+    pack: list[tuple[int, int, int]],
+    prefixes: list[list[int] | None],
+    bos: int | None,
+    repeat_prefix: bool,
+) -> int:
+    bodies = [[7] * (max(e for _, _, e in pack))] * len(prefixes)
+    return len(reference.pieces_to_pack(pack, bodies, prefixes, bos, repeat_prefix).tokens)
+
+
+def check_counts(
+    plan: Plan,
+    packs: list[list[tuple[int, int, int]]],
+    lengths: list[int],
+    prefixes: list[list[int] | None],
+    bos: int | None,
+    repeat_prefix: bool,
+) -> None:
+    """The plan's own counts against a count of the packs' tokens."""
+    bodies = [[7] * length for length in lengths]
+    kinds = [
+        t.kind
+        for pack in packs
+        for t in reference.pieces_to_pack(pack, bodies, prefixes, bos, repeat_prefix).tokens
+    ]
+    counts = plan.counts
+    assert counts.body_tokens == kinds.count("body")
+    assert counts.prefix_tokens == kinds.count("prefix")
+    assert counts.bos_tokens == kinds.count("bos")
+    assert counts.padding_tokens == 16 * len(packs) - len(kinds)
+    first = [(d, e) for pack in packs for d, b, e in pack if b == 0]
+    assert counts.documents == len(first)
+    assert counts.documents_cut == sum(e < lengths[d] for d, e in first)
+    if counts.num_epochs == 1 and len(packs) == len(plan):
+        sizes = sorted(len(pack) for pack in packs)
+        assert counts.documents_per_pack["max"] == sizes[-1]
+        assert counts.documents_per_pack["median"] == sizes[(len(sizes) - 1) // 2]
+
+
+@pytest.mark.parametrize("strategy", ["truncate", "split", "best-fit"])
+@pytest.mark.parametrize("num_packs", [None, 700, 3000])
+def test_a_plan_does_not_depend_on_the_number_of_threads(
+    strategy: str, num_packs: int | None
+) -> None:
+    """600,000 documents are several windows and many chunks, 3,000 packs stop inside one."""
+    draw = np.random.default_rng(5)
+    lengths = np.clip(draw.lognormal(np.log(60), 1.2, 600_000), 0, 20_000).astype(np.int32)
+    corpus = _core.Corpus(
+        sequence_lengths=lengths,
+        document_indices=None,
+        prefix_ids=draw.integers(-1, 3, 600_000).astype(np.int32),
+        prefix_tokens=np.full(24, 5, np.int32),
+        prefix_offsets=np.array([0, 3, 10, 24], np.int64),
+        bos_id=BOS,
+        plain_seed=3,
+        plain_threshold=2**62,
+    )
+    wanted = request(
+        600_000, strategy=strategy, capacity=2048, max_documents=2048, num_packs=num_packs
+    )
+    plans = [build_plan(corpus, wanted, "c", num_threads=n) for n in (1, 2, 5)]
+    for plan in plans[1:]:
+        for name, value in vars(plans[0]).items():
+            assert np.array_equal(getattr(plan, name), value), name
+    if num_packs is None and strategy != "truncate":
+        counts = plans[0].counts
+        assert counts.body_tokens == int(lengths[lengths > 1].sum())
+        assert counts.padding_tokens < 0.0005 * counts.packs * 2048 or strategy == "split"
+
+
+@pytest.mark.parametrize("strategy", ["split", "best-fit"])
+def test_a_prefix_without_room_for_a_body_is_refused(strategy: str) -> None:
+    corpus = make_corpus([5], [15], bos=True)
+    with pytest.raises(ValueError, match="no room"):
+        build_plan(corpus, request(1, strategy=strategy), "c")
 
 
 @pytest.mark.parametrize("share", [(0.0, 0.9), (0.9, 1.0), (0.25, 0.5)])
