@@ -2,7 +2,7 @@
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with
 #   PYTEST_ARGS="-n 2 -k plan"   further arguments for pytest
-#   ARGS="..."                   further arguments for demo, bench and gpu-check
+#   ARGS="..."                   further arguments for demo and bench
 
 PYTEST_ARGS ?=
 ARGS ?=
@@ -15,7 +15,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed bench check format sanitize gpu-check clean
+.PHONY: help venv demo test test-distributed bench check format sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,9 +54,6 @@ sanitize: ## Run the C++ tests under the address and undefined-behaviour sanitiz
 	    -fsanitize=address,undefined -fno-sanitize-recover=all \
 	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp -o build/sanitize/test_core
 	build/sanitize/test_core
-
-gpu-check: venv ## Check on a CUDA machine what the CPU cannot show
-	@$(BIN)/python benchmarks/gpu/check.py $(ARGS)
 
 clean: ## Remove everything that was built, the environment included
 	rm -rf .venv build dist *.egg-info megatron_meco/_core.*.so

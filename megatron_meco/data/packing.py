@@ -19,6 +19,8 @@ Cost: 4 bytes for each document visit and 8 for each pack, memory-mapped by ever
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -165,7 +167,7 @@ def load_plan(
     path = cache_folder / f"{digest(key)}-plan.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        plan = build_plan(corpus, request, where)
+        plan = build_plan(corpus, request, where, progress=_Progress(f"packing {where}"))
         arrays = {k: v for k, v in vars(plan).items() if k != "counts"}
         return {"counts": vars(plan.counts)}, arrays
 
@@ -220,6 +222,19 @@ def build_plan(
             remedy="Use a larger corpus, or another --split or --meco-cooldown-fraction.",
         )
     return Plan(**result, counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack))
+
+
+class _Progress:
+    """Says on stderr how far a long build is: nothing for the first seconds, then now and then."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._next = time.monotonic() + 3.0
+
+    def __call__(self, share: float) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 10.0
+            print(f"{self._label}: {100 * share:.0f} %", file=sys.stderr, flush=True)
 
 
 def _documents_per_pack(packs_by_size: NDArray[np.int64]) -> dict[str, float]:

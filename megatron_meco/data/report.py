@@ -24,12 +24,15 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_meco.config import CONDITIONED, COOLDOWN, MeCoConfig, add_meco_arguments
+from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.packing import PlanCounts
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
+from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError
 
 _SPLITS = ("train", "valid", "test")
 _DEFAULT_SPLIT = "969, 30, 1"
+_PER_PACK = ("median", "p99", "max")
 _PREFIX_STYLE = "dim cyan"
 _BORDER_STYLE = "magenta"
 _JSON_COUNTS = (
@@ -149,6 +152,31 @@ def plan_report(run: Run) -> dict[str, Any]:
     }
 
 
+def summary_lines(report: dict[str, Any], sequence_length: int) -> list[str]:
+    """What a run is about to train on, for its log: one line a phase, and warnings."""
+    lines = []
+    for phase, c in report["phases"].items():
+        if not c["packs"]:
+            continue
+        tokens = c["packs"] * sequence_length
+        body = c["body_tokens"] + c["discarded_tokens"]
+        per_pack = " / ".join(f"{c['documents_per_pack'][k]:.0f}" for k in _PER_PACK)
+        lines.append(
+            f"{phase}: {c['packs']:,} packs of {c['documents']:,} documents ({per_pack} a pack: "
+            f"median / p99 / max), {_percent(c['prefix_tokens'], tokens)} prefix, "
+            f"{_percent(c['padding_tokens'], tokens)} padding, "
+            f"{_percent(c['discarded_tokens'], body)} of the documents' tokens discarded"
+        )
+        if c["num_epochs"] > 1:
+            lines.append(f"warning: the documents do not suffice, {c['num_epochs']} epochs")
+    missing, long = report["documents_without_value"], report["documents_with_long_prefix"]
+    if missing:
+        lines.append(f"warning: {missing:,} documents lack a value and train plain")
+    if long:
+        lines.append(f"warning: {long:,} documents have too long a prefix and train plain")
+    return lines
+
+
 def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
     """One sample, JSON-serialisable, and the `MeCoGPTDataset` it comes from.
 
@@ -193,6 +221,10 @@ def _datasets(args: argparse.Namespace, *, keep: bool) -> Iterator[Run]:
         from megatron_meco.data import dataset
 
         blend, blend_per_split = _blends(args)
+        cooldown = _blend(args.meco_cooldown_data_path)
+        blends = [b for b in (blend, *(blend_per_split or [])) if b is not None]
+        check_corpora((p for b in blends for p in b[0]), Template.parse(meco.template))
+        check_corpora(cooldown[0] if cooldown else [], None)
         cache = args.data_cache_path
         if not keep:
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="meco-plan-"))
@@ -209,7 +241,6 @@ def _datasets(args: argparse.Namespace, *, keep: bool) -> Iterator[Run]:
             meco=meco,
         )
         sizes = _sizes(args, schedule, batch_size)
-        cooldown = _blend(args.meco_cooldown_data_path)
         yield Run(
             schedule, *dataset.build_datasets(sizes, lambda: True, config, schedule, cooldown)
         )
@@ -382,9 +413,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
     ("empty documents skipped", lambda c, _: f"{c['documents_empty']:,}"),
     (
         "documents per pack",
-        lambda c, _: " / ".join(
-            f"{c['documents_per_pack'][k]:.0f}" for k in ("median", "p99", "max")
-        ),
+        lambda c, _: " / ".join(f"{c['documents_per_pack'][k]:.0f}" for k in _PER_PACK),
     ),
 )
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_meco.config import MeCoConfig, add_meco_arguments
-from megatron_meco.corpus.metadata import metadata_path, open_metadata
+from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
-from megatron_meco.errors import DataError, FlagError, MeCoError
+from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.training.cpu import (
     CPU_DEFAULTS,
     enable_cpu_platform,
@@ -111,26 +111,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.train_iters is not None or args.train_samples is not None:
         schedule_from_args(args)
     check_corpora(_corpus_prefixes(args), Template.parse(config.template))
-
-
-def check_corpora(prefixes: list[str], template: Template) -> None:
-    """Refuse corpora that are not there, or that lack the fields of the template.
-
-    Raises:
-        DataError: For a missing file or field.
-        FlagError: For an unknown transform.
-    """
-    for prefix in prefixes:
-        for suffix in (".idx", ".bin"):
-            if not os.path.isfile(prefix + suffix) and "://" not in prefix:
-                raise DataError(
-                    "no such file",
-                    where=prefix + suffix,
-                    remedy="Give the path without .bin or .idx; `meco prepare` makes both.",
-                )
-        if template.source:
-            fields = open_metadata(prefix).schema.names
-            template.check_fields(fields, str(metadata_path(prefix)))
+    cooldown = cooldown_blend(args)
+    check_corpora(cooldown[0] if cooldown else [], None)
 
 
 def _add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
@@ -262,7 +244,7 @@ def _corpus_prefixes(args: argparse.Namespace) -> list[str]:
             remedy="Give the path of a prepared corpus, without .bin or .idx.",
         )
     blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(per_split or []), cooldown_blend(args)]
+    blends = [blend, *(per_split or [])]
     prefixes = [prefix for b in blends if b is not None for prefix in b[0]]
     return list(dict.fromkeys(prefixes))
 

@@ -35,6 +35,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_meco.config import MeCoConfig
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
+from megatron_meco.data.report import Run, plan_report, summary_lines
 from megatron_meco.errors import MeCoError
 from megatron_meco.training.arguments import cooldown_blend, schedule_from_args
 from megatron_meco.training.compat import check_version
@@ -79,7 +80,7 @@ def train_valid_test_datasets_provider(
     try:
         config = MeCoGPTDatasetConfig(**dataset_options(args), meco=MeCoConfig.from_args(args))
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
-        return build_datasets(
+        datasets = build_datasets(
             train_val_test_num_samples,
             lambda: mpu.get_tensor_model_parallel_rank() == 0,
             config,
@@ -90,6 +91,10 @@ def train_valid_test_datasets_provider(
         # Rank 0 builds first and the others wait for it, so this is printed once.
         print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    if datasets[0] is not None and not vp_stage:
+        for line in summary_lines(plan_report(Run(schedule, *datasets)), args.seq_length):
+            print_rank_0(f"> MeCo: {line}")
+    return datasets
 
 
 # Megatron calls a provider with this mark on every rank, and lets it decide where to build.

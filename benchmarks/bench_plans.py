@@ -1,0 +1,151 @@
+"""Plans against Megatron's index path, against a random gather of the lengths, and against packers.
+
+Rounds alternate; a figure is the median of the rounds, a ratio the median of the ratios within a
+round. Packers that are not installed are left out: `lightbinpack` (C++) and `trl` come from PyPI.
+
+    python benchmarks/bench_plans.py --documents 1e7 --sequence-length 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from lengths import web_like
+
+from megatron_meco import _core
+from megatron_meco.data.packing import Plan, PlanRequest, build_plan
+
+
+def our_plan(lengths: np.ndarray, strategy: str, capacity: int, threads: int) -> Plan:
+    """One epoch of the whole corpus, order and shuffle included."""
+    corpus = _core.Corpus(
+        sequence_lengths=lengths,
+        document_indices=None,
+        prefix_ids=None,
+        prefix_tokens=np.zeros(0, np.int32),
+        prefix_offsets=np.zeros(1, np.int64),
+        bos_id=-1,
+        plain_seed=0,
+        plain_threshold=0,
+    )
+    request = PlanRequest(
+        strategy=strategy,
+        capacity=capacity,
+        max_documents=capacity,
+        num_packs=None,
+        first_document=0,
+        num_documents=len(lengths),
+        seed=1,
+    )
+    return build_plan(corpus, request, "synthetic", num_threads=threads)
+
+
+def megatron_index(lengths: np.ndarray, capacity: int) -> None:
+    """Document, sample and shuffle index, as Megatron's GPTDataset makes them for one epoch."""
+    from megatron.core.datasets import gpt_dataset, helpers
+
+    state = np.random.RandomState(1)
+    documents = np.arange(len(lengths), dtype=np.int32)
+    index = gpt_dataset._build_document_index(documents, 1, state, False)
+    tokens = int(np.sum(lengths[documents]))
+    samples = helpers.build_sample_idx(lengths, index, capacity, 1, tokens, True, True)
+    num = samples.shape[0] - 1
+    gpt_dataset._build_shuffle_index(num, num, state)
+
+
+def gather(lengths: np.ndarray, order: np.ndarray) -> None:
+    """The floor: read every length once, in random order."""
+    np.take(lengths, order)
+
+
+def lightbinpack_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
+    """Its best-fit-decreasing; it wants a list, and what is longer than a bin cut short."""
+    import lightbinpack
+
+    as_list = np.minimum(lengths, capacity).tolist()
+    return lambda: lightbinpack.obfd(as_list, capacity)
+
+
+def trl_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
+    """TRL's `bfd` on a data set of the same lengths."""
+    import pyarrow as pa
+    from trl.data_utils import _pack_bfd
+
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, capacity))]).astype(np.int64)
+    tokens = pa.array(np.zeros(int(offsets[-1]), np.int8))
+    column = pa.LargeListArray.from_arrays(pa.array(offsets), tokens)
+    table = pa.table({"input_ids": column})
+    return lambda: _pack_bfd(table, capacity)
+
+
+def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each call, in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=float, default=1e7)
+    parser.add_argument("--sequence-length", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    num, capacity = int(args.documents), args.sequence_length
+    lengths = web_like(num)
+    order = np.random.default_rng(2).permutation(num).astype(np.int32)
+    calls: dict[str, Callable[[], Any]] = {
+        strategy: lambda s=strategy: our_plan(lengths, s, capacity, args.threads)
+        for strategy in ("truncate", "split", "best-fit")
+    }
+    calls["truncate, 1 thread"] = lambda: our_plan(lengths, "truncate", capacity, 1)
+    calls["best-fit, 1 thread"] = lambda: our_plan(lengths, "best-fit", capacity, 1)
+    calls["megatron index"] = lambda: megatron_index(lengths, capacity)
+    calls["gather, 1 thread"] = lambda: gather(lengths, order)
+    for name, peer in (("lightbinpack", lightbinpack_call), ("trl", trl_call)):
+        if importlib.util.find_spec(name) is not None:
+            calls[name] = peer(lengths, capacity)
+    times = measure(calls, args.rounds)
+
+    def ratio(slow: str, fast: str) -> float | None:
+        if slow not in times:
+            return None
+        return round(
+            statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True)), 2
+        )
+
+    plan = our_plan(lengths, "best-fit", capacity, args.threads)
+    result = {
+        "documents": num,
+        "sequence_length": capacity,
+        "threads": args.threads,
+        "nanoseconds_per_document": {
+            name: round(1e9 * statistics.median(t) / num, 1) for name, t in times.items()
+        },
+        "megatron_index / truncate": ratio("megatron index", "truncate"),
+        "truncate, 1 thread / gather": ratio("truncate, 1 thread", "gather, 1 thread"),
+        "lightbinpack / best-fit": ratio("lightbinpack", "best-fit"),
+        "lightbinpack / best-fit, 1 thread": ratio("lightbinpack", "best-fit, 1 thread"),
+        "trl / best-fit": ratio("trl", "best-fit"),
+        "best_fit_padding_percent": round(
+            100 * plan.counts.padding_tokens / (plan.counts.packs * capacity), 5
+        ),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

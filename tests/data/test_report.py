@@ -1,0 +1,156 @@
+"""`meco plan` and `meco inspect` against the datasets that a run gets, and as a user sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import write_pages, write_tokenizer
+
+from megatron_meco.cli import main
+from megatron_meco.corpus.prepare import PrepareConfig, prepare
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of a run on 300 prepared pages."""
+    folder = tmp_path_factory.mktemp("report")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    prepare(
+        PrepareConfig(
+            inputs=(write_pages(folder / "pages.jsonl"),),
+            output=folder / "pages",
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tokenizer),
+        )
+    )
+    return [
+        *f"--data-path {folder}/pages --tokenizer-type HuggingFaceTokenizer".split(),
+        *f"--tokenizer-model {tokenizer} --seq-length {LENGTH} --split 80,20,0".split(),
+        *[
+            "--train-iters",
+            "10",
+            "--global-batch-size",
+            "4",
+            "--eval-iters",
+            "2",
+            "--eval-interval",
+            "5",
+        ],
+    ]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(list(arguments))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize("strategy", ["truncate", "split", "best-fit"])
+def test_plan_json_adds_up(
+    flags: list[str], capsys: pytest.CaptureFixture[str], strategy: str
+) -> None:
+    status, out, _ = run(capsys, "plan", *flags, "--json", "--meco-packing", strategy)
+    assert status == 0
+    report = json.loads(out)
+    assert (report["switch_iteration"], report["switch_sample"]) == (9, 36)
+    phases = report["phases"]
+    assert set(phases) == {"conditioned", "cooldown"}
+    for counts in phases.values():
+        parts = ("body_tokens", "prefix_tokens", "bos_tokens", "padding_tokens")
+        assert sum(counts[p] for p in parts) == counts["packs"] * LENGTH
+        assert set(counts["documents_per_pack"]) == {"median", "p99", "max"}
+    assert (phases["conditioned"]["packs"], phases["cooldown"]["packs"]) == (36, 4)
+    assert phases["conditioned"]["prefix_tokens"] > 0 == phases["cooldown"]["prefix_tokens"]
+    assert report["total"]["body_tokens"] == sum(c["body_tokens"] for c in phases.values())
+    # `split` leaves over the rest of the last document of a phase, at the end of the run.
+    allowed = {"truncate": 10**9, "split": 2 * 60, "best-fit": 0}[strategy]
+    assert report["total"]["discarded_tokens"] <= allowed
+    assert (report["total"]["discarded_tokens"] > 120) == (strategy == "truncate")
+
+
+def test_inspect_json_is_the_concatenation_of_its_documents(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer
+
+    corpus = IndexedDataset(flags[1])
+    tokenizer = Tokenizer.from_file(f"{flags[flags.index('--tokenizer-model') + 1]}/tokenizer.json")
+    for sample, phase in ((0, "conditioned"), (39, "cooldown")):
+        status, out, _ = run(capsys, "inspect", *flags, "--sample", str(sample), "--json")
+        assert status == 0
+        report = json.loads(out)
+        assert report["phase"] == phase
+        tokens: list[int] = []
+        bounds = [0]
+        for d in report["documents"]:
+            prefix = (
+                tokenizer.encode(d["prefix"], add_special_tokens=False).ids if d["prefix"] else []
+            )
+            body = np.array(corpus[d["document"]]).tolist()[d["body_begin"] : d["body_end"]]
+            tokens += [0, *prefix, *body]
+            bounds.append(len(tokens))
+            assert (d["prefix"] is not None) == (phase == "conditioned")
+        assert report["tokens"] == tokens
+        assert report["labels"][:-1] == tokens[1:]
+        assert report["cu_seqlens"] == bounds
+        assert report["max_seqlen"] == max(np.diff(bounds))
+
+
+def test_inspect_shows_a_validation_pack_with_and_without_prefixes(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = run(capsys, "inspect", *flags, "--split", "valid", "--sample", "0")[1]
+    hidden = run(capsys, "inspect", *flags, "--split", "valid", "--sample", "1")[1]
+    assert "valid (conditioned)" in shown
+    assert "valid (plain)" in hidden
+    assert "URL: " in shown
+    assert "URL: " not in hidden
+
+
+def test_plan_build_makes_the_caches_that_a_run_opens(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cache = ["--data-cache-path", str(tmp_path / "cache")]
+    assert run(capsys, "plan", *flags, *cache)[0] == 0
+    assert not (tmp_path / "cache").exists()
+    assert run(capsys, "plan", *flags, *cache, "--build")[0] == 0
+    files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    assert sum(name.endswith("-plan.meco") for name in files) == 3  # two phases and validation
+    assert sum(name.endswith("-prefixes.meco") for name in files) == 1
+    assert run(capsys, "plan", *flags, *cache, "--build")[0] == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
+
+
+def test_flags_of_training_are_passed_over_and_mistyped_ones_are_not(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "plan", *flags, "--lr", "1e-3", "--bf16")
+    assert status == 0
+    assert "passed over: --lr --bf16" in err
+    assert "Switch after iteration 9" in out
+    assert run(capsys, "plan", *flags, "--meco-templte", "x")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--sample", "40"], "--sample: 40 is not among the 40 samples"),
+        (["--split", "test"], "the test split has no documents"),
+        (["--meco-template", "{topic}"], "no metadata field 'topic'"),
+        (["--data-path", "nowhere"], "nowhere.idx: no such file"),
+        (["--tokenizer-model", "./nowhere"], "no such folder or file"),
+    ],
+)
+def test_refusals_are_one_line(
+    flags: list[str], capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+) -> None:
+    status, _, err = run(capsys, "inspect", *flags, *extra)
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
