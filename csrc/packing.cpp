@@ -81,14 +81,8 @@ class Walk {
     chunk.body.resize(static_cast<size_t>(count));
     chunk.prefix.resize(static_cast<size_t>(count));
     place(task, chunk.document.data());
-    const int64_t* document = chunk.document.data();
-    for (int64_t i = 0; i < count; ++i) {
-      if (i + kPrefetch < count) prefetch(document[i + kPrefetch]);
-      chunk.body[static_cast<size_t>(i)] = documents_.body_length(document[i]);
-      const int32_t id = documents_.prefix_id(document[i]);
-      chunk.prefix[static_cast<size_t>(i)] =
-          id < 0 ? -1 : static_cast<int32_t>(documents_.prefix_length(id));
-    }
+    read_lengths(chunk.document.data(), count, chunk.body.data());
+    read_prefixes(chunk.document.data(), count, chunk.prefix.data());
     return chunk;
   }
 
@@ -110,13 +104,29 @@ class Walk {
     for (int64_t i = 0; i < count; ++i) document[i] += order_.first_document;
   }
 
-  void prefetch(int64_t document) const {
+  // Lengths lie anywhere in memory: ask for each some places ahead.
+  void read_lengths(const int64_t* document, int64_t count, int64_t* body) const {
     if (documents_.document_indices != nullptr) {
-      __builtin_prefetch(documents_.document_indices + document);
-    } else {
-      __builtin_prefetch(documents_.sequence_lengths + document);
+      for (int64_t i = 0; i < count; ++i) body[i] = documents_.body_length(document[i]);
+      return;
     }
-    if (documents_.prefix_ids != nullptr) __builtin_prefetch(documents_.prefix_ids + document);
+    const int32_t* lengths = documents_.sequence_lengths;
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(lengths + document[std::min(i + kPrefetch, count - 1)]);
+      body[i] = lengths[document[i]];
+    }
+  }
+
+  void read_prefixes(const int64_t* document, int64_t count, int32_t* prefix) const {
+    if (documents_.prefix_ids == nullptr) {
+      std::fill(prefix, prefix + count, -1);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(documents_.prefix_ids + document[std::min(i + kPrefetch, count - 1)]);
+      const int32_t id = documents_.prefix_id(document[i]);
+      prefix[i] = id < 0 ? -1 : static_cast<int32_t>(documents_.prefix_length(id));
+    }
   }
 
   const Documents& documents_;

@@ -40,6 +40,7 @@ WITHOUT_TORCH = [
     "corpus.metadata",
     "corpus.url",
     "data.array_file",
+    "data.corpora",
     "data.template",
     "data.prefix_table",
     "data.packing",
