@@ -291,5 +291,5 @@ def run_export(args: argparse.Namespace) -> int:
         f"{done.num_bytes / 1e6:,.1f} MB written to {done.folder} in {seconds:.0f} s"
     )
     if done.card["template"]:
-        print(f"template {done.card['template']!r}, fields: {', '.join(done.card['fields'])}")
+        print(f"template {done.card['template']}, fields: {', '.join(done.card['fields'])}")
     return 0
