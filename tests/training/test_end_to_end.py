@@ -113,4 +113,4 @@ def test_a_refusal_is_one_line_and_no_trace(corpus: str, tokenizer_folder: Path)
     errors = [line for line in result.log.splitlines() if "meco: error" in line]
     assert len(errors) == 1
     assert "--context-parallel-size 2:" in errors[0]
-    assert 'File "' + str(Path(__file__).parents[2]) not in result.log
+    assert 'pretrain_gpt.py", line' not in result.log  # torchrun prints a trace of its own
