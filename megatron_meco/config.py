@@ -65,8 +65,6 @@ class MeCoConfig:
     train_on_prefix: bool = False
     """Whether prefix tokens count in the loss (the paper found that this slightly hurts)."""
 
-    allow_changes: bool = False
-    """Whether a resumed run may differ in what decides a sample; the differences are logged."""
 
     def __post_init__(self) -> None:
         if self.packing not in PACKING_STRATEGIES:
@@ -102,7 +100,7 @@ class MeCoConfig:
     @property
     def unique_identifiers(self) -> dict[str, Any]:
         """What decides a sample, for Megatron's cache keys (JSON-serialisable)."""
-        return {k: v for k, v in asdict(self).items() if k != "allow_changes"}
+        return asdict(self)
 
     def prefix_cap(self, sequence_length: int) -> int:
         """Longest prefix in tokens that is used at this sequence length."""
@@ -126,7 +124,6 @@ class MeCoConfig:
             max_documents_per_pack=args.meco_max_documents_per_pack,
             max_prefix_tokens=args.meco_max_prefix_tokens,
             train_on_prefix=args.meco_train_on_prefix,
-            allow_changes=args.meco_allow_changes,
         )
 
 
@@ -201,12 +198,6 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--meco-train-on-prefix",
         action="store_true",
         help="Count prefix tokens in the loss.",
-    )
-    group.add_argument(
-        "--meco-allow-changes",
-        action="store_true",
-        help="Resume although data, template, tokenizer, packing or schedule differ from the "
-        "checkpoint's; the differences are logged.",
     )
     return parser
 

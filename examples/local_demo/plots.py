@@ -9,7 +9,6 @@ is drawn as points. Costs a second. Given up: interaction; TensorBoard has that.
 from __future__ import annotations
 
 import argparse
-from itertools import accumulate
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -41,16 +40,17 @@ def draw(meco: TrainingLog, baseline: TrainingLog, output: Path) -> None:
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    draw_training(axes, baseline, BASELINE, "baseline, training")
     draw_training(axes, meco, MECO, "MeCo, training")
-    draw_validation(axes, baseline, "plain", BASELINE, "s", "baseline, validation")
-    draw_validation(axes, meco, "plain", "white", "o", "MeCo, validation without URL")
     draw_validation(axes, meco, "conditioned", MECO, "o", "MeCo, validation with URL")
+    draw_validation(axes, meco, "plain", "white", "o", "MeCo, validation without URL")
+    draw_training(axes, baseline, BASELINE, "baseline, training")
+    draw_validation(axes, baseline, "plain", BASELINE, "s", "baseline, validation")
     draw_switch(axes, meco)
+    axes.set_xlim(0, 1.02 * max(step.iteration for step in meco.steps))
     axes.set_ylim(*limits(meco, baseline))
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.86, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.savefig(output, dpi=130)
@@ -95,11 +95,11 @@ def limits(*logs: TrainingLog) -> tuple[float, float]:
     return low - 0.05 * (high - low), high
 
 
-def smoothed(values: list[float], share: float = 0.95) -> list[float]:
-    """Return the exponential running mean, unbiased at the beginning."""
-    means = accumulate(values, lambda mean, value: share * mean + (1 - share) * value, initial=0.0)
-    next(means)
-    return [mean / (1 - share**n) for n, mean in enumerate(means, start=1)]
+def smoothed(values: list[float], share: float = 0.06) -> list[float]:
+    """Return the mean over a window around each value; a mean of the past would lag behind."""
+    half = max(1, round(share * len(values) / 2))
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Recipe:
         command = [*meco("generate"), "--model", self.path("model")]
         for host in hosts:
             command += ["--metadata", f"url=https://{host}/"]
-        return [*command, "--prompt", prompt, "--max-new-tokens", "40", "--temperature", "0.5"]
+        return [*command, "--prompt", prompt, "--max-new-tokens", "40"]
 
     def plot(self, meco_log: Path, baseline_log: Path) -> list[str]:
         """Return the command that draws the losses."""

@@ -62,21 +62,19 @@ def explanation(rows: list[dict[str, Any]], plan: dict[str, Any]) -> str:
     """Return what the table shows and what it cannot show."""
     total = plan["total"]
     prefix_share = total["prefix_tokens"] / (total["prefix_tokens"] + total["body_tokens"])
-    gain = rows[0]["meco_plain"] - rows[0]["meco_conditioned"]
-    gaps = [f"{row['meco_plain'] - row['baseline']:+.3f}" for row in rows]
-    use = f"With its URL in front, the same text costs {gain:.3f} less: the model uses the URL."
-    if gain <= 0:
-        use = (
-            f"Its URL makes a text no cheaper ({-gain:+.3f}): so short a run may not get that far."
-        )
+    gains = [row["meco_plain"] - row["meco_conditioned"] for row in rows]
+    distance = rows[1]["meco_plain"] - rows[1]["baseline"]
+    use = "A URL in front makes the same text cheaper" if gains[0] > 0 else "A URL has no use yet"
+    side = "above" if distance > 0 else "below"
     paragraphs = (
-        f"Compare along a row; the rows are about different documents. {use} Without URL, MeCo "
-        f"stands {gaps[0]} from the baseline at the switch and {gaps[1]} at the end; closing that "
-        f"gap is what the cooldown is for. ({100 * prefix_share:.1f} % of MeCo's tokens are "
-        "prefix; it read that much less text.)",
-        "This is far too short to show the paper's gain, which appears from about 64 billion "
-        f"tokens on (here: {total['body_tokens'] / 1e6:.2g} million), in downstream tasks (56.7 "
-        "against 55.7 on average) and not in perplexity. What it does show: both phases, one after "
-        "the other in one run of Megatron's own trainer, and what each of them does to the loss.",
+        "Compare along a row; the two rows are about different documents.",
+        f"{use}: by {gains[0]:+.3f} at the switch. The cooldown teaches the model to do without, "
+        f"and at the end the difference is {gains[1]:+.3f}.",
+        f"Without URL, MeCo ends {abs(distance):.3f} {side} the baseline. That is no verdict: "
+        f"{total['body_tokens'] / 1e6:.2g} million tokens are far too few. The paper's gain appears "
+        "from about 64 billion on, and in downstream tasks (56.7 against 55.7 on average), not in "
+        f"perplexity; so early, the {100 * prefix_share:.1f} % of tokens that are prefix only cost.",
+        "What this does show: both phases, one after the other in one run of Megatron's own "
+        "trainer, and what each of them does to the loss.",
     )
-    return "\n\n".join(paragraphs)
+    return "\n".join(paragraphs)

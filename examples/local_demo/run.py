@@ -37,7 +37,7 @@ ITERATIONS_PER_MINUTE = 120
 DEFAULT_MINUTES = 2.7
 # Where all kinds of projects live: such a host says little about a text.
 CODE_HOSTS = ("github.com", "gitlab.com", "pypi.org")
-PROMPT = ""
+PROMPT = "Return the"
 LINES_OF_INSPECT = 18
 
 
