@@ -65,7 +65,6 @@ class MeCoConfig:
     train_on_prefix: bool = False
     """Whether prefix tokens count in the loss (the paper found that this slightly hurts)."""
 
-
     def __post_init__(self) -> None:
         if self.packing not in PACKING_STRATEGIES:
             raise FlagError(
