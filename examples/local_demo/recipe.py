@@ -27,7 +27,7 @@ MODEL = shlex.split(
     "--attention-dropout 0 --hidden-dropout 0"
 )
 OPTIMIZER = shlex.split(
-    "--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05 "
+    "--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 "
     "--adam-beta2 0.95 --weight-decay 0.1"
 )
 BATCH_SIZE = 4

@@ -62,6 +62,7 @@ def explanation(rows: list[dict[str, Any]], plan: dict[str, Any]) -> str:
     """Return what the table shows and what it cannot show."""
     total = plan["total"]
     tokens = total["prefix_tokens"] + total["body_tokens"]
+    prefix_share = total["prefix_tokens"] / tokens
     gains = [row["meco_plain"] - row["meco_conditioned"] for row in rows]
     distance = rows[1]["meco_plain"] - rows[1]["baseline"]
     use = "A URL in front makes the same text cheaper" if gains[0] > 0 else "A URL has no use yet"
@@ -71,8 +72,8 @@ def explanation(rows: list[dict[str, Any]], plan: dict[str, Any]) -> str:
         f"{use}: by {gains[0]:+.3f} at the switch. The cooldown teaches the model to do without, "
         f"and at the end the difference is {gains[1]:+.3f}.",
         f"Without URL, MeCo ends {abs(distance):.3f} {side} the baseline. That is no verdict: "
-        f"{tokens / 1e6:.2g} million tokens are far too few, and "
-        f"{100 * total['prefix_tokens'] / tokens:.1f} % of them are prefix. The paper's gain appears from about 64 billion on, and in downstream "
+        f"{tokens / 1e6:.2g} million tokens are far too few, and {100 * prefix_share:.1f} % of "
+        "them are prefix. The paper's gain appears from about 64 billion on, and in downstream "
         "tasks (56.7 against 55.7 on average), not in perplexity.",
         "What this does show: both phases, one after the other in one run of Megatron's own "
         "trainer, and what each of them does to the loss.",
