@@ -34,7 +34,7 @@ from megatron_meco.corpus.metadata import open_metadata
 
 # What two cores of a current server do; more cores are faster, more iterations are better.
 ITERATIONS_PER_MINUTE = 120
-DEFAULT_MINUTES = 2.7
+DEFAULT_MINUTES = 2.5
 # Where all kinds of projects live: such a host says little about a text.
 CODE_HOSTS = ("github.com", "gitlab.com", "pypi.org")
 PROMPT = "Return the"
