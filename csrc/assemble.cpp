@@ -131,14 +131,12 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
 
   // Padding is a segment of its own: no document sees it, and nothing in it is trained.
   longest = std::max(longest, capacity - cursor);
-  std::fill(out->tokens + cursor, out->tokens + capacity, options.pad_id);
+  std::fill(out->tokens + cursor, out->tokens + capacity + 1, options.pad_id);
   std::fill(out->loss_mask + cursor, out->loss_mask + capacity, 0.0f);
   count_up(out->position_ids + cursor, capacity - cursor);
   for (; num_bounds < num_cu_seqlens(options); ++num_bounds) {
     out->cu_seqlens[num_bounds] = static_cast<int32_t>(capacity);
   }
-  std::memcpy(out->labels, out->tokens + 1, static_cast<size_t>(capacity - 1) * sizeof(int64_t));
-  out->labels[capacity - 1] = options.pad_id;
   *out->max_seqlen = static_cast<int32_t>(longest);
   *out->prefix_tokens = prefix_total;
 }

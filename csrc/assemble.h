@@ -43,10 +43,10 @@ struct AssemblyOptions {
   bool train_on_prefix = false;
 };
 
-// Output arrays of one sample; all are written in full.
+// Output arrays of one sample; all are written in full. Labels are the tokens one place on, so they
+// are read from the same memory: tokens [0, capacity), labels [1, capacity + 1).
 struct SampleArrays {
-  int64_t* tokens;         // capacity
-  int64_t* labels;         // capacity
+  int64_t* tokens;         // capacity + 1, the last is the pad id
   float* loss_mask;        // capacity
   int64_t* position_ids;   // capacity
   int32_t* cu_seqlens;     // num_cu_seqlens(options), the tail repeats `capacity`

@@ -148,13 +148,20 @@ class Assembler {
   Assembler(py::object corpus, Array<int64_t> pack_offsets, Array<int32_t> piece_document,
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
             int64_t max_documents, int64_t pad_id, bool hide_prefixes, bool train_on_prefix,
-            const std::string& strategy, bool repeat_prefix)
+            const std::string& strategy, bool repeat_prefix, std::optional<Array<uint8_t>> bin,
+            std::optional<Array<int64_t>> sequence_pointers, int token_bytes)
       : corpus_object_(std::move(corpus)),
         corpus_(corpus_object_.cast<const Corpus&>()),
         pack_offsets_(std::move(pack_offsets)),
         piece_document_(std::move(piece_document)),
         continued_piece_(std::move(continued_piece)),
-        continued_begin_(std::move(continued_begin)) {
+        continued_begin_(std::move(continued_begin)),
+        bin_(std::move(bin)),
+        sequence_pointers_(std::move(sequence_pointers)),
+        token_bytes_(token_bytes) {
+    if (bin_.has_value() != sequence_pointers_.has_value()) {
+      throw std::invalid_argument("bin and sequence_pointers come together");
+    }
     if (pack_offsets_.size() < 1) throw std::invalid_argument("pack_offsets must not be empty");
     if (continued_piece_.size() != continued_begin_.size()) {
       throw std::invalid_argument("continued_piece and continued_begin must be equally long");
@@ -180,29 +187,29 @@ class Assembler {
     return meco::pieces_of_pack(plan_, corpus_.documents(), pack, options_);
   }
 
+  // (tokens, labels, loss_mask, position_ids, cu_seqlens, max_seqlen, prefix_tokens) of one pack.
   // Bodies lie in `bin` at `sequence_pointers` (bytes), as Megatron's IndexedDataset maps them.
-  py::dict sample(int64_t pack, const py::buffer& bin, const Array<int64_t>& sequence_pointers,
-                  int token_bytes) const {
-    const py::buffer_info info = bin.request();
-    const auto* base = static_cast<const uint8_t*>(info.ptr);
-    const int64_t size = info.size * info.itemsize;
+  py::tuple sample(int64_t pack) const {
+    if (!bin_) throw std::invalid_argument("this assembler was made without bin");
     const auto found = pieces(pack);
     std::vector<const uint8_t*> sources;
     sources.reserve(found.size());
     for (const meco::Piece& piece : found) {
       const int64_t* indices = corpus_.documents().document_indices;
       const int64_t sequence = indices == nullptr ? piece.document : indices[piece.document];
-      if (sequence >= sequence_pointers.size()) throw std::out_of_range("sequence out of range");
-      const int64_t begin = sequence_pointers.data()[sequence] + piece.body_begin * token_bytes;
-      const int64_t end = begin + (piece.body_end - piece.body_begin) * token_bytes;
-      if (begin < 0 || end > size) throw std::out_of_range("document ends behind the .bin file");
-      sources.push_back(base + begin);
+      if (sequence >= sequence_pointers_->size()) throw std::out_of_range("sequence out of range");
+      const int64_t begin = sequence_pointers_->data()[sequence] + piece.body_begin * token_bytes_;
+      const int64_t end = begin + (piece.body_end - piece.body_begin) * token_bytes_;
+      if (begin < 0 || end > bin_->size()) {
+        throw std::out_of_range("document ends behind the .bin file");
+      }
+      sources.push_back(bin_->data() + begin);
     }
-    return assemble(found, sources, token_bytes);
+    return assemble(found, sources, token_bytes_);
   }
 
   // Bodies come one after the other in `bodies`, in the order of `pieces(pack)`.
-  py::dict sample_from_bodies(int64_t pack, const Array<int64_t>& bodies) const {
+  py::tuple sample_from_bodies(int64_t pack, const Array<int64_t>& bodies) const {
     const auto found = pieces(pack);
     std::vector<const uint8_t*> sources;
     int64_t cursor = 0;
@@ -215,32 +222,35 @@ class Assembler {
   }
 
  private:
-  py::dict assemble(const std::vector<meco::Piece>& pieces,
-                    const std::vector<const uint8_t*>& sources, int token_bytes) const {
-    const py::ssize_t length = options_.capacity;
-    py::array_t<int64_t> tokens(length), labels(length), position_ids(length);
-    py::array_t<float> loss_mask(length);
-    py::array_t<int32_t> cu_seqlens(meco::num_cu_seqlens(options_));
-    py::array_t<int32_t> max_seqlen(std::vector<py::ssize_t>{});
-    py::array_t<int64_t> prefix_tokens(std::vector<py::ssize_t>{});
-    meco::SampleArrays out{tokens.mutable_data(),       labels.mutable_data(),
-                           loss_mask.mutable_data(),    position_ids.mutable_data(),
-                           cu_seqlens.mutable_data(),   max_seqlen.mutable_data(),
-                           prefix_tokens.mutable_data()};
+  py::tuple assemble(const std::vector<meco::Piece>& pieces,
+                     const std::vector<const uint8_t*>& sources, int token_bytes) const {
+    // One allocation for all arrays of a sample. Tokens and labels are two views of the same
+    // numbers, one place apart: half the writing, and a batch copies them apart.
+    const int64_t length = options_.capacity;
+    const int64_t bounds = meco::num_cu_seqlens(options_);
+    const int64_t wide = 2 * length + 2;  // tokens and the last label, positions, prefix tokens
+    const int64_t narrow = length + bounds + 1;  // loss mask, cu_seqlens, max_seqlen
+    const Array<uint8_t> block(wide * 8 + narrow * 4);
+    auto* tokens = reinterpret_cast<int64_t*>(const_cast<uint8_t*>(block.data()));
+    int64_t* position_ids = tokens + length + 1;
+    int64_t* prefix_tokens = position_ids + length;
+    auto* loss_mask = reinterpret_cast<float*>(tokens + wide);
+    auto* cu_seqlens = reinterpret_cast<int32_t*>(loss_mask + length);
+    int32_t* max_seqlen = cu_seqlens + bounds;
     {
       py::gil_scoped_release release;
+      meco::SampleArrays out{tokens,     loss_mask,  position_ids,
+                             cu_seqlens, max_seqlen, prefix_tokens};
       meco::assemble(pieces, sources, token_bytes, corpus_.documents(), corpus_.prefix_tokens(),
                      options_, &out);
     }
-    py::dict result;
-    result["tokens"] = std::move(tokens);
-    result["labels"] = std::move(labels);
-    result["loss_mask"] = std::move(loss_mask);
-    result["position_ids"] = std::move(position_ids);
-    result["cu_seqlens"] = std::move(cu_seqlens);
-    result["max_seqlen"] = std::move(max_seqlen);
-    result["meco_prefix_tokens"] = std::move(prefix_tokens);
-    return result;
+    const std::vector<py::ssize_t> scalar;
+    return py::make_tuple(
+        Array<int64_t>(length, tokens, block), Array<int64_t>(length, tokens + 1, block),
+        Array<float>(length, loss_mask, block), Array<int64_t>(length, position_ids, block),
+        Array<int32_t>(bounds, cu_seqlens, block),
+        Array<int32_t>(scalar, scalar, max_seqlen, block),
+        Array<int64_t>(scalar, scalar, prefix_tokens, block));
   }
 
   py::object corpus_object_;
@@ -249,6 +259,9 @@ class Assembler {
   Array<int32_t> piece_document_;
   Array<int64_t> continued_piece_;
   Array<int64_t> continued_begin_;
+  std::optional<Array<uint8_t>> bin_;
+  std::optional<Array<int64_t>> sequence_pointers_;
+  int token_bytes_;
   meco::PlanView plan_;
   meco::AssemblyOptions options_;
 };
@@ -287,15 +300,16 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
-                    int64_t, int64_t, int64_t, bool, bool, const std::string&, bool>(),
+                    int64_t, int64_t, int64_t, bool, bool, const std::string&, bool,
+                    std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
            py::arg("pad_id"), py::arg("hide_prefixes"), py::arg("train_on_prefix"),
-           py::arg("strategy"), py::arg("repeat_prefix"))
+           py::arg("strategy"), py::arg("repeat_prefix"), py::arg("bin").noconvert() = py::none(),
+           py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8)
       .def("pieces", &Assembler::pieces, py::arg("pack"))
-      .def("sample", &Assembler::sample, py::arg("pack"), py::arg("bin"),
-           py::arg("sequence_pointers").noconvert(), py::arg("token_bytes"))
+      .def("sample", &Assembler::sample, py::arg("pack"))
       .def("sample_from_bodies", &Assembler::sample_from_bodies, py::arg("pack"),
            py::arg("bodies").noconvert());
 

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <deque>
 #include <future>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -76,14 +78,18 @@ class Walk {
 
   Chunk read(const Task& task) const {
     Chunk chunk;
-    const int64_t count = task.end - task.begin;
-    chunk.document.resize(static_cast<size_t>(count));
-    chunk.body.resize(static_cast<size_t>(count));
-    chunk.prefix.resize(static_cast<size_t>(count));
-    place(task, chunk.document.data());
-    read_lengths(chunk.document.data(), count, chunk.body.data());
-    read_prefixes(chunk.document.data(), count, chunk.prefix.data());
+    read(task, &chunk);
     return chunk;
+  }
+
+  void read(const Task& task, Chunk* chunk) const {
+    const int64_t count = task.end - task.begin;
+    chunk->document.resize(static_cast<size_t>(count));
+    chunk->body.resize(static_cast<size_t>(count));
+    chunk->prefix.resize(static_cast<size_t>(count));
+    place(task, chunk->document.data());
+    read_lengths(chunk->document.data(), count, chunk->body.data());
+    read_prefixes(chunk->document.data(), count, chunk->prefix.data());
   }
 
  private:
@@ -305,19 +311,29 @@ class Split : public Builder {
   int64_t pieces_ = 0;
 };
 
-// What best-fit makes of one window, in the order of its shuffled packs.
+// Best-fit's work on one window. Pieces are numbered in the order of their documents; `order` lists
+// them in the order of the shuffled packs. The memory is used again for the next window: fresh
+// pages would cost a fifth of the time.
 struct Window {
-  struct Piece {
-    int32_t document;
-    int32_t prefix;  // tokens shown
-    int64_t begin;
-    int32_t body;  // tokens held
-    bool is_plain;
-    bool is_cut;
-  };
-  std::vector<Piece> pieces;
+  Chunk chunk;
+  std::vector<int32_t> document;  // of each piece
+  std::vector<int32_t> prefix;    // tokens shown, -1: the document is plain
+  std::vector<int32_t> size;      // tokens in the pack: BOS, prefix, body
+  std::vector<int64_t> begin;     // in the body
+  std::vector<uint8_t> is_cut;    // whether more of the document follows
+  std::vector<int32_t> count_of_size;
+  std::vector<int32_t> next_rank;  // by size
+  std::vector<int32_t> rank;       // of each piece, by falling size
+  std::vector<int32_t> pack_of;    // by rank
+  std::vector<int64_t> place;      // of each pack among the shuffled ones
+  std::vector<int32_t> next;       // of each pack: where in `order` its next piece goes
+  std::vector<int32_t> order;      // piece numbers
+  // The result, in the order of the shuffled packs.
   std::vector<int32_t> pack_sizes;  // in pieces
-  int64_t documents_empty = 0;
+  std::vector<int32_t> piece_document;
+  std::vector<int32_t> continued_piece;
+  std::vector<int64_t> continued_begin;
+  PlanCounts counts;
 };
 
 // Best-fit-decreasing without search: packs with equal room are interchangeable, so a run of equal
@@ -420,119 +436,211 @@ class BestFitDecreasing {
 class BestFit : public Builder {
  public:
   static constexpr int64_t kTaskSize = kWindow;
-  using Result = Window;
+  using Result = std::unique_ptr<Window>;
 
   BestFit(const Documents& documents, const PackingOptions& options, int64_t expected_pieces,
           uint64_t seed)
       : Builder(documents, options, expected_pieces), seed_(seed) {}
 
-  Window make(const Walk& walk, const Task& task) const {
-    Window window;
-    const std::vector<Window::Piece> pieces = cut_documents(walk.read(task), &window);
-    // Sort by size, largest first, by counting.
-    std::vector<int32_t> count_of_size(static_cast<size_t>(options_.capacity) + 1);
-    for (const auto& piece : pieces) ++count_of_size[size_of(piece)];
-    std::vector<int32_t> next(count_of_size.size());
-    int32_t total = 0;
-    for (size_t size = count_of_size.size(); size-- > 0;) {
-      next[size] = total;
-      total += count_of_size[size];
-    }
-    std::vector<int32_t> rank(pieces.size());
-    for (size_t i = 0; i < pieces.size(); ++i) rank[i] = next[size_of(pieces[i])]++;
-
-    std::vector<int32_t> pack_of(pieces.size());
+  Result make(const Walk& walk, const Task& task) const {
+    Result window = take_spare();
+    walk.read(task, &window->chunk);
+    cut_documents(window.get());
+    sort_by_size(window.get());
     BestFitDecreasing packer(options_.capacity, options_.max_documents);
-    const int64_t num_packs = packer.place(count_of_size, &pack_of);
+    window->pack_of.resize(window->size.size());
+    const int64_t num_packs = packer.place(window->count_of_size, &window->pack_of);
     const uint64_t stream =
         hash_pair(static_cast<uint64_t>(task.epoch), static_cast<uint64_t>(task.begin) + 1);
-    fill_window(pieces, rank, pack_of, num_packs, stream, &window);
+    shuffle_packs(num_packs, stream, window.get());
+    list_pieces(window.get());
     return window;
   }
 
-  void consume(const Window& window) {
+  void consume(Result window) {
+    plan_.counts.documents_empty += window->counts.documents_empty;
+    const auto packs = static_cast<int64_t>(window->pack_sizes.size());
+    if (options_.num_packs < 0 || num_packs() + packs <= options_.num_packs) {
+      append_all(*window);
+    } else {
+      append_some(*window);
+    }
+    const std::lock_guard<std::mutex> lock(spare_mutex_);
+    spare_.push_back(std::move(window));
+  }
+
+  void finish() {}
+
+ private:
+  Result take_spare() const {
+    const std::lock_guard<std::mutex> lock(spare_mutex_);
+    if (spare_.empty()) return std::make_unique<Window>();
+    Result window = std::move(spare_.back());
+    spare_.pop_back();
+    return window;
+  }
+
+  void cut_documents(Window* w) const {
+    const Chunk& chunk = w->chunk;
+    for (auto* array : {&w->document, &w->prefix, &w->size}) array->clear();
+    w->begin.clear();
+    w->is_cut.clear();
+    w->count_of_size.assign(static_cast<size_t>(options_.capacity) + 1, 0);
+    w->counts = {};
+    PlanCounts& c = w->counts;
+    const bool has_table = documents_.prefix_ids != nullptr;
+    auto add = [&](size_t i, int64_t begin, int64_t taken, int32_t prefix, bool is_cut) {
+      const int64_t size = bos_ + std::max(prefix, 0) + taken;
+      w->document.push_back(static_cast<int32_t>(chunk.document[i]));
+      w->prefix.push_back(prefix);
+      w->size.push_back(static_cast<int32_t>(size));
+      w->begin.push_back(begin);
+      w->is_cut.push_back(is_cut ? 1 : 0);
+      ++w->count_of_size[static_cast<size_t>(size)];
+      c.prefix_tokens += std::max(prefix, 0);
+    };
+    for (size_t i = 0; i < chunk.document.size(); ++i) {
+      const int64_t body = chunk.body[i];
+      if (body <= 1) {
+        ++c.documents_empty;
+        continue;
+      }
+      const int32_t known = chunk.prefix[i];
+      ++c.documents;
+      c.documents_plain += has_table && known < 0 ? 1 : 0;
+      c.body_tokens += body;
+      const int64_t room = options_.capacity - bos_ - std::max(known, 0);
+      if (body <= room) {
+        add(i, 0, body, known, false);
+        continue;
+      }
+      ++c.documents_cut;
+      for (int64_t begin = 0; begin < body;) {
+        const bool shown = begin == 0 || options_.repeat_prefix;
+        const int32_t prefix = shown ? known : std::min(known, 0);
+        const int64_t left = options_.capacity - bos_ - std::max(prefix, 0);
+        int64_t taken = std::min(body - begin, left);
+        if (taken < body - begin) taken = documents_.cut(chunk.document[i], begin, taken, true);
+        add(i, begin, taken, prefix, begin + taken < body);
+        begin += taken;
+      }
+    }
+    if (w->size.size() > size_t{1} << 30) {
+      throw std::length_error("more than 2^30 pieces in a window: the capacity is too small");
+    }
+    c.bos_tokens = bos_ * static_cast<int64_t>(w->size.size());
+  }
+
+  // Ranks by falling size, documents of equal size in their order: a counting sort.
+  void sort_by_size(Window* w) const {
+    w->next_rank.resize(w->count_of_size.size());
+    int32_t total = 0;
+    for (size_t size = w->count_of_size.size(); size-- > 0;) {
+      w->next_rank[size] = total;
+      total += w->count_of_size[size];
+    }
+    w->rank.resize(w->size.size());
+    for (size_t i = 0; i < w->size.size(); ++i) {
+      w->rank[i] = w->next_rank[static_cast<size_t>(w->size[i])]++;
+    }
+  }
+
+  void shuffle_packs(int64_t num_packs, uint64_t stream, Window* w) const {
+    const auto packs = static_cast<size_t>(num_packs);
+    w->place.resize(packs);
+    if (packs > 0) Permutation(packs, seed_, stream).fill(0, num_packs, w->place.data());
+    // First the pieces of each pack, then where its first piece goes.
+    w->next.assign(packs, 0);
+    for (const int32_t pack : w->pack_of) ++w->next[static_cast<size_t>(pack)];
+    w->pack_sizes.resize(packs);
+    for (size_t p = 0; p < packs; ++p) {
+      w->pack_sizes[static_cast<size_t>(w->place[p])] = w->next[p];
+    }
+    std::vector<int32_t>& first = w->next_rank;  // done with
+    first.resize(packs);
+    int32_t total = 0;
+    for (size_t p = 0; p < packs; ++p) {
+      first[p] = total;
+      total += w->pack_sizes[p];
+    }
+    for (size_t p = 0; p < packs; ++p) w->next[p] = first[static_cast<size_t>(w->place[p])];
+    w->order.resize(w->size.size());
+    for (size_t i = 0; i < w->size.size(); ++i) {
+      const int32_t pack = w->pack_of[static_cast<size_t>(w->rank[i])];
+      // The lowest bit spares the look at `begin`, which is large and rarely needed.
+      w->order[static_cast<size_t>(w->next[static_cast<size_t>(pack)]++)] =
+          static_cast<int32_t>(i) * 2 + (w->begin[i] > 0 ? 1 : 0);
+    }
+  }
+
+  void list_pieces(Window* w) const {
+    w->piece_document.resize(w->order.size());
+    w->continued_piece.clear();
+    w->continued_begin.clear();
+    for (size_t k = 0; k < w->order.size(); ++k) {
+      const auto i = static_cast<size_t>(w->order[k] >> 1);
+      w->piece_document[k] = w->document[i];
+      if ((w->order[k] & 1) != 0) {
+        w->continued_piece.push_back(static_cast<int32_t>(k));
+        w->continued_begin.push_back(w->begin[i]);
+      }
+    }
+    const PlanCounts& c = w->counts;
+    w->counts.padding_tokens = options_.capacity * static_cast<int64_t>(w->pack_sizes.size()) -
+                               c.body_tokens - c.prefix_tokens - c.bos_tokens;
+  }
+
+  void append_all(const Window& w) {
+    const int64_t base = num_pieces();
+    plan_.piece_document.insert(plan_.piece_document.end(), w.piece_document.begin(),
+                                w.piece_document.end());
+    for (const int32_t piece : w.continued_piece) plan_.continued_piece.push_back(base + piece);
+    plan_.continued_begin.insert(plan_.continued_begin.end(), w.continued_begin.begin(),
+                                 w.continued_begin.end());
+    int64_t offset = base;
+    for (const int32_t pieces : w.pack_sizes) {
+      plan_.pack_offsets.push_back(offset += pieces);
+      ++plan_.packs_by_size[static_cast<size_t>(pieces)];
+    }
     PlanCounts& c = plan_.counts;
-    c.documents_empty += window.documents_empty;
+    c.documents += w.counts.documents;
+    c.documents_cut += w.counts.documents_cut;
+    c.documents_plain += w.counts.documents_plain;
+    c.body_tokens += w.counts.body_tokens;
+    c.prefix_tokens += w.counts.prefix_tokens;
+    c.bos_tokens += w.counts.bos_tokens;
+    c.padding_tokens += w.counts.padding_tokens;
+  }
+
+  // The last window of a plan with a given number of packs.
+  void append_some(const Window& w) {
+    PlanCounts& c = plan_.counts;
     const bool has_table = documents_.prefix_ids != nullptr;
     size_t next = 0;
-    for (const int32_t pieces : window.pack_sizes) {
+    for (const int32_t pieces : w.pack_sizes) {
       if (done()) return;
       int64_t used = 0;
       for (const size_t end = next + static_cast<size_t>(pieces); next < end; ++next) {
-        const Window::Piece& piece = window.pieces[next];
-        add_piece(piece.document, piece.begin);
-        used += bos_ + piece.prefix + piece.body;
-        c.body_tokens += piece.body;
-        c.prefix_tokens += piece.prefix;
+        const auto i = static_cast<size_t>(w.order[next] >> 1);
+        const int64_t prefix = std::max(w.prefix[i], 0);
+        add_piece(w.document[i], w.begin[i]);
+        used += w.size[i];
+        c.body_tokens += w.size[i] - bos_ - prefix;
+        c.prefix_tokens += prefix;
         c.bos_tokens += bos_;
-        if (piece.begin == 0) {
+        if (w.begin[i] == 0) {
           ++c.documents;
-          c.documents_cut += piece.is_cut ? 1 : 0;
-          c.documents_plain += has_table && piece.is_plain ? 1 : 0;
+          c.documents_cut += w.is_cut[i];
+          c.documents_plain += has_table && w.prefix[i] < 0 ? 1 : 0;
         }
       }
       close_pack(used);
     }
   }
 
-  void finish() {}
-
- private:
-  size_t size_of(const Window::Piece& piece) const {
-    return static_cast<size_t>(bos_ + piece.prefix + piece.body);
-  }
-
-  std::vector<Window::Piece> cut_documents(const Chunk& chunk, Window* window) const {
-    std::vector<Window::Piece> pieces;
-    pieces.reserve(chunk.document.size() + chunk.document.size() / 4);
-    for (size_t i = 0; i < chunk.document.size(); ++i) {
-      const int64_t body = chunk.body[i];
-      if (body <= 1) {
-        ++window->documents_empty;
-        continue;
-      }
-      const bool is_plain = chunk.prefix[i] < 0;
-      for (int64_t begin = 0; begin < body;) {
-        const int32_t prefix =
-            begin == 0 || options_.repeat_prefix ? std::max(chunk.prefix[i], 0) : 0;
-        const int64_t room = options_.capacity - bos_ - prefix;
-        int64_t taken = std::min(body - begin, room);
-        if (taken < body - begin) taken = documents_.cut(chunk.document[i], begin, taken, true);
-        pieces.push_back({static_cast<int32_t>(chunk.document[i]), prefix, begin,
-                          static_cast<int32_t>(taken), is_plain, begin + taken < body});
-        begin += taken;
-      }
-    }
-    return pieces;
-  }
-
-  void fill_window(const std::vector<Window::Piece>& pieces, const std::vector<int32_t>& rank,
-                   const std::vector<int32_t>& pack_of, int64_t num_packs, uint64_t stream,
-                   Window* window) const {
-    const auto packs = static_cast<size_t>(num_packs);
-    std::vector<int64_t> place(packs);
-    if (packs > 0) {
-      Permutation(packs, seed_, stream).fill(0, num_packs, place.data());
-    }
-    window->pack_sizes.resize(packs);
-    for (const int32_t pack : pack_of) {
-      ++window->pack_sizes[static_cast<size_t>(place[static_cast<size_t>(pack)])];
-    }
-    std::vector<int32_t> next(packs);
-    int32_t total = 0;
-    for (size_t p = 0; p < packs; ++p) {
-      next[p] = total;
-      total += window->pack_sizes[p];
-    }
-    window->pieces.resize(pieces.size());
-    for (size_t i = 0; i < pieces.size(); ++i) {
-      const int32_t pack = pack_of[static_cast<size_t>(rank[i])];
-      const auto shuffled = static_cast<size_t>(place[static_cast<size_t>(pack)]);
-      window->pieces[static_cast<size_t>(next[shuffled]++)] = pieces[i];
-    }
-  }
-
   uint64_t seed_;
+  mutable std::mutex spare_mutex_;
+  mutable std::vector<Result> spare_;
 };
 
 void check(const Documents& documents, const Order& order, const PackingOptions& options) {
@@ -558,7 +666,7 @@ void check(const Documents& documents, const Order& order, const PackingOptions&
 // Makes results on several threads and consumes them in order, so that nothing depends on who was
 // first. Results that turn out not to be needed are thrown away.
 template <typename Packer>
-Plan run(Packer packer, const Walk& walk, const PackingOptions& options) {
+Plan run(Packer&& packer, const Walk& walk, const PackingOptions& options) {
   const int64_t size = walk.size();
   if (size == 0 || options.num_packs == 0) return std::move(packer.plan());
   const bool one_epoch = options.num_packs < 0;
@@ -588,9 +696,9 @@ Plan run(Packer packer, const Walk& walk, const PackingOptions& options) {
   while (!in_flight.empty()) {
     auto [task, future] = std::move(in_flight.front());
     in_flight.pop_front();
-    const auto result = future.get();
+    auto result = future.get();
     start_next();
-    packer.consume(result);
+    packer.consume(std::move(result));
     packer.counts().num_epochs = task.epoch + 1;
     if (packer.done()) break;
     if (task.end == size) {

@@ -4,6 +4,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# tokens, labels, loss_mask, position_ids, cu_seqlens, max_seqlen, prefix_tokens
+SampleArrays = tuple[
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.float32],
+    NDArray[np.int64],
+    NDArray[np.int32],
+    NDArray[np.int32],
+    NDArray[np.int64],
+]
+
 class Piece:
     document: int
     body_begin: int
@@ -42,12 +53,13 @@ class Assembler:
         train_on_prefix: bool,
         strategy: str,
         repeat_prefix: bool,
+        bin: NDArray[np.uint8] | None = None,
+        sequence_pointers: NDArray[np.int64] | None = None,
+        token_bytes: int = 8,
     ) -> None: ...
     def pieces(self, pack: int) -> list[Piece]: ...
-    def sample(
-        self, pack: int, bin: Any, sequence_pointers: NDArray[np.int64], token_bytes: int
-    ) -> dict[str, Any]: ...
-    def sample_from_bodies(self, pack: int, bodies: NDArray[np.int64]) -> dict[str, Any]: ...
+    def sample(self, pack: int) -> SampleArrays: ...
+    def sample_from_bodies(self, pack: int, bodies: NDArray[np.int64]) -> SampleArrays: ...
 
 def build_plan(
     corpus: Corpus,

@@ -89,19 +89,19 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
   }
   // Buffers of exactly the promised sizes: one element too far is a sanitizer's report.
   const auto length = static_cast<size_t>(options.capacity);
-  std::vector<int64_t> tokens(length, -7), labels(length, -7), positions(length, -7);
+  std::vector<int64_t> tokens(length + 1, -7), positions(length, -7);
   std::vector<float> mask(length, -7.0f);
   std::vector<int32_t> bounds(static_cast<size_t>(meco::num_cu_seqlens(options)), -7);
   int32_t max_seqlen = -7;
   int64_t prefix_tokens = -7;
-  meco::SampleArrays out{tokens.data(), labels.data(), mask.data(),   positions.data(),
-                         bounds.data(), &max_seqlen,   &prefix_tokens};
+  meco::SampleArrays out{tokens.data(), mask.data(), positions.data(),
+                         bounds.data(), &max_seqlen, &prefix_tokens};
   meco::assemble(pieces, sources, 2, documents, corpus.prefix_tokens.data(), options, &out);
 
   CHECK(bounds.front() == 0 && bounds.back() == options.capacity);
   CHECK(std::is_sorted(bounds.begin(), bounds.end()));
   CHECK(std::find(tokens.begin(), tokens.end(), -7) == tokens.end());
-  CHECK(std::equal(tokens.begin() + 1, tokens.end(), labels.begin()));
+  CHECK(tokens.back() == options.pad_id);
   int64_t trained = 0, bodies = 0;
   for (float m : mask) {
     CHECK(m == 0.0f || m == 1.0f);

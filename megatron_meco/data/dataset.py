@@ -153,7 +153,8 @@ class MeCoGPTDataset(GPTDataset):
             idx: The pack; None: a filler for an incomplete batch, with nothing in the loss.
 
         Returns:
-            tokens, labels, position_ids: (sequence_length,), int64.
+            tokens, labels, position_ids: (sequence_length,), int64; labels and tokens are views of
+                one array, which batching copies.
             loss_mask: (sequence_length,), float32; `loss_mask[t]` governs predicting token `t + 1`.
             cu_seqlens: (min(max documents + 2, sequence_length + 1),), int32; the tail repeats
                 sequence_length.
@@ -161,7 +162,16 @@ class MeCoGPTDataset(GPTDataset):
             meco_prefix_tokens: int64 scalar, prefix tokens in the pack.
         """
         arrays = self._assemble(0 if idx is None else int(idx))
-        sample = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        tokens, labels, loss_mask, position_ids, cu_seqlens, longest, prefix_tokens = arrays
+        sample = {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "loss_mask": torch.from_numpy(loss_mask),
+            "position_ids": torch.from_numpy(position_ids),
+            "cu_seqlens": torch.from_numpy(cu_seqlens),
+            "max_seqlen": torch.from_numpy(longest),
+            "meco_prefix_tokens": torch.from_numpy(prefix_tokens),
+        }
         if idx is None:
             sample["loss_mask"].zero_()
         return sample
@@ -190,14 +200,11 @@ class MeCoGPTDataset(GPTDataset):
         tokens = self.prefixes.tokens_of(piece.prefix_id)[: piece.prefix_tokens]
         return str(self.config.tokenizer.detokenize(tokens.tolist()))
 
-    def _assemble(self, pack: int) -> dict[str, Any]:
+    def _assemble(self, pack: int) -> _core.SampleArrays:
         try:
             if self._bin is None:
                 return self._assembler.sample_from_bodies(pack, self._read_bodies(pack))
-            index = self.dataset.index
-            return self._assembler.sample(
-                pack, self._bin, np.asarray(index.sequence_pointers), index.dtype_size
-            )
+            return self._assembler.sample(pack)
         except IndexError as error:  # std::out_of_range
             if not 0 <= pack < len(self):
                 raise
@@ -291,7 +298,7 @@ class MeCoGPTDataset(GPTDataset):
 
     @cached_property
     def _assembler(self) -> _core.Assembler:
-        meco = self.config.meco
+        meco, index = self.config.meco, self.dataset.index
         return _core.Assembler(
             corpus=self._corpus,
             pack_offsets=self.plan.pack_offsets,
@@ -305,6 +312,9 @@ class MeCoGPTDataset(GPTDataset):
             train_on_prefix=meco.train_on_prefix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,
+            bin=self._bin,
+            sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),
+            token_bytes=index.dtype_size,
         )
 
     @cached_property
