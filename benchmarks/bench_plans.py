@@ -1,18 +1,25 @@
 """Plans against Megatron's index path, against a random gather of the lengths, and against packers.
 
 Rounds alternate; a figure is the median of the rounds, a ratio the median of the ratios within a
-round. Packers that are not installed are left out: `lightbinpack` (C++) and `trl` come from PyPI.
+round. Packers that are not installed are left out and named: `lightbinpack` (C++), `trl`,
+`ai2-olmo-core` and `megatron-bridge` come from PyPI (the last three in a folder of their own on
+PYTHONPATH, since they pin what this project does not). Those three are written in
+Python: `--python-packers` runs them, at a million documents in about three minutes a round.
 
     python benchmarks/bench_plans.py --documents 1e7 --sequence-length 8192
+    python benchmarks/bench_plans.py --documents 1e6 --python-packers --rounds 1
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +92,43 @@ def trl_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
     return lambda: _pack_bfd(table, capacity)
 
 
+def olmo_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
+    """OLMo-core's best-fit-decreasing packer, on documents cut short."""
+    from olmo_core.data.utils import InstancePacker
+
+    ends = np.cumsum(np.minimum(lengths, capacity).astype(np.int64))
+    borders = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+    return lambda: InstancePacker(capacity).pack_documents(borders)
+
+
+def bridge_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
+    """Megatron-Bridge's first-fit-decreasing; its module alone: the package wants a GPU."""
+    files = importlib.metadata.files("megatron-bridge") or []  # PackageNotFoundError: ImportError
+    found = [f for f in files if str(f).endswith("bridge/data/packing/algorithms.py")]
+    if not found:
+        raise ImportError("megatron-bridge is not installed")
+    spec = importlib.util.spec_from_file_location("bridge_packing", str(found[0].locate()))
+    assert spec is not None
+    assert spec.loader is not None
+    # It imports a reader of files that packing does not call, and that wants Transformer Engine.
+    unused: Any = types.ModuleType("megatron.bridge.utils.safe_pickle")
+    unused.safe_load_npy = None
+    sys.modules.setdefault(unused.__name__, unused)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    as_list = np.minimum(lengths, capacity).tolist()
+    return lambda: module.first_fit_decreasing(as_list, capacity)
+
+
+PeerCall = Callable[[np.ndarray, int], Callable[[], Any]]
+NATIVE_PACKERS: dict[str, PeerCall] = {"lightbinpack": lightbinpack_call}
+PYTHON_PACKERS: dict[str, PeerCall] = {
+    "trl": trl_call,
+    "olmo-core": olmo_call,
+    "megatron-bridge": bridge_call,
+}
+
+
 def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Wall seconds of each call, in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -103,6 +147,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--python-packers", action="store_true", help="the slow ones as well")
     args = parser.parse_args()
     num, capacity = int(args.documents), args.sequence_length
     lengths = web_like(num)
@@ -115,9 +160,12 @@ def main() -> None:
     calls["best-fit, 1 thread"] = lambda: our_plan(lengths, "best-fit", capacity, 1)
     calls["megatron index"] = lambda: megatron_index(lengths, capacity)
     calls["gather, 1 thread"] = lambda: gather(lengths, order)
-    for name, peer in (("lightbinpack", lightbinpack_call), ("trl", trl_call)):
-        if importlib.util.find_spec(name) is not None:
+    peers = NATIVE_PACKERS | (PYTHON_PACKERS if args.python_packers else {})
+    for name, peer in peers.items():
+        try:
             calls[name] = peer(lengths, capacity)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
     times = measure(calls, args.rounds)
 
     def ratio(slow: str, fast: str) -> float | None:
@@ -137,9 +185,8 @@ def main() -> None:
         },
         "megatron_index / truncate": ratio("megatron index", "truncate"),
         "truncate, 1 thread / gather": ratio("truncate, 1 thread", "gather, 1 thread"),
-        "lightbinpack / best-fit": ratio("lightbinpack", "best-fit"),
+        **{f"{name} / best-fit": ratio(name, "best-fit") for name in peers},
         "lightbinpack / best-fit, 1 thread": ratio("lightbinpack", "best-fit, 1 thread"),
-        "trl / best-fit": ratio("trl", "best-fit"),
         "best_fit_padding_percent": round(
             100 * plan.counts.padding_tokens / (plan.counts.packs * capacity), 5
         ),
