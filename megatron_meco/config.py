@@ -22,6 +22,25 @@ COOLDOWN = "cooldown"
 PHASES = (CONDITIONED, COOLDOWN)
 """The two phases of a run: documents with their prefixes, then plain documents."""
 
+FINGERPRINT_KEYS = (
+    "meco",
+    "template",
+    "packing",
+    "prefix_once",
+    "plain_fraction",
+    "max_prefix_tokens",
+    "max_documents_per_pack",
+    "train_on_prefix",
+    "seq_length",
+    "seed",
+    "split",
+    "tokenizer",
+    "corpora",
+    "cooldown_corpora",
+    "schedule",
+)
+"""What decides the samples of a run; see `megatron_meco.training.run_fingerprint`."""
+
 DEFAULT_TEMPLATE = r"URL: {url.host}\n\n"
 """The paper's template (section 2), as one types it in a shell: backslash escapes are read."""
 
@@ -50,6 +69,10 @@ class MeCoConfig:
     """Corpora of the cooldown, as Megatron's `--data-path`; empty: held out of the training
     split."""
 
+    cooldown_documents: float | None = None
+    """Share of the training documents that is kept for the cooldown; None: the cooldown's share of
+    the samples."""
+
     plain_fraction: float = 0.0
     """Seeded share of documents that train without their prefix in the conditioned phase too."""
 
@@ -74,6 +97,14 @@ class MeCoConfig:
             )
         _check_share(self.cooldown_fraction, "--meco-cooldown-fraction")
         _check_share(self.plain_fraction, "--meco-plain-fraction")
+        if self.cooldown_documents is not None:
+            _check_share(self.cooldown_documents, "--meco-cooldown-documents")
+            if self.cooldown_data_path:
+                raise FlagError(
+                    "has no effect: the cooldown has corpora of its own",
+                    where="--meco-cooldown-documents",
+                    remedy="Drop it, or --meco-cooldown-data-path.",
+                )
         _check_at_least(self.cooldown_start_iteration, 0, "--meco-cooldown-start-iteration")
         _check_at_least(self.max_documents_per_pack, 1, "--meco-max-documents-per-pack")
         _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
@@ -118,6 +149,7 @@ class MeCoConfig:
             cooldown_fraction=args.meco_cooldown_fraction,
             cooldown_start_iteration=args.meco_cooldown_start_iteration,
             cooldown_data_path=tuple(args.meco_cooldown_data_path or ()),
+            cooldown_documents=args.meco_cooldown_documents,
             plain_fraction=args.meco_plain_fraction,
             repeat_prefix=not args.meco_prefix_once,
             max_documents_per_pack=args.meco_max_documents_per_pack,
@@ -166,6 +198,13 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="PATH",
         help="Corpora of the cooldown, in the form of --data-path. Without it, a seeded share of "
         "the training documents is kept for the cooldown: the phases share no document.",
+    )
+    group.add_argument(
+        "--meco-cooldown-documents",
+        type=float,
+        metavar="F",
+        help="Share of the training documents kept for the cooldown. Default: the cooldown's share "
+        "of the samples.",
     )
     group.add_argument(
         "--meco-plain-fraction",

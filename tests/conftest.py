@@ -1,9 +1,38 @@
 """What every test relies on; heavy imports belong into the tests that need them."""
 
+from __future__ import annotations
+
 import os
+from pathlib import Path
+
+import pytest
+from runs import write_pages, write_tokenizer
 
 # One process must not take the cores of the others (torchrun ranks, parallel test workers).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer with BOS and EOS."""
+    return write_tokenizer(tmp_path_factory.mktemp("shared") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> str:
+    """300 pages from three hosts, prepared by `meco prepare`'s own function."""
+    from megatron_meco.corpus.prepare import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    prepare(
+        PrepareConfig(
+            inputs=(write_pages(folder / "pages.jsonl"),),
+            output=folder / "pages",
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tokenizer_folder),
+        )
+    )
+    return str(folder / "pages")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +78,7 @@ class Result:
     status: int
     log: str
     losses: dict[int, str] = field(default_factory=dict)
+    samples: dict[int, tuple[str, str]] = field(default_factory=dict)
     validation: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -83,41 +87,92 @@ class Result:
         result = cls(status, log)
         for match in re.finditer(r"iteration +(\d+)/ +\d+ \|.*?lm loss: (\S+) ", log):
             result.losses[int(match[1])] = match[2]
+        # What of a step depends on its samples alone: share of prefix tokens, trained tokens.
+        pattern = r"iteration +(\d+)/ .*?prefix share: (\S+) \| trained tokens: (\S+) "
+        for match in re.finditer(pattern, log):
+            result.samples[int(match[1])] = (match[2], match[3])
         for match in re.finditer(r"validation loss at iteration (\d+) \|(.*)", log):
             values = re.findall(r"(lm loss[a-z ]*) value: (\S+) ", match[2])
             result.validation[int(match[1])] = {name.strip(): value for name, value in values}
         return result
 
 
-def launch(command: list[str], ranks: int, timeout: int = 240) -> Result:
-    """Run a script under torchrun and wait; its output comes back whatever happens."""
+def _torchrun(command: list[str], ranks: int, nodes: tuple[int, int, int] | None) -> list[str]:
+    """`command` under torchrun; `nodes`: (number of nodes, this one's rank, port)."""
+    count, node_rank, port = nodes or (1, 0, free_port())
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={count}",
+        f"--node-rank={node_rank}",
+        f"--nproc-per-node={ranks}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+        *command,
+    ]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={ranks}",
-            "--master-addr=127.0.0.1",
-            f"--master-port={port}",
-            *command,
-        ],
+        return int(probe.getsockname()[1])
+
+
+def start(
+    command: list[str], ranks: int, nodes: tuple[int, int, int] | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """Start a script under torchrun, its output in one pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.Popen(
+        _torchrun(command, ranks, nodes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
         env=environment,
     )
-    return Result.read(done.returncode, done.stdout)
+
+
+def launch(command: list[str], ranks: int, timeout: int = 240) -> Result:
+    """Run a script under torchrun and wait; its output comes back whatever happens."""
+    process = start(command, ranks)
+    try:
+        log, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Result.read(process.returncode, log)
+
+
+def kill_at(command: list[str], ranks: int, text: str) -> Result:
+    """Run a script under torchrun and SIGKILL every process of it once its log holds `text`."""
+    mark = f"MECO_TEST_RUN={os.getpid()}-{time.monotonic_ns()}"
+    process = start(command, ranks, **dict([mark.split("=")]))
+    assert process.stdout is not None
+    log = ""
+    for line in process.stdout:
+        log += line
+        if text in line:
+            break
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+    log += process.stdout.read()
+    process.wait()
+    assert text in log, log[-3000:]
+    return Result.read(process.returncode, log)
+
+
+def command(corpus: str, tokenizer: Path, *flags: str, script: Path = SCRIPT) -> list[str]:
+    """The example script on a corpus; later flags win over the defaults above."""
+    data = ["--data-path", corpus, "--tokenizer-type", "HuggingFaceTokenizer"]
+    data += ["--tokenizer-model", str(tokenizer)]
+    return [str(script), *MODEL.split(), *RUN.split(), *data, *flags]
 
 
 def train(
     corpus: str, tokenizer: Path, *flags: str, ranks: int = 1, script: Path = SCRIPT
 ) -> Result:
     """Run the example script on a corpus; later flags win over the defaults above."""
-    data = ["--data-path", corpus, "--tokenizer-type", "HuggingFaceTokenizer"]
-    data += ["--tokenizer-model", str(tokenizer)]
-    return launch([str(script), *MODEL.split(), *RUN.split(), *data, *flags], ranks)
+    return launch(command(corpus, tokenizer, *flags, script=script), ranks)

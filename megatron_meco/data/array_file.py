@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from megatron_meco.errors import DataError
 
 _MAGIC = b"MECO-ARRAYS 1\n"
 _ALIGNMENT = 64
+_ABANDONED_AFTER = 3600.0  # seconds without a write
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def load_or_build(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _folder_lock(path.parent):
             if not path.exists():
+                _remove_abandoned(path)
                 header, arrays = build()
                 write_arrays(path, kind, header, arrays)
     except OSError as error:
@@ -73,6 +77,14 @@ def load_or_build(
             remedy="Give a folder that this user can write to, with room enough.",
         ) from error
     return open_arrays(path, kind)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what killed builders of this file left, not what a busy one may be writing."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER:
+                temporary.unlink()
 
 
 def write_arrays(

@@ -242,7 +242,7 @@ class MeCoGPTDataset(GPTDataset):
             self.config.template,
             # Made when it is called: the table is usually in the cache.
             lambda texts: text_encoder(tokenizer).encode_batch(texts),
-            _tokenizer_identity(tokenizer),
+            tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
             self._cache_folder(),
         )
@@ -415,7 +415,7 @@ def build_datasets(
         Training, validation and test dataset; None for a split without documents, and everywhere on
         a rank that holds none.
     """
-    held_out = 0.0 if cooldown_blend else schedule.cooldown_share
+    held_out = 0.0 if cooldown_blend else schedule.documents_held_out(config.meco)
     num_cooldown = schedule.num_samples - schedule.switch_sample
 
     def build(size: int | None, part: Split, /, **changes: Any) -> Any | None:
@@ -513,7 +513,7 @@ def _refuse_stock_options(config: MeCoGPTDatasetConfig) -> None:
         )
 
 
-def _tokenizer_identity(tokenizer: Any) -> list[Any]:
+def tokenizer_identity(tokenizer: Any) -> list[Any]:
     """What names a tokenizer: Megatron's own description, and the ids of a fixed text.
 
     The same folder may hold another vocabulary tomorrow; the ids tell.

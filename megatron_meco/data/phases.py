@@ -128,10 +128,27 @@ class Schedule:
         """The phase of the step that follows `iteration` finished steps."""
         return CONDITIONED if iteration < self.switch_iteration else COOLDOWN
 
-    @property
-    def cooldown_share(self) -> float:
-        """Share of the run's samples in the cooldown."""
-        return 1 - self.switch_sample / self.num_samples if self.num_samples else 0.0
+    def documents_held_out(self, config: MeCoConfig) -> float:
+        """Share of the training documents that is kept for the cooldown.
+
+        Raises:
+            FlagError: When that leaves a phase without documents.
+        """
+        num_cooldown = self.num_samples - self.switch_sample
+        share = config.cooldown_documents
+        if share is None:
+            return num_cooldown / self.num_samples if self.num_samples else 0.0
+        for num_samples, left, phase in (
+            (self.switch_sample, 1 - share, CONDITIONED),
+            (num_cooldown, share, COOLDOWN),
+        ):
+            if num_samples and not left:
+                raise FlagError(
+                    f"{share!r} leaves no document to the {phase} phase",
+                    where="--meco-cooldown-documents",
+                    remedy="Give a share between 0 and 1, or --meco-cooldown-data-path.",
+                )
+        return share
 
 
 def make_schedule(

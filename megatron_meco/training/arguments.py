@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_meco.config import MeCoConfig, add_meco_arguments
+from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.training.branch import add_branch_arguments, apply_learning_rate, expand_branch
 from megatron_meco.training.cpu import (
     CPU_DEFAULTS,
     enable_cpu_platform,
@@ -29,6 +30,7 @@ from megatron_meco.training.cpu import (
     should_use_cpu,
     skip_helper_compilation,
 )
+from megatron_meco.training.run_fingerprint import check_resume, fingerprint
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -66,19 +68,33 @@ def parse_and_validate_args(
 
     try:
         # Parsed twice: our refusals must come before Megatron's validation stumbles on the flags.
-        early = megatron_arguments.parse_args(provider, megatron_options.get("ignore_unknown_args"))
+        unknown = megatron_options.get("ignore_unknown_args")
+        early = megatron_arguments.parse_args(provider, unknown)
         _check_platform(early, on_cpu)
+        branch = expand_branch(early)
+        if branch is not None:
+            sys.argv += branch.flags
+            early = megatron_arguments.parse_args(provider, unknown)
         if early.meco:
             check_arguments(early)
         args = megatron_arguments.parse_and_validate_args(
             provider, args_defaults=args_defaults or {}, **megatron_options
         )
+        if branch is not None:
+            apply_learning_rate(args, branch)
+            if _is_rank_0():
+                print(branch.describe(), flush=True)
+        _check_samples(args)
     except MeCoError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_rank_0():
             print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     _apply(args)
     return args
+
+
+def _is_rank_0() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def schedule_from_args(args: argparse.Namespace) -> Schedule:
@@ -109,7 +125,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     config = MeCoConfig.from_args(args)
     _refuse_contradictions(args)
     if args.train_iters is not None or args.train_samples is not None:
-        schedule_from_args(args)
+        schedule = schedule_from_args(args)
+        if not args.meco_cooldown_data_path:
+            schedule.documents_held_out(config)
     check_corpora(_corpus_prefixes(args), Template.parse(config.template))
     cooldown = cooldown_blend(args)
     check_corpora(cooldown[0] if cooldown else [], None)
@@ -124,6 +142,15 @@ def _add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.Ar
         action="store_true",
         help="Stop when there is no usable CUDA device, where the run would go on on the CPU.",
     )
+    parser.add_argument(
+        "--meco-allow-changes",
+        nargs="*",
+        choices=FINGERPRINT_KEYS,
+        metavar="NAME",
+        help="Go on from a checkpoint although these differ from the run that made it (without "
+        f"names: whatever differs): {', '.join(FINGERPRINT_KEYS)}.",
+    )
+    add_branch_arguments(parser)
     add_meco_arguments(parser)
     if on_cpu:
         parser.set_defaults(**CPU_DEFAULTS)
@@ -153,7 +180,7 @@ def _check_cpu(args: argparse.Namespace) -> None:
         )
     for flag, remedy in impossible_flags(args):
         raise FlagError("this host has no CUDA device", where=flag, remedy=remedy)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_rank_0():
         print("> MeCo: no CUDA device; training on the CPU over Gloo", flush=True)
 
 
@@ -230,6 +257,34 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
     for applies, flag, reason, remedy in refusals:
         if applies:
             raise FlagError(f"does not go with --meco: {reason}", where=flag, remedy=remedy)
+
+
+def _check_samples(args: argparse.Namespace) -> None:
+    """Work out the run's fingerprint and compare it with the checkpoint's, on rank 0.
+
+    The others wait for rank 0 at the first collective call, and end with it.
+    """
+    if not _is_rank_0():
+        return
+    if args.meco:
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+        args.meco_fingerprint = fingerprint(
+            args,
+            schedule_from_args(args),
+            _training_blend(args),
+            cooldown_blend(args),
+            build_tokenizer(args),
+        )
+    check_resume(args, getattr(args, "meco_fingerprint", None))
+
+
+def _training_blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, per_split = get_blend_and_blend_per_split(args)
+    training = blend if blend is not None else per_split[0]
+    return training or ([], None)
 
 
 def _corpus_prefixes(args: argparse.Namespace) -> list[str]:

@@ -139,8 +139,9 @@ def let_distributed_optimizer_resume() -> None:
 
     With torch's Adam, Megatron 0.19 asserts a common step count of all parameters also where no
     step was made yet, loads one counter for all of them to share, and then copies over it what the
-    checkpoint's tensors hold under "step": another count, or nothing (a KeyError). This is needed
-    on GPU hosts without Transformer Engine as well; it imports megatron.core.
+    checkpoint's tensors hold under "step": another count, or nothing (a KeyError). In float32 it
+    cannot resume at all. This is needed on GPU hosts without Transformer Engine as well; it imports
+    megatron.core.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -170,8 +171,10 @@ def let_distributed_optimizer_resume() -> None:
 
     @functools.wraps(stock_set)
     def set_all_but_step(self: Any, model_param: Any, tensors: Any) -> None:
-        # The stock function skips what is not a tensor.
-        stock_set(self, model_param, {**tensors, "step": None})
+        # The stock function skips what is not a tensor. In float32 it copies into views of the
+        # model's own parameters, which autograd forbids.
+        with torch.no_grad():
+            stock_set(self, model_param, {**tensors, "step": None})
 
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict

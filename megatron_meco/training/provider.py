@@ -4,8 +4,8 @@ With `--meco` the datasets are MeCo's and the step reports two validation losses
 on plain documents; without it both are what Megatron's own `pretrain_gpt.py` does. Batches go
 through Megatron's own functions (tensor-parallel broadcast, flattening of packed sequences), so
 nothing here knows how tensors travel. Costs one broadcast of two integers for each sample, within
-the tensor-parallel group. What was given up: Megatron's paths for SFT, distillation, multi-token
-prediction and context parallelism.
+the tensor-parallel group, and no wait for the device. What was given up: Megatron's paths for SFT,
+distillation, multi-token prediction and context parallelism.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -74,6 +75,7 @@ def train_valid_test_datasets_provider(
     warning = check_version()
     if warning:
         print_rank_0(warning)
+    _share_fingerprint(args)
     schedule = schedule_from_args(args)
     _switch = PhaseSwitch(schedule, saves=bool(args.save))
     print_rank_0(_switch.describe())
@@ -99,6 +101,13 @@ def train_valid_test_datasets_provider(
 
 # Megatron calls a provider with this mark on every rank, and lets it decide where to build.
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _share_fingerprint(args: argparse.Namespace) -> None:
+    """Tell all ranks what rank 0 worked out: arguments that are saved should not differ."""
+    shared = [getattr(args, "meco_fingerprint", None)]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    args.meco_fingerprint = shared[0]
 
 
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -164,24 +173,30 @@ def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tens
         loss_mask=batch["loss_mask"],
         packed_seq_params=_packed_seq_params(args, batch["cu_seqlens"]),
     )
-    views = None if model.training else batch["views"]
-    return output, partial(loss_func, batch["loss_mask"], views=views)
+    return output, partial(
+        loss_func, batch["loss_mask"], facts=batch["facts"], training=model.training
+    )
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output_tensor: torch.Tensor, *, views: torch.Tensor | None = None
+    loss_mask: torch.Tensor,
+    output_tensor: torch.Tensor,
+    *,
+    facts: torch.Tensor | None = None,
+    training: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the losses inside the mask, and what to report of it.
 
     Args:
         loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
         output_tensor: Per-token losses, as many.
-        views: (micro-batch,), 1 for a sample with prefixes, 0 for a plain one; None: report one
-        loss.
+        facts: (2, micro-batch), int64: prefix tokens of each sample, and 1 for a validation sample
+            that shows them; None without MeCo.
+        training: Whether this is a training step.
 
     Returns:
         The loss summed over trained tokens, their number (int32), and the report: for each name the
-        pair (sum, number of tokens) that Megatron adds up and divides.
+        pair (sum, number) that Megatron adds up over micro-batches and ranks, and divides.
     """
     losses = output_tensor.view(-1).float()
     mask = loss_mask.reshape(-1).float()
@@ -189,9 +204,12 @@ def loss_func(
     loss = masked.sum()
     num_tokens = mask.sum().detach().to(torch.int)
     _check_finite(loss)
-    if views is None:
+    if facts is None or training:
         report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+        if facts is not None:
+            report |= _token_counts(facts, num_tokens, mask.numel())
         return loss, num_tokens, report
+    views = facts[1]
     sums = masked.detach().view(len(views), -1).sum(1)
     counts = mask.view(len(views), -1).sum(1)
     report = {}
@@ -202,6 +220,19 @@ def loss_func(
     return loss, num_tokens, report
 
 
+def _token_counts(
+    facts: torch.Tensor, num_tokens: torch.Tensor, num_places: int
+) -> dict[str, torch.Tensor]:
+    """Pairs that Megatron logs as losses: the step's share of prefix tokens, and trained tokens."""
+    places = torch.full_like(num_tokens, num_places, dtype=torch.float32)
+    # Megatron divides by what it added up over these, which makes a sum out of the mean.
+    parts = get_num_microbatches() * mpu.get_data_parallel_world_size()
+    return {
+        "prefix share": torch.stack([facts[0].sum().float(), places]),
+        "trained tokens": torch.stack([num_tokens.float() * parts, torch.ones_like(places)]),
+    }
+
+
 def _get_batch(
     args: argparse.Namespace, data_iterator: Iterator[Batch], vp_stage: int | None, training: bool
 ) -> Batch:
@@ -209,21 +240,21 @@ def _get_batch(
     packed = args.dataloader_inter_document_masking
     edge = is_first_or_last_pipeline_stage(vp_stage)
     if not edge and not packed:
-        return {**dict.fromkeys(_BATCH_KEYS), "views": None}
+        return {**dict.fromkeys(_BATCH_KEYS), "facts": None}
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: Batch = {}
-    views = None
+    facts = None
     if tp_rank == 0:
         loaded = next(data_iterator)
         if args.meco and training:
             assert _switch is not None
             _switch.check_batch(args.curr_iteration, int(loaded["meco_prefix_tokens"].sum()))
-        views = loaded.get("meco_view")
+        facts = _facts_of(loaded) if args.meco else None
         for key in _BATCH_KEYS:
             value = loaded.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
-    if args.meco and not training:
-        views = _broadcast_views(args, views)
+    if args.meco:
+        facts = _broadcast_facts(facts, _micro_batch_size(args, training))
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -243,7 +274,7 @@ def _get_batch(
     batch = flatten_batch_for_packed_sequences(batch)
     if not edge:
         batch = {**dict.fromkeys(_BATCH_KEYS), "cu_seqlens": batch["cu_seqlens"]}
-    return {**batch, "views": views}
+    return {**batch, "facts": facts}
 
 
 def _micro_batch_size(args: argparse.Namespace, training: bool) -> int:
@@ -251,19 +282,26 @@ def _micro_batch_size(args: argparse.Namespace, training: bool) -> int:
     return int(size)
 
 
-def _broadcast_views(args: argparse.Namespace, views: torch.Tensor | None) -> torch.Tensor:
-    """Tell all tensor-parallel ranks which samples show their prefixes."""
-    if views is None:
-        # A receiver, or a baseline, whose samples are all plain.
-        views = torch.zeros(_micro_batch_size(args, training=False), dtype=torch.int64)
-    views = views.cuda()
+def _facts_of(loaded: Batch) -> torch.Tensor:
+    """(2, micro-batch), int64: prefix tokens of each sample, and whether it shows them."""
+    prefix_tokens = loaded["meco_prefix_tokens"]
+    # A baseline's samples have no view; all are plain.
+    views = loaded.get("meco_view", torch.zeros_like(prefix_tokens))
+    return torch.stack([prefix_tokens, views])
+
+
+def _broadcast_facts(facts: torch.Tensor | None, micro_batch_size: int) -> torch.Tensor:
+    """Tell all tensor-parallel ranks about the samples: the last of them writes the log."""
+    if facts is None:
+        facts = torch.zeros((2, micro_batch_size), dtype=torch.int64)
+    facts = facts.cuda(non_blocking=True)
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
-            views,
+            facts,
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    return views
+    return facts
 
 
 def _packed_seq_params(

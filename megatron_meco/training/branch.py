@@ -1,0 +1,251 @@
+"""A cooldown branched off an earlier checkpoint: `--meco-branch-from`, `--meco-branch-iters`.
+
+The paper cools down at many points of one conditioned run. A branch is nothing but flags: the
+schedule switches at the checkpoint's iteration and ends N iterations later, on the documents that
+the conditioned run keeps for its cooldown. `expand_branch` works them out from the checkpoint and
+appends them to the command line, so that Megatron, the log and the fingerprint see ordinary flags;
+the same command goes on with the branch once it has checkpoints of its own. Costs one read of the
+checkpoint's arguments on every rank. What was given up: branches with a growing batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_meco.errors import FlagError
+from megatron_meco.training.run_fingerprint import has_checkpoint, stored_arguments
+
+LR_CHOICES = ("continue", "decay")
+_FLAG = "--meco-branch-from"
+# What makes up the learning rate's curve; Megatron keeps the first two in its parameter groups and
+# would take the old ones in silence.
+_LR_ARGUMENTS = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A cooldown that leaves a conditioned run.
+
+    Attributes:
+        flags: What it adds to the command line.
+        iteration: Training steps of the conditioned run before it.
+        num_iterations: Its own training steps.
+        learning_rate: That of the last conditioned step.
+        decays: Whether it falls to the minimum over the branch, or goes on along the old curve.
+    """
+
+    flags: list[str]
+    iteration: int
+    num_iterations: int
+    learning_rate: float
+    decays: bool
+
+    def describe(self) -> str:
+        """One line for the first log lines."""
+        rate = "falls to --min-lr in a straight line" if self.decays else "goes on along its curve"
+        return (
+            f"> MeCo: branch of {self.num_iterations} cooldown iterations after iteration "
+            f"{self.iteration}; the learning rate ({self.learning_rate:.4g} there) {rate}; "
+            f"flags added: {' '.join(self.flags)}"
+        )
+
+
+def add_branch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a branch."""
+    group = parser.add_argument_group("MeCo: a cooldown branched off an earlier checkpoint")
+    group.add_argument(
+        _FLAG,
+        metavar="DIR",
+        help="Checkpoints of a conditioned run (its --save), or one of them (DIR/iter_0010000). "
+        "Starts a cooldown there; --load and --save name the branch's own folder.",
+    )
+    group.add_argument(
+        "--meco-branch-iters", type=int, metavar="N", help="Iterations of the branch."
+    )
+    group.add_argument(
+        "--meco-branch-lr",
+        choices=LR_CHOICES,
+        default=LR_CHOICES[0],
+        help="`continue`: along the conditioned run's schedule; `decay`: in a straight line to "
+        "--min-lr at the end of the branch. Default: %(default)s.",
+    )
+
+
+def expand_branch(args: argparse.Namespace) -> Branch | None:
+    """The branch that the flags ask for, or None.
+
+    Args:
+        args: Parsed flags, not yet validated by Megatron.
+
+    Raises:
+        FlagError: When the checkpoint or the flags do not allow it.
+    """
+    if args.meco_branch_from is None:
+        if args.meco_branch_iters is not None:
+            raise FlagError(
+                "no checkpoint to branch from",
+                where=f"--meco-branch-iters {args.meco_branch_iters}",
+                remedy=f"Give {_FLAG}, or use --meco-cooldown-start-iteration.",
+            )
+        return None
+    folder, step = _split_step(Path(args.meco_branch_from))
+    _check_flags(args, folder)
+    parent = _stored(args, folder, step)
+    branch_iterations = int(args.meco_branch_iters)
+    iteration = int(parent.iteration)
+    _check_parent(args, parent, iteration)
+    held_out = parent.meco_fingerprint["schedule"]["documents_held_out"]
+    flags = ["--train-iters", str(iteration + branch_iterations)]
+    flags += ["--meco-cooldown-start-iteration", str(iteration)]
+    flags += ["--lr-decay-iters", str(parent.lr_decay_iters or parent.train_iters)]
+    # The weight decay's own schedule ends elsewhere; the learning rate's is given here.
+    flags += ["--override-opt-param-scheduler"]
+    if not args.meco_cooldown_data_path:
+        if not held_out:
+            raise FlagError(
+                "that run kept no documents for a cooldown",
+                where=f"{_FLAG} {args.meco_branch_from}",
+                remedy="Give --meco-cooldown-data-path.",
+            )
+        flags += ["--meco-cooldown-documents", repr(held_out)]
+    if not has_checkpoint(args.load):
+        flags += ["--load", str(folder), "--ckpt-step", str(iteration)]
+        # The schedule is another one by intent; everything else is still compared.
+        allowed = args.meco_allow_changes
+        names = ["schedule", *["cooldown_corpora"] * bool(args.meco_cooldown_data_path)]
+        flags += ["--meco-allow-changes", *([] if allowed == [] else [*(allowed or []), *names])]
+    rate = _learning_rate(parent, iteration)
+    decays = args.meco_branch_lr == "decay" and rate > parent.min_lr
+    return Branch(flags, iteration, branch_iterations, rate, decays)
+
+
+def apply_learning_rate(args: argparse.Namespace, branch: Branch) -> None:
+    """Let Megatron's linear schedule fall from the branch's first learning rate to the minimum.
+
+    The optimizer state is bound to --lr and --min-lr, so the line is given by its other ends: it
+    hits the minimum at the branch's end, and --lr at a (perhaps negative) iteration before it.
+
+    Args:
+        args: Megatron's validated arguments; changed.
+        branch: The branch; nothing is done unless it decays.
+    """
+    if not branch.decays:
+        return
+    share = (branch.learning_rate - args.min_lr) / (args.lr - args.min_lr)
+    args.lr_decay_style = "linear"
+    args.lr_decay_iters = args.train_iters
+    args.lr_warmup_fraction = None
+    args.lr_warmup_iters = args.train_iters - branch.num_iterations / share
+
+
+def _split_step(path: Path) -> tuple[Path, int | None]:
+    match = re.fullmatch(r"iter_(\d+)", path.name)
+    return (path.parent, int(match[1])) if match else (path, None)
+
+
+def _check_flags(args: argparse.Namespace, folder: Path) -> None:
+    where = f"{_FLAG} {args.meco_branch_from}"
+    if not args.meco:
+        raise FlagError("a branch is a cooldown of MeCo", where=where, remedy="Give --meco.")
+    if args.meco_branch_iters is None or args.meco_branch_iters < 1:
+        raise FlagError(
+            "the branch has no length", where=where, remedy="Give --meco-branch-iters, 1 or more."
+        )
+    for other in ("train_samples", "step_batch_size_schedule"):
+        if getattr(args, other, None):
+            raise FlagError(
+                f"does not go with --{other.replace('_', '-')}",
+                where=where,
+                remedy="Branch with a constant --global-batch-size, counted in iterations.",
+            )
+    if not has_checkpoint(folder):
+        raise FlagError(
+            "there is no checkpoint of Megatron's",
+            where=where,
+            remedy="Give the --save folder of the conditioned run.",
+        )
+    for own in (args.save, args.load):
+        if own and Path(own).resolve() == folder.resolve():
+            raise FlagError(
+                "the branch would overwrite the run it leaves",
+                where=f"--save / --load {own}",
+                remedy="Give the branch a folder of its own.",
+            )
+
+
+def _stored(args: argparse.Namespace, folder: Path, step: int | None) -> argparse.Namespace:
+    if step is not None and not (folder / f"iter_{step:07d}").is_dir():
+        kept = ", ".join(sorted(p.name for p in folder.glob("iter_*"))) or "none"
+        raise FlagError(
+            "no such checkpoint",
+            where=f"{_FLAG} {args.meco_branch_from}",
+            remedy=f"That run kept: {kept}.",
+        )
+    there = argparse.Namespace(**{**vars(args), "load": str(folder), "ckpt_step": step})
+    stored = stored_arguments(there)
+    if stored is None or getattr(stored, "meco_fingerprint", None) is None:
+        raise FlagError(
+            "the checkpoint was not made with --meco",
+            where=f"{_FLAG} {args.meco_branch_from}",
+            remedy="Give the --save folder of a conditioned run, or DIR/iter_NNNNNNN in it.",
+        )
+    return stored
+
+
+def _check_parent(args: argparse.Namespace, parent: argparse.Namespace, iteration: int) -> None:
+    where = f"{_FLAG} {args.meco_branch_from}"
+    switch = parent.meco_fingerprint["schedule"]["switch_sample"]
+    if parent.consumed_train_samples > switch:
+        raise FlagError(
+            f"iteration {iteration} lies in that run's own cooldown",
+            where=where,
+            remedy="Give an earlier checkpoint (DIR/iter_NNNNNNN), or go on with that run.",
+        )
+    if parent.consumed_train_samples != iteration * args.global_batch_size:
+        raise FlagError(
+            f"{iteration} iterations consumed {parent.consumed_train_samples} samples there, which "
+            f"is not {args.global_batch_size} for each",
+            where=f"--global-batch-size {args.global_batch_size}",
+            remedy="Give that run's batch size.",
+        )
+    for name in _LR_ARGUMENTS:
+        before, now = getattr(parent, name), getattr(args, name)
+        if (before or 0) != (now or 0):
+            raise FlagError(
+                f"that run has {before}",
+                where=f"--{name.replace('_', '-')} {now}",
+                remedy="Give the same: the optimizer's state is bound to it.",
+            )
+
+
+def _learning_rate(parent: argparse.Namespace, iteration: int) -> float:
+    """The learning rate of the last step before the branch, by Megatron's own schedule."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    batch = parent.global_batch_size
+    decay_steps = (parent.lr_decay_iters or parent.train_iters) * batch
+    warmup_steps = parent.lr_warmup_iters * batch
+    if parent.lr_warmup_fraction is not None:
+        warmup_steps = parent.lr_warmup_fraction * decay_steps
+    wsd_iterations = parent.lr_wsd_decay_iters
+    scheduler = OptimizerParamScheduler(
+        types.SimpleNamespace(param_groups=[]),
+        init_lr=parent.lr_warmup_init,
+        max_lr=parent.lr,
+        min_lr=parent.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=parent.lr_decay_style,
+        start_wd=parent.start_weight_decay,
+        end_wd=parent.end_weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=None if wsd_iterations is None else wsd_iterations * batch,
+        lr_wsd_decay_style=parent.lr_wsd_decay_style,
+    )
+    scheduler.num_steps = iteration * batch
+    return float(scheduler.get_lr({}))

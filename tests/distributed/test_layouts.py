@@ -1,0 +1,107 @@
+"""Parallel layouts against one rank: the same samples at each step, the same losses."""
+
+from __future__ import annotations
+
+import pytest
+from distributed.conftest import Train
+from runs import Result
+
+# Float32 sums in another order; the log shows seven digits of losses near 5.
+TOLERANCE = 3e-6
+
+FAST = {
+    "TP 2 x PP 2, SP, micro-batch 2": (
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
+        "--micro-batch-size 2",
+    ),
+    "DP 2, distributed optimizer, overlap": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+}
+SLOW = {
+    "TP 2": (2, "--tensor-model-parallel-size 2"),
+    "TP 2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "PP 2, micro-batch 4": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 4"),
+    "PP 2, VPP 2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "PP 2, VPP 2, micro-batch 2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--micro-batch-size 2",
+    ),
+    "PP 4": (4, "--pipeline-model-parallel-size 4"),
+    "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "TP 2 x DP 2, SP, distributed optimizer": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+    ),
+    "PP 2 x DP 2, distributed optimizer": (
+        4,
+        "--pipeline-model-parallel-size 2 --use-distributed-optimizer",
+    ),
+    "DP 2": (2, ""),
+    "DP 2, micro-batch 2": (2, "--micro-batch-size 2"),
+    "DP 4": (4, ""),
+    "micro-batch 2": (1, "--micro-batch-size 2"),
+    "micro-batch 4": (1, "--micro-batch-size 4"),
+    "DP 2, best-fit": (2, "--meco-packing best-fit"),
+    "TP 2 x PP 2, split, interleaved": (
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --meco-packing split "
+        "--meco-plain-fraction 0.5",
+    ),
+    "DP 2, another template": (2, "--meco-template URL:{url.domain}"),
+}
+
+
+def difference(a: Result, b: Result) -> float:
+    """Largest difference of a training or validation loss, relative."""
+    pairs = [(a.losses[i], b.losses[i]) for i in a.losses]
+    for step, losses in a.validation.items():
+        pairs += [(losses[name], b.validation[step][name]) for name in losses]
+    assert len(a.validation) == 2
+    return max(abs(float(x) - float(y)) / float(y) for x, y in pairs)
+
+
+def check(run: Result, reference: Result) -> None:
+    found = difference(run, reference)
+    print(f"largest difference: {found:.1e}")  # shown by -rP
+    assert run.samples == reference.samples
+    assert found < TOLERANCE
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FAST)
+def test_a_layout_gives_the_losses_of_one_rank(
+    name: str, run_from_weights: Train, one_rank: Result
+) -> None:
+    ranks, flags = FAST[name]
+    assert len(one_rank.samples) == 6
+    check(run_from_weights(f"--calculate-per-token-loss {flags}", ranks), one_rank)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_layouts(name: str, run_from_weights: Train, one_rank: Result) -> None:
+    ranks, flags = SLOW[name]
+    reference = one_rank
+    meco = flags[flags.index("--meco-") :] if "--meco-" in flags else ""
+    if meco:
+        reference = run_from_weights(f"--calculate-per-token-loss {meco}", 1)
+        assert reference.losses != one_rank.losses
+    check(run_from_weights(f"--calculate-per-token-loss {flags}", ranks), reference)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_without_per_token_loss_micro_batches_weigh_differently(run_from_weights: Train) -> None:
+    """What the flag is for: micro-batches hold different numbers of trained tokens."""
+    one, four = (run_from_weights(f"--micro-batch-size {n}", 1) for n in (1, 4))
+    assert one.samples == four.samples
+    assert difference(one, four) > 10 * TOLERANCE

@@ -1,0 +1,203 @@
+"""Killed, stopped, moved to another layout, branched: a run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import Result, command, free_port, kill_at, launch, start, train
+
+# Ten iterations, the last three of them cooldown; checkpoints at 3, 6, 7 (the switch), 9, 10.
+FLAGS = "--meco --meco-cooldown-fraction 0.3 --save-interval 3"
+FLAGS += " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --eval-interval 100"
+
+
+def meco_flags(folder: Path, extra: str = "") -> list[str]:
+    """A run that saves to, and goes on from, a folder of its own."""
+    own = f"--load {folder}/ckpt --save {folder}/ckpt --data-cache-path {folder}/cache"
+    return f"{FLAGS} {own} {extra}".split()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    corpus: str, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Result]:
+    """Two data-parallel ranks, never stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = train(corpus, tokenizer_folder, *meco_flags(folder), ranks=2)
+    assert result.status == 0, result.log[-3000:]
+    return folder, result
+
+
+def assert_equal_checkpoints(a: Path, b: Path) -> None:
+    """Weights and optimizer state, bit by bit."""
+    import torch
+
+    from megatron_meco.inference.checkpoint import Checkpoint
+
+    first, second = Checkpoint(a), Checkpoint(b)
+    assert first.shapes == second.shapes
+    assert any(name.startswith("optimizer.") for name in first.shapes)
+    for name in first.shapes:
+        assert torch.equal(first.read(name), second.read(name)), name
+
+
+@pytest.mark.distributed
+def test_sigkill_before_at_and_after_the_switch(
+    corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """The model that died three times is the model that never did, bit by bit."""
+    run = command(corpus, tokenizer_folder, *meco_flags(tmp_path))
+    latest = tmp_path / "ckpt" / "latest_checkpointed_iteration.txt"
+    restarts = []
+    for text in ("iteration        5/", "> MeCo: switch after iteration 7", "iteration        9/"):
+        assert kill_at(run, 2, text).status != 0
+        restarts.append(int(latest.read_text()))
+    assert restarts[0] == 3
+    assert restarts[1] in (6, 7)  # the switch's checkpoint is written in the background of the line
+    assert restarts[2] in (7, 9)
+    result = launch(run, 2)
+    assert result.status == 0, result.log[-3000:]
+    reference, whole = undisturbed
+    assert_equal_checkpoints(
+        tmp_path / "ckpt" / "iter_0000010", reference / "ckpt" / "iter_0000010"
+    )
+    assert {i: whole.samples[i] for i in result.samples} == result.samples
+
+
+@pytest.mark.distributed
+def test_other_samples_are_refused_by_name(
+    corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
+) -> None:
+    folder, _ = undisturbed
+    other = "--meco-template {url.domain} --meco-packing best-fit --seed 8"
+    result = train(corpus, tokenizer_folder, *meco_flags(folder, other), ranks=1)
+    errors = [line for line in result.log.splitlines() if "meco: error" in line]
+    assert len(errors) == 1
+    for text in (
+        "iteration 10 was",
+        "template: 'URL: {url.host}",
+        "packing: 'truncate' -> 'best-fit'",
+        "seed: 7 -> 8",
+        "--meco-allow-changes template packing seed",
+    ):
+        assert text in errors[0]
+    assert "corpora" not in errors[0]
+    allowed = f"{other} --meco-allow-changes template packing seed"
+    result = train(corpus, tokenizer_folder, *meco_flags(folder, allowed), ranks=2)
+    assert result.status == 0, result.log[-3000:]
+    without = [f for f in meco_flags(folder) if f != "--meco" and not f.startswith("--meco-")]
+    without.remove("0.3")
+    result = train(corpus, tokenizer_folder, *without, ranks=1)
+    assert "meco: True -> False" in result.log
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rate", ["decay", pytest.param("continue", marks=pytest.mark.slow)])
+def test_a_cooldown_branched_off(
+    rate: str, corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """Four iterations of cooldown after the third of a longer run, whose documents it never saw."""
+    folder, whole = undisturbed
+    branch = f"--meco-branch-from {folder}/ckpt/iter_0000003 --meco-branch-iters 4"
+    run = command(
+        corpus,
+        tokenizer_folder,
+        *meco_flags(tmp_path, f"{branch} --meco-branch-lr {rate} --train-iters 99"),
+    )
+    killed = kill_at(run, 2, "iteration        7/")  # after the checkpoint at iteration 6
+    result = launch(run, 2)
+    assert result.status == 0, result.log[-3000:]
+    assert "iterations 1 to 3 conditioned, 4 to 7 cooldown" in result.log
+    assert "iteration 7 begins in the cooldown phase" in result.log
+    assert sorted(killed.losses)[0] == 4
+    shares = {i: share for i, (share, _) in {**killed.samples, **result.samples}.items()}
+    assert shares == dict.fromkeys(range(4, 8), "0.000000E+00")
+    rates = learning_rates(killed.log) | learning_rates(result.log)
+    if rate == "decay":
+        steps = [rates[i] - rates[i + 1] for i in (4, 5, 6)]
+        assert steps == pytest.approx([steps[0]] * 3, rel=1e-3)
+        assert rates[7] == pytest.approx(1e-3)
+    else:
+        expected = learning_rates(whole.log)
+        assert rates == {i: expected[i] for i in range(4, 8)}
+
+
+def learning_rates(log: str) -> dict[int, float]:
+    """As printed, by iteration."""
+    found = re.finditer(r"iteration +(\d+)/.*?learning rate: (\S+) ", log)
+    return {int(match[1]): float(match[2]) for match in found}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_layout_may_change_at_a_resume(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """DP 2, then TP 2, then PP 2, against one rank all along."""
+    flags = "--meco --meco-cooldown-fraction 0.3 --save-interval 3 --eval-interval 100"
+    flags += " --calculate-per-token-loss --make-vocab-size-divisible-by"
+
+    def run(name: str, vocabulary: int, ranks: int, extra: str) -> Result:
+        own = f"--load {tmp_path}/{name} --save {tmp_path}/{name} --data-cache-path {tmp_path}/c"
+        result = train(
+            corpus, tokenizer_folder, *f"{flags} {vocabulary} {own} {extra}".split(), ranks=ranks
+        )
+        assert result.status == 0, result.log[-3000:]
+        return result
+
+    alone = run("alone", 256, 1, "")
+    moved = [
+        run("moved", 256, 2, "--exit-interval 3"),
+        run("moved", 128, 2, "--tensor-model-parallel-size 2 --exit-interval 6"),
+        run("moved", 256, 2, "--pipeline-model-parallel-size 2"),
+    ]
+    samples = {i: s for part in moved for i, s in part.samples.items()}
+    # Megatron logs the second step after a resume as the mean of two; 1, 4, 7 and 10 are exact.
+    assert [samples[i] for i in (1, 4, 7, 10)] == [alone.samples[i] for i in (1, 4, 7, 10)]
+    losses = {i: float(x) for part in moved for i, x in part.losses.items()}
+    for i in (1, 4, 7, 10):
+        assert losses[i] == pytest.approx(float(alone.losses[i]), rel=3e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_nodes_without_a_shared_file_system(
+    corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """Each node has a --data-cache-path of its own."""
+    port = free_port()
+    processes = []
+    for node in range(2):
+        flags = [*FLAGS.split(), "--data-cache-path", f"{tmp_path}/node{node}"]
+        flags = [f for f in flags if f not in ("--save-interval", "3")]
+        processes.append(start(command(corpus, tokenizer_folder, *flags), 1, (2, node, port)))
+    logs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs[0][-2000:]
+    results = [Result.read(0, log) for log in logs]
+    assert results[1].losses == undisturbed[1].losses  # the last rank logs
+    built = [sorted(p.name for p in (tmp_path / f"node{n}").rglob("*.meco")) for n in range(2)]
+    assert built[0] == built[1]
+    assert len(built[0]) > 2
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
+def test_a_cache_builder_killed_at_any_time(
+    delay: float, corpus: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Whatever a SIGKILL leaves is never taken for a cache, and the next build is whole."""
+    script = Path(__file__).with_name("build_cache.py")
+    build = [sys.executable, str(script), str(tmp_path)]
+    process = subprocess.Popen(build, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=delay)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob("*.meco")) == []
+    done = subprocess.run(build, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["whole"]
