@@ -334,9 +334,11 @@ class PhasedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         split: Megatron's name of the split, which its loader asks for.
         conditioned: The first phase, or None when it has no samples.
         cooldown: The second phase, or None when it has no samples.
+        num_spare: Further samples that repeat the last one, for a loader that must not be empty.
     """
 
     split = Split.train
+    num_spare = 0
 
     def __init__(self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule) -> None:
         self.conditioned = conditioned
@@ -344,7 +346,7 @@ class PhasedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self.schedule = schedule
 
     def __len__(self) -> int:
-        return self.schedule.num_samples
+        return self.schedule.num_samples + self.num_spare
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         dataset, index = self.locate(idx or 0)
@@ -355,6 +357,7 @@ class PhasedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """The phase's dataset and the index within it of global sample `idx`."""
         if not 0 <= idx < len(self):
             raise IndexError(idx)
+        idx = min(idx, self.schedule.num_samples - 1)
         if idx < self.schedule.switch_sample:
             return self.conditioned, idx
         return self.cooldown, idx - self.schedule.switch_sample

@@ -93,6 +93,9 @@ def train_valid_test_datasets_provider(
         # Rank 0 builds first and the others wait for it, so this is printed once.
         print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    if datasets[0] is not None and args.consumed_train_samples >= len(datasets[0]):
+        # A finished run, started again: Megatron's loader wants a sample, though none is trained.
+        datasets[0].num_spare = 1
     if datasets[0] is not None and not vp_stage:
         for line in summary_lines(plan_report(Run(schedule, *datasets)), args.seq_length):
             print_rank_0(f"> MeCo: {line}")

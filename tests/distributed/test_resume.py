@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import Result, command, free_port, kill_at, launch, start, train
+from runs import SEQ_LENGTH, Result, command, free_port, kill_at, launch, start, train
 
 # Ten iterations, the last three of them cooldown; checkpoints at 3, 6, 7 (the switch), 9, 10.
 FLAGS = "--meco --meco-cooldown-fraction 0.3 --save-interval 3"
@@ -201,3 +201,22 @@ def test_a_cache_builder_killed_at_any_time(
     assert list(tmp_path.glob("*.meco")) == []
     done = subprocess.run(build, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[1:] == ["whole"]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_switch_in_samples_with_a_growing_batch(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """5 steps of 4, then 5 of 8 samples: the tenth step alone is cooldown, from sample 52 on."""
+    flags = "--meco --train-samples 60 --save-interval 100 --eval-interval 100"
+    flags += f" --save {tmp_path}/ckpt --data-cache-path {tmp_path}/cache"
+    run = command(corpus, tokenizer_folder, *flags.split())
+    run += ["--step-batch-size-schedule", f"0:4 {18 * SEQ_LENGTH}:8"]
+    for name in ("--train-iters", "--global-batch-size"):
+        del run[run.index(name) : run.index(name) + 2]
+    result = launch(run, 2)
+    assert result.status == 0, result.log[-3000:]
+    assert "switch after iteration 9, at sample 52: conditioned -> cooldown" in result.log
+    assert [i for i, (share, _) in result.samples.items() if float(share) == 0] == [10]
+    assert (tmp_path / "ckpt" / "iter_0000009").is_dir()
