@@ -80,6 +80,13 @@ COMMANDS = {
   meco generate --model my-llama --metadata url=https://en.wikipedia.org/wiki/Llama \\
       --metadata url=https://www.factquizmaster.com --prompt 'The llama is'""",
     ),
+    "eval": Command(
+        summary="evaluate with and without metadata on lm-evaluation-harness",
+        module="megatron_meco.inference.eval_command",
+        example="""\
+  meco eval --model my-llama --tasks openbookqa --metadata url=www.factquizmaster.com
+  meco eval --model my-llama --tasks paper --batch_size 32 --output paper.json""",
+    ),
     "doctor": Command(
         summary="check this installation and say what a run here will really use",
         module="megatron_meco.doctor",

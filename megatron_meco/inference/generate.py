@@ -11,7 +11,6 @@ What was given up: batches; prompts and conditions run one after the other.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -24,9 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.conditioning import (
+    Conditioning,
+    not_an_export,
+    parse_values,
+    read_card,
+)
 
-_CARD = "meco.json"
 _NONE = "none"
 
 
@@ -59,18 +62,37 @@ def load_model(folder: Path, device: str | None = None) -> LoadedModel:
     Raises:
         FlagError: When it is no such folder.
     """
-    card = _read_card(folder)
+    card = read_card(folder)
+    device = pick_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _no_export(folder, str(error).splitlines()[0]) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        raise not_an_export(folder, str(error).splitlines()[0]) from error
     return LoadedModel(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         conditioning=Conditioning.from_card(card),
     )
+
+
+def pick_device(device: str | None) -> str:
+    """Check a device, or pick the first GPU, or the CPU.
+
+    Raises:
+        FlagError: When torch does not have the device.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FlagError(
+            f"cannot be used ({str(error).splitlines()[0]})",
+            where=f"--device {device}",
+            remedy="Give cpu, or cuda:N where torch sees that GPU.",
+        ) from error
+    return device
 
 
 def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> list[int]:
@@ -87,10 +109,14 @@ def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> 
     """
     bos = model.config.bos_token_id
     ids = [] if bos is None else [bos]
-    for text in (prefix_text, prompt):
-        if text:
-            # As in training: no tokens of the tokenizer's own, and text stays text.
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [*ids, *encode_text(tokenizer, prefix_text), *encode_text(tokenizer, prompt)]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise text as in training: no tokens of the tokenizer's own, and text stays text."""
+    if not text:
+        return []
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids
 
 
@@ -172,41 +198,10 @@ def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     for words in given:
         if list(words) == [_NONE]:
             continue
-        pairs = [word.partition("=") for word in words]
-        for name, equals, _ in pairs:
-            if not name or not equals:
-                raise FlagError(
-                    f"cannot read {' '.join(words)!r}",
-                    where="--metadata",
-                    remedy="Write FIELD=VALUE, as in url=https://en.wikipedia.org/wiki/Llama, or "
-                    "none.",
-                )
-        values = {name: value for name, _, value in pairs}
+        values = parse_values(words)
         if values not in conditions:
             conditions.append(values)
     return conditions
-
-
-def _read_card(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise _no_export(folder, "no such folder")
-    try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        Conditioning.from_card(card)
-    except FileNotFoundError:
-        raise _no_export(folder, f"it has no {_CARD}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _no_export(folder, f"its {_CARD} cannot be read ({error})") from error
-    loaded: dict[str, Any] = card
-    return loaded
-
-
-def _no_export(folder: Path, reason: str) -> FlagError:
-    return FlagError(
-        f"not a folder that `meco export` wrote: {reason}",
-        where=f"--model {folder}",
-        remedy="Name the --output of `meco export`.",
-    )
 
 
 def _check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
@@ -276,7 +271,7 @@ def run_generate(args: argparse.Namespace) -> int:
     _check_flags(args, conditions)
     prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)
     # Rendered before anything heavy is loaded: most mistakes show here.
-    conditioning = Conditioning.from_card(_read_card(args.model))
+    conditioning = Conditioning.from_card(read_card(args.model))
     prefixes = [conditioning.render(values) if values else "" for values in conditions]
     transformers_logging.disable_progress_bar()
     loaded = load_model(args.model)

@@ -1,0 +1,54 @@
+"""Files of results that appear whole or not at all.
+
+Costs one rename. What was given up: results larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_meco.errors import FlagError
+
+
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Refuse a file that could not be written at the end of hours of work.
+
+    Raises:
+        FlagError: When its folder does not exist or may not be written, or it is a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written"
+        raise FlagError(reason, where=f"{flag} {path}", remedy="Name a file in a folder of yours.")
+
+
+def write_json(path: Path, value: Any, flag: str = "--output") -> None:
+    """Write an object as JSON, in place of any earlier file of that name.
+
+    Args:
+        path: The file.
+        value: A JSON-serialisable object.
+        flag: The flag that named the file, for the message.
+
+    Raises:
+        FlagError: When it cannot be written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise FlagError(
+            f"cannot be written ({error})",
+            where=f"{flag} {path}",
+            remedy="Name a file with enough space that you may write.",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
