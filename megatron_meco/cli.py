@@ -73,6 +73,13 @@ COMMANDS = {
   meco export --load checkpoints --output my-llama
   meco export --load checkpoints --iteration 9000 --output my-llama-9000 --dtype bfloat16""",
     ),
+    "import": Command(
+        summary="turn a Hugging Face Llama into a checkpoint to train from",
+        module="megatron_meco.inference.import_hf",
+        example="""\
+  meco import --model some-llama --output checkpoints/some-llama
+  torchrun ... examples/pretrain_gpt.py --load checkpoints/some-llama --finetune ...""",
+    ),
     "generate": Command(
         summary="continue a prompt with and without metadata, side by side",
         module="megatron_meco.inference.generate",

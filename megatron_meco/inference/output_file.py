@@ -1,12 +1,15 @@
-"""Files of results that appear whole or not at all.
+"""Files and folders of results that appear whole or not at all.
 
 Costs one rename. What was given up: results larger than memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +55,42 @@ def write_json(path: Path, value: Any, flag: str = "--output") -> None:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def appearing_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the place of `output` when all went well.
+
+    Args:
+        output: What `--output` named.
+
+    Yields:
+        A folder beside it.
+
+    Raises:
+        FlagError: When it cannot be written.
+    """
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if output.exists():
+            output.rename(earlier)
+        partial.rename(output)
+    except OSError as error:
+        raise FlagError(
+            f"cannot be written ({error})",
+            where=f"--output {output}",
+            remedy="Name a folder with enough space that you may write.",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if earlier.exists() and not output.exists():
+            earlier.rename(output)
+        shutil.rmtree(earlier, ignore_errors=True)
