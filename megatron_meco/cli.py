@@ -27,7 +27,7 @@ class Command:
     Attributes:
         summary: What it does, in one line.
         module: Where it lives. The module has `add_NAME_arguments(parser)` and
-            `run_NAME(args) -> int`, NAME being the name of the sub-command.
+            `run_NAME(args) -> int`, NAME being the name of the sub-command, `_` for `-`.
         example: Shown at the end of its help.
         takes_training_flags: Whether flags of a training command that it has no use for are passed
             over, so that such a command can be pasted.
@@ -94,6 +94,13 @@ COMMANDS = {
   meco eval --model my-llama --tasks openbookqa --metadata url=www.factquizmaster.com
   meco eval --model my-llama --tasks paper --batch_size 32 --output paper.json""",
     ),
+    "sweep-urls": Command(
+        summary="find the metadata that suits a task or a kind of text",
+        module="megatron_meco.inference.sweep",
+        example="""\
+  meco sweep-urls --model my-llama --candidates urls.txt --task openbookqa
+  meco sweep-urls --model my-llama --data-path data/web --text questions.txt""",
+    ),
     "doctor": Command(
         summary="check this installation and say what a run here will really use",
         module="megatron_meco.doctor",
@@ -148,6 +155,7 @@ def _run(arguments: list[str]) -> int:
         parser.parse_args(arguments)
         parser.error("the sub-command comes first")
     name = arguments[0]
+    function = name.replace("-", "_")
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
@@ -157,14 +165,14 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    getattr(module, f"add_{name}_arguments")(parser)
+    getattr(module, f"add_{function}_arguments")(parser)
     args, unknown = parser.parse_known_args(arguments[1:])
     flags = [word for word in unknown if word.startswith("--")]
     if unknown and (not command.takes_training_flags or _is_mistyped(flags)):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if flags:
         print(f"meco {name}: not needed here, passed over: {' '.join(flags)}", file=sys.stderr)
-    return int(getattr(module, f"run_{name}")(args))
+    return int(getattr(module, f"run_{function}")(args))
 
 
 def _is_mistyped(flags: list[str]) -> bool:

@@ -235,7 +235,11 @@ class Evaluation:
 
     @staticmethod
     def run(
-        model: Any, loaded: dict[str, Any], num_fewshot: int | None, limit: float | None
+        model: Any,
+        loaded: dict[str, Any],
+        num_fewshot: int | None,
+        limit: float | None,
+        samples: dict[str, list[int]] | None = None,
     ) -> dict[str, Any]:
         """Evaluate with the harness.
 
@@ -247,6 +251,7 @@ class Evaluation:
             loaded: What `load` returned, for this number of examples alone.
             num_fewshot: Examples before each question; None: as the task says.
             limit: Documents of each task (1 or more), or the share of them; None: all.
+            samples: Numbers of the documents of each task, instead of a limit; None: all.
 
         Returns:
             What the harness's `evaluate` returns, samples included.
@@ -268,7 +273,9 @@ class Evaluation:
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         try:
-            results: dict[str, Any] = evaluate(lm=model, task_dict=loaded, limit=limit)
+            results: dict[str, Any] = evaluate(
+                lm=model, task_dict=loaded, limit=limit, samples=samples
+            )
         except MeCoError:
             raise
         except (AssertionError, ValueError) as error:

@@ -52,17 +52,18 @@ class LoadedModel:
     conditioning: Conditioning
 
 
-def load_model(folder: Path, device: str | None = None) -> LoadedModel:
+def load_model(folder: Path, device: str | None = None, template: str | None = None) -> LoadedModel:
     """Load a folder that `meco export` wrote.
 
     Args:
         folder: The folder.
         device: Where to; None: the first GPU, or the CPU.
+        template: Instead of the one it was trained with; None: that one.
 
     Raises:
-        FlagError: When it is no such folder.
+        FlagError: When it is no such folder, or the device or the template cannot be used.
     """
-    card = read_card(folder)
+    conditioning = Conditioning.of_folder(folder, template)
     device = pick_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -72,7 +73,7 @@ def load_model(folder: Path, device: str | None = None) -> LoadedModel:
     return LoadedModel(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        conditioning=Conditioning.from_card(card),
+        conditioning=conditioning,
     )
 
 

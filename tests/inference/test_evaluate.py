@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
+from inference.local_tasks import LENGTH  # noqa: E402
 
 from megatron_meco import cli  # noqa: E402
 from megatron_meco.inference import evaluate as evaluate_module  # noqa: E402
@@ -24,97 +22,14 @@ from megatron_meco.inference.evaluate import (  # noqa: E402
     TaskResult,
     evaluate_task,
 )
-from megatron_meco.inference.export import export  # noqa: E402
 from megatron_meco.inference.harness import MeCoLM, RequestError  # noqa: E402
 
 PREFIX = "URL: www.factquizmaster.com\n\n"
-LENGTH = 192
-
-TASK = """
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/test.jsonl, train: {folder}/train.jsonl}}}}
-test_split: test
-fewshot_split: train
-fewshot_config: {{sampler: first_n}}
-"""
-CHOICE = """
-output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-ASK = 'doc_to_text: "Q: {{question}}\\nA:"\n'
-TASKS = {
-    "local_choice": CHOICE + ASK,
-    "local_empty": CHOICE + 'doc_to_text: ""\n',
-    "local_words": ASK
-    + """
-output_type: generate_until
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
-metric_list: [{metric: exact_match}]
-""",
-    "local_rolling": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{question}}"
-metric_list: [{metric: word_perplexity}]
-""",
-}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated")
-    args = run_args(tokenizer_folder, max_position_embeddings=LENGTH, seq_length=LENGTH)
-    write_checkpoint(folder / "checkpoint", args, random_tensors(args))
-    export(folder / "checkpoint", folder / "model")
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    draw = random.Random(1)
-    words = ["fox", "dog", "cat", "red", "green", "blue", "one", "two", "three", "four"]
-
-    def some(longest: int) -> str:
-        return " ".join(draw.choice(words) for _ in range(draw.randint(1, longest)))
-
-    for name, number in (("test", 30), ("train", 8)):
-        documents = [
-            {
-                "question": some(6),
-                "choices": [some(3) for _ in range(4)],
-                "answer": draw.randrange(4),
-            }
-            for _ in range(number)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"task: {name}" + TASK.format(folder=folder) + text)
-    (folder / "group.yaml").write_text(
-        "group: local_group\ntask: [local_choice, local_empty]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
-    )
-    (folder / "missing.yaml").write_text(
-        "task: local_missing" + TASK.format(folder=folder / "gone") + CHOICE + ASK
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
 def model(model_folder: Path) -> MeCoLM:
     return MeCoLM(str(model_folder), device="cpu", batch_size=4)
-
-
-@pytest.fixture
-def only_local(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The index of the harness's 14,000 own tasks takes eight seconds to build."""
-    from lm_eval import tasks
-
-    local = functools.partial(tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(tasks, "TaskManager", local)
 
 
 def seen_by(model: MeCoLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
