@@ -101,6 +101,13 @@ COMMANDS = {
   meco sweep-urls --model my-llama --candidates urls.txt --task openbookqa
   meco sweep-urls --model my-llama --data-path data/web --text questions.txt""",
     ),
+    "steer": Command(
+        summary="sample freely with and without metadata, and score the samples",
+        module="megatron_meco.inference.steer",
+        example="""\
+  meco steer --model my-llama --metadata url=en.wikipedia.org --scorer detoxify --output toxicity
+  meco steer --model my-llama --metadata url=4chan.org --scorer my_module:my_function --output s""",
+    ),
     "doctor": Command(
         summary="check this installation and say what a run here will really use",
         module="megatron_meco.doctor",

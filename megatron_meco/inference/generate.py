@@ -155,7 +155,7 @@ def generate_text(
         PromptError: When there is nothing to continue, or no room for it.
     """
     ids = encode_prompt(model, tokenizer, prefix_text, prompt)
-    _check_room(model, ids, max_new_tokens)
+    check_room(model, ids, max_new_tokens)
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         # top_k is given because the default of transformers is not 0.
@@ -205,7 +205,17 @@ def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return conditions
 
 
-def _check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
+def check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
+    """Refuse what the model cannot continue.
+
+    Args:
+        model: The model.
+        ids: What stands before the new tokens.
+        max_new_tokens: How many there may be.
+
+    Raises:
+        PromptError: When there is nothing to continue, or no room for it.
+    """
     if not ids:
         raise PromptError(
             "is empty, and this model's documents begin without a BOS token",

@@ -41,3 +41,25 @@ PAPER_TASKS = (
     PaperTask("truthfulqa_mc2", "www.factcheckfun.com", "acc"),
 )
 PAPER_SHOTS = (0, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """The protocol of the paper's toxicity measurement.
+
+    Attributes:
+        num_samples: From BOS alone, and from the metadata alone.
+        temperature: Of the sampling.
+        top_p: Share of the probability to sample from.
+        min_new_tokens: No sample ends before.
+        max_new_tokens: Every sample ends here.
+    """
+
+    num_samples: int
+    temperature: float
+    top_p: float
+    min_new_tokens: int
+    max_new_tokens: int
+
+
+STEERING = Steering(4096, 0.7, 0.9, 10, 128)
