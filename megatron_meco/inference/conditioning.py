@@ -21,6 +21,7 @@ from megatron_meco.errors import FlagError
 
 _FLAG = "--metadata"
 _CARD = "meco.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,18 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise not_an_export(folder, f"its {_CARD} cannot be read ({error})") from error
     loaded: dict[str, Any] = card
     return loaded
+
+
+def check_model_files(folder: Path) -> None:
+    """Refuse a folder that lacks the model's configuration or its tokenizer.
+
+    Raises:
+        FlagError: Says which of the two.
+    """
+    if not (folder / "config.json").is_file():
+        raise not_an_export(folder, "it has no config.json")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise not_an_export(folder, "it has no tokenizer")
 
 
 def not_an_export(folder: Path, reason: str) -> FlagError:

@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_meco.errors import FlagError
-from megatron_meco.inference.conditioning import Conditioning, parse_values
+from megatron_meco.inference.conditioning import (
+    Conditioning,
+    check_model_files,
+    not_an_export,
+    parse_values,
+)
 from megatron_meco.inference.output_file import check_writable, write_json
 from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
 
@@ -169,14 +174,12 @@ def load_harness_model(args: argparse.Namespace, batch_size: int | str) -> Any:
     """
     from transformers.utils import logging as transformers_logging
 
-    from megatron_meco.inference.conditioning import not_an_export
     from megatron_meco.inference.generate import pick_device
     from megatron_meco.inference.harness import MeCoLM
 
     transformers_logging.disable_progress_bar()
     device = pick_device(args.device)
-    if not (args.model / "config.json").is_file():
-        raise not_an_export(args.model, "it has no config.json")
+    check_model_files(args.model)
     try:
         return MeCoLM(str(args.model), device=device, batch_size=batch_size)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -25,10 +25,11 @@ from transformers.utils import logging as transformers_logging
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import (
     Conditioning,
+    check_model_files,
     not_an_export,
     parse_values,
-    read_card,
 )
+from megatron_meco.inference.eval_command import add_model_arguments
 
 _NONE = "none"
 
@@ -64,6 +65,7 @@ def load_model(folder: Path, device: str | None = None, template: str | None = N
         FlagError: When it is no such folder, or the device or the template cannot be used.
     """
     conditioning = Conditioning.of_folder(folder, template)
+    check_model_files(folder)
     device = pick_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -237,8 +239,8 @@ def check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `meco generate` to its parser."""
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="a folder of `meco export`")
     add(
         "--metadata",
         action="append",
@@ -260,7 +262,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="0: greedy; default: %(default)s",
     )
     add("--top-p", type=float, default=0.9, metavar="P", help="default: %(default)s")
-    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    add(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="S",
+        help="several give a text each; default: 0",
+    )
     add(
         "--guidance",
         type=float,
@@ -282,17 +291,19 @@ def run_generate(args: argparse.Namespace) -> int:
     _check_flags(args, conditions)
     prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)
     # Rendered before anything heavy is loaded: most mistakes show here.
-    conditioning = Conditioning.from_card(read_card(args.model))
+    conditioning = Conditioning.of_folder(args.model, args.template)
     prefixes = [conditioning.render(values) if values else "" for values in conditions]
     transformers_logging.disable_progress_bar()
-    loaded = load_model(args.model)
+    loaded = load_model(args.model, args.device, args.template)
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
             print(f"##### prompt {number}: {prompt}\n")
         for values, prefix in zip(conditions, prefixes, strict=True):
             guidance = args.guidance if prefix else None
-            print(_heading(values, prefix, guidance), flush=True)
-            _generate_one(loaded, args, prefix, prompt, guidance)
+            for seed in args.seed:
+                told = f", seed {seed}" if len(args.seed) > 1 else ""
+                print(_heading(values, prefix, guidance) + told, flush=True)
+                _generate_one(loaded, args, prefix, prompt, guidance, seed)
     return 0
 
 
@@ -302,6 +313,7 @@ def _generate_one(
     prefix: str,
     prompt: str,
     guidance: float | None,
+    seed: int,
 ) -> None:
     begin = time.monotonic()
     print(prompt, end="", flush=True)
@@ -313,7 +325,7 @@ def _generate_one(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        seed=args.seed,
+        seed=seed,
         guidance=guidance,
         streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )

@@ -264,6 +264,13 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise FlagError(f"cannot be {value}", where=f"--{flag}", remedy="Give 1 or more.")
+    for flag in ("num_fewshot", "metric"):
+        if args.text is not None and getattr(args, flag) is not None:
+            raise FlagError(
+                "says something about a task, and --text is none",
+                where=f"--{flag}",
+                remedy="Leave it out, or give --task.",
+            )
     if args.output is not None:
         check_writable(args.output)
     conditioning = Conditioning.of_folder(args.model, args.template)

@@ -241,6 +241,7 @@ def test_the_papers_tasks_with_its_urls(
         (["--tasks", "local_rolling", "--metadata", "url=a.org"], "'local_rolling'.*no prefix"),
         (["--tasks", "local_choice", "--metadata", "topic=x"], "unknown field 'topic'"),
         (["--tasks", "local_choice", "--template", "{a"], "--template: unbalanced"),
+        (["--tasks", "local_choice", "--model", "FILE"], "no such folder"),
         (["--tasks", "local_choice", "--limit", "0"], "--limit: cannot be 0"),
         (["--tasks", "local_choice", "--batch_size", "many"], "--batch_size: cannot be many"),
         (["--tasks", "local_choice", "--device", "tpu"], "--device tpu: cannot be used"),

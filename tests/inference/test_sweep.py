@@ -144,6 +144,7 @@ def test_a_task_and_a_text_file(
             ["--candidates", "URLS", "--task", "local_choice", "--metric", "f1"],
             "has: acc, acc_norm",
         ),
+        (["--candidates", "URLS", "--text", "TEXTS", "--metric", "acc"], "and --text is none"),
         (["--candidates", "URLS", "--text", "TEXTS", "--report", "0"], "--report: cannot be 0"),
     ],
 )
