@@ -27,7 +27,7 @@ class Command:
     Attributes:
         summary: What it does, in one line.
         module: Where it lives. The module has `add_NAME_arguments(parser)` and
-            `run_NAME(args) -> int`, NAME being the name of the sub-command.
+            `run_NAME(args) -> int`, NAME being the name of the sub-command, `_` for `-`.
         example: Shown at the end of its help.
         takes_training_flags: Whether flags of a training command that it has no use for are passed
             over, so that such a command can be pasted.
@@ -73,12 +73,40 @@ COMMANDS = {
   meco export --load checkpoints --output my-llama
   meco export --load checkpoints --iteration 9000 --output my-llama-9000 --dtype bfloat16""",
     ),
+    "import": Command(
+        summary="turn a Hugging Face Llama into a checkpoint to train from",
+        module="megatron_meco.inference.import_hf",
+        example="""\
+  meco import --model some-llama --output checkpoints/some-llama
+  torchrun ... examples/pretrain_gpt.py --load checkpoints/some-llama --finetune ...""",
+    ),
     "generate": Command(
         summary="continue a prompt with and without metadata, side by side",
         module="megatron_meco.inference.generate",
         example="""\
   meco generate --model my-llama --metadata url=https://en.wikipedia.org/wiki/Llama \\
       --metadata url=https://www.factquizmaster.com --prompt 'The llama is'""",
+    ),
+    "eval": Command(
+        summary="evaluate with and without metadata on lm-evaluation-harness",
+        module="megatron_meco.inference.eval_command",
+        example="""\
+  meco eval --model my-llama --tasks openbookqa --metadata url=www.factquizmaster.com
+  meco eval --model my-llama --tasks paper --batch_size 32 --output paper.json""",
+    ),
+    "sweep-urls": Command(
+        summary="find the metadata that suits a task or a kind of text",
+        module="megatron_meco.inference.sweep",
+        example="""\
+  meco sweep-urls --model my-llama --candidates urls.txt --task openbookqa
+  meco sweep-urls --model my-llama --data-path data/web --text questions.txt""",
+    ),
+    "steer": Command(
+        summary="sample freely with and without metadata, and score the samples",
+        module="megatron_meco.inference.steer",
+        example="""\
+  meco steer --model my-llama --metadata url=en.wikipedia.org --scorer detoxify --output toxicity
+  meco steer --model my-llama --metadata url=4chan.org --scorer my_module:my_function --output s""",
     ),
     "doctor": Command(
         summary="check this installation and say what a run here will really use",
@@ -134,6 +162,7 @@ def _run(arguments: list[str]) -> int:
         parser.parse_args(arguments)
         parser.error("the sub-command comes first")
     name = arguments[0]
+    function = name.replace("-", "_")
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
@@ -143,14 +172,14 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    getattr(module, f"add_{name}_arguments")(parser)
+    getattr(module, f"add_{function}_arguments")(parser)
     args, unknown = parser.parse_known_args(arguments[1:])
     flags = [word for word in unknown if word.startswith("--")]
     if unknown and (not command.takes_training_flags or _is_mistyped(flags)):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if flags:
         print(f"meco {name}: not needed here, passed over: {' '.join(flags)}", file=sys.stderr)
-    return int(getattr(module, f"run_{name}")(args))
+    return int(getattr(module, f"run_{function}")(args))
 
 
 def _is_mistyped(flags: list[str]) -> bool:

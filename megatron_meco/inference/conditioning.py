@@ -8,8 +8,10 @@ frequent enough to be kept by a `top=` or `min_documents=` filter; a given value
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +20,8 @@ from megatron_meco.data.template import TRANSFORMS, Template
 from megatron_meco.errors import FlagError
 
 _FLAG = "--metadata"
+_CARD = "meco.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,25 @@ class Conditioning:
         if known_columns is None:
             known_columns = {_field_of(p.name) for p in parsed.placeholders}
         return cls(template, tuple(parsed.fields(known_columns, _FLAG)))
+
+    @classmethod
+    def of_folder(cls, folder: Path, template: str | None = None) -> Conditioning:
+        """Read it from a model's folder, or take a template in its place.
+
+        Args:
+            folder: What `meco export` wrote; with a template, any Hugging Face folder.
+            template: Used instead of the model's own; None: the model's own.
+
+        Raises:
+            FlagError: When the template cannot be read, or the folder says nothing of its training
+                and no template is given.
+        """
+        if template is not None:
+            try:
+                return cls.of_run(template, None)
+            except FlagError as error:
+                raise FlagError(error.what, where="--template", remedy=error.remedy) from error
+        return cls.from_card(read_card(folder))
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> Conditioning:
@@ -102,6 +125,67 @@ class Conditioning:
         for name in self.required():
             if name not in values:
                 raise FlagError(f"no value for the field {name!r}", where=_FLAG, remedy=uses)
+
+
+def parse_values(words: Iterable[str]) -> dict[str, str]:
+    """Read the words after a `--metadata`.
+
+    Args:
+        words: `field=value`, one for each field.
+
+    Raises:
+        FlagError: For a word that is something else.
+    """
+    given = list(words)
+    pairs = [word.partition("=") for word in given]
+    for name, equals, _ in pairs:
+        if not name or not equals:
+            raise FlagError(
+                f"cannot read {' '.join(given)!r}",
+                where=_FLAG,
+                remedy="Write FIELD=VALUE, as in url=https://en.wikipedia.org/wiki/Llama, or none.",
+            )
+    return {name: value for name, _, value in pairs}
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Read the `meco.json` of an exported folder.
+
+    Raises:
+        FlagError: When the folder is not one that `meco export` wrote.
+    """
+    if not folder.is_dir():
+        raise not_an_export(folder, "no such folder")
+    try:
+        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        Conditioning.from_card(card)
+    except FileNotFoundError:
+        raise not_an_export(folder, f"it has no {_CARD}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise not_an_export(folder, f"its {_CARD} cannot be read ({error})") from error
+    loaded: dict[str, Any] = card
+    return loaded
+
+
+def check_model_files(folder: Path) -> None:
+    """Refuse a folder that lacks the model's configuration or its tokenizer.
+
+    Raises:
+        FlagError: Says which of the two.
+    """
+    if not (folder / "config.json").is_file():
+        raise not_an_export(folder, "it has no config.json")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise not_an_export(folder, "it has no tokenizer")
+
+
+def not_an_export(folder: Path, reason: str) -> FlagError:
+    """The refusal of a folder that is no exported model."""
+    return FlagError(
+        f"not a folder that `meco export` wrote: {reason}",
+        where=f"--model {folder}",
+        remedy="Name the --output of `meco export`.",
+    )
 
 
 def _field_of(name: str) -> str:

@@ -10,10 +10,7 @@ What was given up: every architecture but Llama's, and tokenizers without a `tok
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -34,6 +31,7 @@ from megatron_meco.inference.llama import (
     take_part,
 )
 from megatron_meco.inference.model_card import describe_run, model_card
+from megatron_meco.inference.output_file import appearing_folder
 from megatron_meco.inference.tokenizer_files import Words, read_tokenizer, write_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,7 +92,7 @@ def export(
     weights = plan_weights(checkpoint.shapes, sizes, where)
     dtype_name = dtype or _trained_dtype(args)
     card = describe_run(args, checkpoint.iteration, words.bos, words.eos)
-    with _appearing(output) as folder:
+    with appearing_folder(output) as folder:
         _write_json(folder / "config.json", _config(args, sizes, words, dtype_name))
         ids = {"bos_token_id": words.bos, "eos_token_id": words.eos}
         _write_json(folder / "generation_config.json", ids)
@@ -214,34 +212,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise FlagError("exists and is no export", where=where, remedy="Name a new folder.")
     if not overwrite:
         raise FlagError("exists", where=where, remedy="Add --overwrite, or name a new folder.")
-
-
-@contextlib.contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `output` when all went well."""
-    output = output.absolute()
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if output.exists():
-            output.rename(earlier)
-        partial.rename(output)
-    except OSError as error:
-        raise FlagError(
-            f"cannot be written ({error})",
-            where=f"--output {output}",
-            remedy="Name a folder with enough space that you may write.",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if earlier.exists() and not output.exists():
-            earlier.rename(output)
-        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

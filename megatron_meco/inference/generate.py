@@ -11,7 +11,6 @@ What was given up: batches; prompts and conditions run one after the other.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -24,9 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.conditioning import (
+    Conditioning,
+    check_model_files,
+    not_an_export,
+    parse_values,
+)
+from megatron_meco.inference.eval_command import add_model_arguments
 
-_CARD = "meco.json"
 _NONE = "none"
 
 
@@ -49,28 +53,49 @@ class LoadedModel:
     conditioning: Conditioning
 
 
-def load_model(folder: Path, device: str | None = None) -> LoadedModel:
+def load_model(folder: Path, device: str | None = None, template: str | None = None) -> LoadedModel:
     """Load a folder that `meco export` wrote.
 
     Args:
         folder: The folder.
         device: Where to; None: the first GPU, or the CPU.
+        template: Instead of the one it was trained with; None: that one.
 
     Raises:
-        FlagError: When it is no such folder.
+        FlagError: When it is no such folder, or the device or the template cannot be used.
     """
-    card = _read_card(folder)
+    conditioning = Conditioning.of_folder(folder, template)
+    check_model_files(folder)
+    device = pick_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _no_export(folder, str(error).splitlines()[0]) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        raise not_an_export(folder, str(error).splitlines()[0]) from error
     return LoadedModel(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
-        conditioning=Conditioning.from_card(card),
+        conditioning=conditioning,
     )
+
+
+def pick_device(device: str | None) -> str:
+    """Check a device, or pick the first GPU, or the CPU.
+
+    Raises:
+        FlagError: When torch does not have the device.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FlagError(
+            f"cannot be used ({str(error).splitlines()[0]})",
+            where=f"--device {device}",
+            remedy="Give cpu, or cuda:N where torch sees that GPU.",
+        ) from error
+    return device
 
 
 def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> list[int]:
@@ -87,10 +112,14 @@ def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> 
     """
     bos = model.config.bos_token_id
     ids = [] if bos is None else [bos]
-    for text in (prefix_text, prompt):
-        if text:
-            # As in training: no tokens of the tokenizer's own, and text stays text.
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [*ids, *encode_text(tokenizer, prefix_text), *encode_text(tokenizer, prompt)]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise text as in training: no tokens of the tokenizer's own, and text stays text."""
+    if not text:
+        return []
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids
 
 
@@ -128,7 +157,7 @@ def generate_text(
         PromptError: When there is nothing to continue, or no room for it.
     """
     ids = encode_prompt(model, tokenizer, prefix_text, prompt)
-    _check_room(model, ids, max_new_tokens)
+    check_room(model, ids, max_new_tokens)
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         # top_k is given because the default of transformers is not 0.
@@ -172,44 +201,23 @@ def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     for words in given:
         if list(words) == [_NONE]:
             continue
-        pairs = [word.partition("=") for word in words]
-        for name, equals, _ in pairs:
-            if not name or not equals:
-                raise FlagError(
-                    f"cannot read {' '.join(words)!r}",
-                    where="--metadata",
-                    remedy="Write FIELD=VALUE, as in url=https://en.wikipedia.org/wiki/Llama, or "
-                    "none.",
-                )
-        values = {name: value for name, _, value in pairs}
+        values = parse_values(words)
         if values not in conditions:
             conditions.append(values)
     return conditions
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise _no_export(folder, "no such folder")
-    try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
-        Conditioning.from_card(card)
-    except FileNotFoundError:
-        raise _no_export(folder, f"it has no {_CARD}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _no_export(folder, f"its {_CARD} cannot be read ({error})") from error
-    loaded: dict[str, Any] = card
-    return loaded
+def check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
+    """Refuse what the model cannot continue.
 
+    Args:
+        model: The model.
+        ids: What stands before the new tokens.
+        max_new_tokens: How many there may be.
 
-def _no_export(folder: Path, reason: str) -> FlagError:
-    return FlagError(
-        f"not a folder that `meco export` wrote: {reason}",
-        where=f"--model {folder}",
-        remedy="Name the --output of `meco export`.",
-    )
-
-
-def _check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
+    Raises:
+        PromptError: When there is nothing to continue, or no room for it.
+    """
     if not ids:
         raise PromptError(
             "is empty, and this model's documents begin without a BOS token",
@@ -231,8 +239,8 @@ def _check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `meco generate` to its parser."""
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="a folder of `meco export`")
     add(
         "--metadata",
         action="append",
@@ -254,7 +262,14 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="0: greedy; default: %(default)s",
     )
     add("--top-p", type=float, default=0.9, metavar="P", help="default: %(default)s")
-    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    add(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="S",
+        help="several give a text each; default: 0",
+    )
     add(
         "--guidance",
         type=float,
@@ -276,17 +291,19 @@ def run_generate(args: argparse.Namespace) -> int:
     _check_flags(args, conditions)
     prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)
     # Rendered before anything heavy is loaded: most mistakes show here.
-    conditioning = Conditioning.from_card(_read_card(args.model))
+    conditioning = Conditioning.of_folder(args.model, args.template)
     prefixes = [conditioning.render(values) if values else "" for values in conditions]
     transformers_logging.disable_progress_bar()
-    loaded = load_model(args.model)
+    loaded = load_model(args.model, args.device, args.template)
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
             print(f"##### prompt {number}: {prompt}\n")
         for values, prefix in zip(conditions, prefixes, strict=True):
             guidance = args.guidance if prefix else None
-            print(_heading(values, prefix, guidance), flush=True)
-            _generate_one(loaded, args, prefix, prompt, guidance)
+            for seed in args.seed:
+                told = f", seed {seed}" if len(args.seed) > 1 else ""
+                print(_heading(values, prefix, guidance) + told, flush=True)
+                _generate_one(loaded, args, prefix, prompt, guidance, seed)
     return 0
 
 
@@ -296,6 +313,7 @@ def _generate_one(
     prefix: str,
     prompt: str,
     guidance: float | None,
+    seed: int,
 ) -> None:
     begin = time.monotonic()
     print(prompt, end="", flush=True)
@@ -307,7 +325,7 @@ def _generate_one(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        seed=args.seed,
+        seed=seed,
         guidance=guidance,
         streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )

@@ -235,6 +235,49 @@ def take_part(weight: Weight, tensor: torch.Tensor, sizes: Sizes) -> torch.Tenso
     return tensor
 
 
+def megatron_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint: Megatron's names on disk, layers stacked, no padded tokens."""
+    shapes: dict[str, tuple[int, ...]] = {
+        _EMBEDDING: (sizes.vocab, sizes.hidden),
+        _FINAL_NORM: (sizes.hidden,),
+    }
+    if not sizes.tied:
+        shapes[_OUTPUT] = (sizes.vocab, sizes.hidden)
+    for name, within, _ in _LAYER_WEIGHTS:
+        shape = _shape_of(name, sizes)
+        rows = _joined_rows(sizes).get(within, shape[0])
+        shapes[f"decoder.layers.{within}"] = (sizes.layers, rows, *shape[1:])
+    return shapes
+
+
+def join_parts(parts: Mapping[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    """Put Hugging Face's tensors together to Megatron's: `take_part` the other way round.
+
+    Args:
+        parts: By their `Weight.part`: one alone, or `q`, `k`, `v`, or `gate`, `up`.
+        sizes: The model's sizes.
+
+    Returns:
+        Megatron's tensor, of one layer where it belongs to a layer.
+    """
+    if "gate" in parts:
+        return torch.cat([parts["gate"], parts["up"]])
+    if "q" in parts:
+        heads = (sizes.groups, -1, sizes.head_dim, sizes.hidden)
+        grouped = torch.cat([parts[part].view(heads) for part in ("q", "k", "v")], dim=1)
+        return grouped.reshape(-1, sizes.hidden)
+    [tensor] = parts.values()
+    return tensor
+
+
+def _joined_rows(sizes: Sizes) -> dict[str, int]:
+    """Rows of the tensors that hold several of Hugging Face's."""
+    return {
+        _QKV: (sizes.heads + 2 * sizes.groups) * sizes.head_dim,
+        _FC1: 2 * sizes.ffn,
+    }
+
+
 def _embedding(name: str, source: str, sizes: Sizes) -> Weight:
     return Weight(name, (sizes.vocab, sizes.hidden), source, None, "vocab")
 
@@ -271,10 +314,7 @@ def _check_names(found: Iterable[str], needed: set[str], where: str) -> None:
 
 
 def _check_shape(weight: Weight, found: tuple[int, ...], sizes: Sizes, where: str) -> None:
-    rows = {
-        _QKV: (sizes.heads + 2 * sizes.groups) * sizes.head_dim,
-        _FC1: 2 * sizes.ffn,
-    }
+    rows = _joined_rows(sizes)
     layer = _LAYER.fullmatch(weight.source)
     within = layer[2] if layer else weight.source
     expected = (rows.get(within, weight.shape[0]), *weight.shape[1:])

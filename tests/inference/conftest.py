@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 from inference.launched import Trained, train_with_logits
+from inference.local_tasks import LENGTH, write_tasks
 from runs import write_pages, write_tokenizer
 
 # torch and what is built on it are imported where they are used: collecting stays fast.
@@ -50,3 +52,32 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
     train_with_logits(corpus, tokenizer_folder, folder / "ckpt", logits)
     export(folder / "ckpt", folder / "model")
     return Trained(corpus, folder / "ckpt", logits, folder / "model")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """As `exported`, with more room."""
+    from inference.synthetic import random_tensors, run_args, write_checkpoint
+
+    from megatron_meco.inference.export import export
+
+    folder = tmp_path_factory.mktemp("roomy")
+    args = run_args(tokenizer_folder, max_position_embeddings=LENGTH, seq_length=LENGTH)
+    write_checkpoint(folder / "checkpoint", args, random_tensors(args))
+    export(folder / "checkpoint", folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for `--include_path`."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def only_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of the harness's 14,000 own tasks takes eight seconds to build."""
+    from lm_eval import tasks
+
+    local = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", local)

@@ -28,7 +28,8 @@ def train_with_logits(
     run = f"""
         --meco --meco-cooldown-fraction 0.5 --train-iters {NUM_ITERATIONS} --eval-interval 100
         --eval-iters 1 --kv-channels 12 --rotary-base 50000 --norm-epsilon 1e-4
-        --data-cache-path {corpus}-cache --save {save} --save-interval 100 --logits-to {logits}
+        --num-layers 4 --data-cache-path {corpus}-cache --save {save} --save-interval 100
+        --logits-to {logits}
     """.split()
     result = train(corpus, tokenizer, *run, *flags, ranks=ranks, script=SCRIPT)
     assert result.status == 0, result.log[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
@@ -86,6 +87,10 @@ def write_checkpoint(
     state: dict[str, Any] = dict(tensors)
     state["optimizer.state.exp_avg.output_layer.weight"] = torch.zeros(4)
     state["decoder.layers.mlp.linear_fc1._extra_state/shard_0_3"] = None
+    # With Transformer Engine there are more of them; some versions keep tensors.
+    state["decoder.layers.self_attention.core_attention._extra_state/shard_0_3"] = io.BytesIO()
+    state["decoder.final_layernorm._extra_state/shard_0_1"] = None
+    state["decoder.layers.mlp.linear_fc2._extra_state"] = torch.zeros(3, dtype=torch.uint8)
     state["rng_state/shard_0.0_1.1"] = [1, 2]
     state["common_state/shard_0_1"] = [
         {"args": args, "iteration": iteration, "rerun": _foreign_object()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -162,6 +163,23 @@ def test_prompts_from_a_file(
     assert out.count("guidance 2)") == out.count("=== no metadata") == 2
 
 
+def test_several_seeds_and_a_template_of_the_users(
+    exported: Path, loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--template", "Topic: {topic}. ", "--metadata", "topic=llamas", "--prompt", PROMPT]
+    assert run(exported, *flags, "--temperature", "1", "--seed", "3", "4") == 0
+    shown = re.split(r"^=== (.*)\n", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    expected = []
+    for name, prefix in (
+        ("no metadata", ""),
+        ("topic=llamas (prefix 'Topic: llamas. ')", "Topic: llamas. "),
+    ):
+        for seed in (3, 4):
+            text = continue_text(loaded, prefix, max_new_tokens=4, temperature=1.0, seed=seed)
+            expected += [f"{name}, seed {seed}", f"{PROMPT}{text}\n\n"]
+    assert shown == expected
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -177,8 +195,6 @@ def test_prompts_from_a_file(
 def test_refusals(
     exported: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     assert run(exported, "--prompt", PROMPT, *flags) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -192,7 +208,13 @@ def test_a_folder_that_is_no_export(
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(exported / "meco.json", bare)
-    cases.append((bare, "not a folder that `meco export` wrote"))
+    cases.append((bare, "it has no config.json"))
+    no_tokenizer = shutil.copytree(exported, tmp_path / "no-tokenizer")
+    (no_tokenizer / "tokenizer.json").unlink()
+    cases.append((no_tokenizer, "it has no tokenizer"))
+    no_weights = shutil.copytree(exported, tmp_path / "no-weights")
+    (no_weights / "model.safetensors").unlink()
+    cases.append((no_weights, "not a folder that `meco export` wrote"))
     broken = tmp_path / "broken"
     shutil.copytree(exported, broken)
     (broken / "meco.json").write_text(json.dumps({"format": 1}))

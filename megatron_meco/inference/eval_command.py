@@ -1,0 +1,357 @@
+"""`meco eval`: which tasks, which metadata for each, and a table of what the metadata changes.
+
+The flags that the harness has keep its names and meanings (`--tasks`, `--num_fewshot`, `--limit`,
+`--include_path`, `--batch_size`, `--device`). Metadata is rendered, names are looked up and data
+is loaded before the first forward pass, so mistakes show early. What was given up: the harness's
+other flags; a prefix for them is one call away (`harness.MeCoLM`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron_meco.errors import FlagError
+from megatron_meco.inference.conditioning import (
+    Conditioning,
+    check_model_files,
+    not_an_export,
+    parse_values,
+)
+from megatron_meco.inference.output_file import check_writable, write_json
+from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
+
+if TYPE_CHECKING:
+    from megatron_meco.inference.evaluate import Evaluation, TaskResult
+
+_PAPER = "paper"
+_NONE = "none"
+_METADATA_FILE = "--metadata-per-task"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model, and how it was conditioned."""
+    add = parser.add_argument
+    add("--model", required=True, type=Path, metavar="DIR", help="a folder of `meco export`")
+    add(
+        "--template",
+        metavar="T",
+        help="render metadata with this template instead of the model's own: for a baseline, which "
+        "has none, and for Hugging Face folders of other origin",
+    )
+    add("--device", metavar="D", help="as in cuda:0; default: the first GPU, or the CPU")
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `meco eval` to its parser."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--tasks",
+        required=True,
+        nargs="+",
+        metavar="TASK",
+        help=f"tasks, groups or tags of lm-evaluation-harness, or `{_PAPER}`: the paper's ten, "
+        "each conditioned on the paper's URL for it",
+    )
+    add(
+        "--metadata",
+        nargs="+",
+        metavar="FIELD=VALUE",
+        help="condition every task on these fields of the template, or `none`",
+    )
+    add(
+        _METADATA_FILE,
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON, {TASK: {FIELD: VALUE}}; goes before --metadata for the tasks it names",
+    )
+    add(
+        "--num_fewshot",
+        "--num-fewshot",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="examples before each question; several numbers are evaluated one after the other. "
+        f"Default: as each task says; for `{_PAPER}` {' and '.join(map(str, PAPER_SHOTS))}",
+    )
+    add("--limit", type=float, metavar="N", help="documents of each task, or a share below 1")
+    add("--include_path", "--include-path", type=Path, metavar="DIR", help="your own tasks")
+    add("--batch_size", "--batch-size", default="1", metavar="N", help="a number, or auto[:N]")
+    add("--output", type=Path, metavar="FILE", help="write everything as JSON")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Run `meco eval`.
+
+    Args:
+        args: The parsed flags of `add_eval_arguments`.
+
+    Returns:
+        The exit status, 0.
+    """
+    _check_flags(args)
+    if args.output is not None:
+        check_writable(args.output)
+    if args.device is not None:
+        from megatron_meco.inference.generate import pick_device
+
+        pick_device(args.device)
+    conditioning = Conditioning.of_folder(args.model, args.template)
+    given = parse_values(args.metadata or []) if args.metadata != [_NONE] else {}
+    # Rendered before anything heavy is loaded: most mistakes show here.
+    prefix = conditioning.render(given) if given else ""
+    per_task = _read_metadata_file(args.metadata_per_task)
+    prefixes = {task: conditioning.render(values) for task, values in per_task.items()}
+
+    words = [task for word in args.tasks for task in word.split(",") if task]
+    shots: tuple[int | None, ...] = tuple(args.num_fewshot or (None,))
+    if _PAPER in words:
+        words[words.index(_PAPER) : words.index(_PAPER) + 1] = [t.name for t in PAPER_TASKS]
+        shots = tuple(args.num_fewshot or PAPER_SHOTS)
+        if args.metadata is None:
+            urls = {task.name: conditioning.render({"url": task.url}) for task in PAPER_TASKS}
+            prefixes = urls | prefixes
+    evaluation = load_harness(words, args.include_path)
+    _check_tasks(list(per_task), evaluation)
+
+    results = _evaluate(args, evaluation, prefixes, prefix, shots)
+    average = _paper_average(results)
+    _print_table(results, average)
+    if args.output is not None:
+        write_json(args.output, _report(args, conditioning, results, average))
+        print(f"written to {args.output}", file=sys.stderr)
+    return 0
+
+
+def load_harness(tasks: list[str], include_path: Path | None) -> Evaluation:
+    """Import lm-evaluation-harness and look tasks up in it.
+
+    Args:
+        tasks: Names of tasks, groups or tags.
+        include_path: A folder with task definitions of the user's.
+
+    Raises:
+        FlagError: When the harness is not installed.
+        TaskError: For an unknown task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FlagError(
+            "lm-evaluation-harness is not installed",
+            where="--tasks",
+            remedy="Install it: pip install 'megatron-meco[eval]'.",
+        )
+    from megatron_meco.inference.evaluate import Evaluation
+
+    # Their notes on every overwritten default and every retried download drown the table.
+    for name in ("lm_eval", "huggingface_hub", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Evaluation(tasks, include_path)
+
+
+def load_harness_model(args: argparse.Namespace, batch_size: int | str) -> Any:
+    """Load the model that `--model` names, for the harness.
+
+    Args:
+        args: Flags of `add_model_arguments`.
+        batch_size: Requests at once, or `auto`.
+
+    Returns:
+        A `MeCoLM` without prefix.
+
+    Raises:
+        FlagError: When the folder cannot be loaded.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from megatron_meco.inference.generate import pick_device
+    from megatron_meco.inference.harness import MeCoLM
+
+    transformers_logging.disable_progress_bar()
+    device = pick_device(args.device)
+    check_model_files(args.model)
+    try:
+        return MeCoLM(str(args.model), device=device, batch_size=batch_size)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise not_an_export(args.model, str(error).splitlines()[0]) from error
+
+
+# ---- Flags ----
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    size, _, rest = args.batch_size.partition(":")
+    is_auto = size == "auto" and (not rest or rest.isdecimal())
+    is_number = args.batch_size.isdecimal() and int(args.batch_size) > 0
+    few = args.num_fewshot or [0]
+    limit = 1 if args.limit is None else args.limit
+    whole_or_share = limit > 0 and (limit < 1 or limit == int(limit))
+    checks = (
+        (is_auto or is_number, "--batch_size", args.batch_size, "Give 1 or more, or auto."),
+        (min(few) >= 0, "--num_fewshot", min(few), "Give 0 or more."),
+        (whole_or_share, "--limit", f"{limit:g}", "Give a whole number, or a share below 1."),
+    )
+    for right, flag, value, remedy in checks:
+        if not right:
+            raise FlagError(f"cannot be {value}", where=flag, remedy=remedy)
+
+
+def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
+    if path is None:
+        return {}
+    where = f"{_METADATA_FILE} {path}"
+    remedy = "Write one entry for each task, as in `arc_easy: {url: www.sciencestudyquiz.com}`."
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise FlagError(f"cannot be read ({reason})", where=where, remedy=remedy) from error
+    if not isinstance(content, dict) or not content:
+        raise FlagError("holds no tasks", where=where, remedy=remedy)
+    for task, values in content.items():
+        fits = isinstance(values, dict) and all(isinstance(v, str) for v in values.values())
+        if not fits or not values:
+            raise FlagError(f"no fields with texts for {task!r}", where=where, remedy=remedy)
+    return {str(task): values for task, values in content.items()}
+
+
+def _check_tasks(named: list[str], evaluation: Evaluation) -> None:
+    for task in named:
+        if task not in evaluation.names:
+            near = difflib.get_close_matches(task, evaluation.names, n=1)
+            raise FlagError(
+                f"names {task!r}, which is not evaluated",
+                where=_METADATA_FILE,
+                remedy=f"Evaluated are: {', '.join(near or evaluation.names)}.",
+            )
+
+
+# ---- Work ----
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    evaluation: Evaluation,
+    prefixes: dict[str, str],
+    prefix: str,
+    shots: tuple[int | None, ...],
+) -> list[TaskResult]:
+    from megatron_meco.inference.evaluate import evaluate_task
+
+    print(f"loading the data of {len(evaluation.names)} tasks", file=sys.stderr)
+    for name in evaluation.names:
+        evaluation.load(name)
+    size = args.batch_size
+    model = load_harness_model(args, int(size) if size.isdecimal() else size)
+    results: list[TaskResult] = []
+    for name in evaluation.names:
+        for num_fewshot in shots:
+            chosen = prefixes.get(name, prefix)
+            done = evaluate_task(
+                evaluation, model, name, chosen, num_fewshot=num_fewshot, limit=args.limit
+            )
+            # A task may fix its number of examples, whatever is asked for.
+            results += [result for result in done if result not in results]
+    return results
+
+
+def _paper_average(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
+    """Means over the paper's ten tasks, by number of examples, when all ten are there."""
+    from megatron_meco.inference.evaluate import mean_of_independent
+
+    metric_of = {task.name: task.metric for task in PAPER_TASKS}
+    averages = {}
+    for shots in sorted({r.num_fewshot for r in results if r.num_fewshot is not None}):
+        rows = {}
+        for result in results:
+            # TruthfulQA has its examples in its question, and is the same in both.
+            if result.num_fewshot in (shots, 0) and result.task in metric_of:
+                [row] = [c for c in result.comparisons if c.metric == metric_of[result.task]]
+                if result.num_fewshot == shots or result.task not in rows:
+                    rows[result.task] = row
+        if rows.keys() == metric_of.keys():
+            averages[str(shots)] = mean_of_independent(list(rows.values()))
+    return averages
+
+
+# ---- What is shown ----
+
+
+def _print_table(results: list[TaskResult], averages: dict[str, dict[str, float | None]]) -> None:
+    rows = [["task", "shots", "metric", "documents", "plain", "conditioned", "difference"]]
+    for result in results:
+        shots = "-" if result.num_fewshot is None else str(result.num_fewshot)
+        for one in result.comparisons:
+            rows.append(
+                [
+                    result.task,
+                    shots,
+                    one.metric,
+                    f"{one.num_documents:,}" if one.num_documents else "-",
+                    *_cells(asdict(one)),
+                ]
+            )
+    for shots, average in averages.items():
+        rows.append(["average of the paper's ten", shots, "", "", *_cells(average)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        print("  ".join([*left, *right]).rstrip())
+    shown = {(r.task, r.prefix): r for r in results if r.prefix}
+    for task, prefix in shown:
+        print(f"{task} is conditioned on {prefix!r}")
+    for result in results:
+        for condition, count in result.num_cut.items():
+            if count:
+                what = "behind the prefix" if condition == "conditioned" else "from the left"
+                print(
+                    f"{result.task}, {condition}: {count:,} requests were too long for the model "
+                    f"and were cut {what}",
+                    file=sys.stderr,
+                )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        _with_error(row["plain"], row["plain_stderr"]),
+        _with_error(row["conditioned"], row["conditioned_stderr"]),
+        _with_error(row["difference"], row["difference_stderr"], sign="+"),
+    ]
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    shown = f"{value:{sign}.4f}"
+    return shown if error is None or math.isnan(error) else f"{shown} ± {error:.4f}"
+
+
+def _report(
+    args: argparse.Namespace,
+    conditioning: Conditioning,
+    results: list[TaskResult],
+    averages: dict[str, dict[str, float | None]],
+) -> dict[str, Any]:
+    return {
+        "model": str(args.model),
+        "template": conditioning.template,
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("megatron-meco", "lm-eval", "transformers", "torch")
+        },
+        "results": [asdict(result) for result in results],
+        "paper_average": averages,
+    }

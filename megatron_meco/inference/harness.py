@@ -1,0 +1,148 @@
+"""A model for lm-evaluation-harness that reads metadata before each request.
+
+`MeCoLM` is the harness's own `HFLM` with a prefix that stands once, after BOS and before everything
+else (the few-shot examples too), for likelihoods and for generation, as in the paper's evaluation.
+Prefix and context are tokenised apart, as in training; so an empty context stays empty, where a
+prefix put into the text would be taken for the context and lose its line breaks to the answer.
+Without a prefix every request is `HFLM`'s, untouched.
+
+Where a request is longer than the model, `HFLM` cuts from the left, which would take BOS and prefix
+first. With a prefix the cut falls behind it: the oldest tokens of the context go. Cuts are counted.
+What was given up: rolling likelihoods (perplexity of whole documents), which the paper leaves
+without prefix, and which are refused with one; and caches of responses, whose keys know no prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig
+
+from megatron_meco.errors import MeCoError
+from megatron_meco.inference.generate import encode_text
+
+_NAME = "meco"
+
+
+class RequestError(MeCoError):
+    """A request of a task that the model cannot answer."""
+
+
+@register_model(_NAME)
+class MeCoLM(HFLM):
+    """`HFLM` with a prefix after BOS.
+
+    Args:
+        pretrained: A Hugging Face folder, or a loaded model.
+        prefix: The rendered prefix; empty: `HFLM` itself.
+        options: What `HFLM` takes. `add_bos_token` follows the model's configuration unless given.
+    """
+
+    def __init__(self, pretrained: Any, prefix: str = "", **options: Any) -> None:
+        if options.get("add_bos_token") is None:
+            is_folder = isinstance(pretrained, str)
+            config = AutoConfig.from_pretrained(pretrained) if is_folder else pretrained.config
+            options["add_bos_token"] = config.bos_token_id is not None
+        super().__init__(pretrained=pretrained, **options)
+        self._prefix_ids: list[int] = []
+        self.num_cut = 0
+        """Requests since `condition_on` whose context did not fit and was cut."""
+        self.condition_on(prefix)
+
+    def condition_on(self, prefix: str) -> None:
+        """Set the prefix of the requests to come.
+
+        Args:
+            prefix: The rendered prefix; empty: none.
+        """
+        self._prefix_ids = encode_text(self.tokenizer, prefix)
+        self.num_cut = 0
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Measure whole documents, without prefix only.
+
+        Raises:
+            RequestError: When there is a prefix.
+        """
+        if self._prefix_ids:
+            raise RequestError(
+                "measures the likelihood of whole documents, which takes no prefix",
+                where=f"task {requests[0].task_name!r}",
+                remedy="Leave it out, or evaluate it without metadata.",
+            )
+        return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode the contexts of requests to generate.
+
+        Args:
+            strings: The contexts.
+            padding_side: Where shorter ones are filled up.
+            left_truncate_len: Tokens that there is room for; None: any number.
+            truncation: Whether the tokenizer's own limit cuts as well.
+
+        Returns:
+            Tokens and attention mask, int64, each [contexts, longest].
+        """
+        rows = [self.tok_encode(string) for string in strings]
+        room = left_truncate_len
+        if not self._prefix_ids:
+            self.num_cut += sum(room is not None and len(row) > room for row in rows)
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        rows = [self._conditioned(row, room, is_empty=False) for row in rows]
+        batch = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
+        )
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        longest = self.max_length + 1  # the last token is only predicted
+        if self._prefix_ids:
+            requests = [
+                (
+                    texts,
+                    self._conditioned(
+                        context, longest - len(continuation), is_empty=texts[0] == ""
+                    ),
+                    continuation,
+                )
+                for texts, context, continuation in requests
+            ]
+        else:
+            self.num_cut += sum(
+                len(context) + len(continuation) > longest for _, context, continuation in requests
+            )
+        return super()._loglikelihood_tokens(requests, *args, **options)
+
+    def _conditioned(self, context: Sequence[int], room: int | None, is_empty: bool) -> list[int]:
+        """Put the prefix after BOS, and cut behind it what has no room."""
+        num_bos = self._num_bos()
+        begin = [*context[:num_bos], *self._prefix_ids]
+        # Without BOS the harness lets EOS stand in for an empty context; the prefix does now.
+        rest = [] if is_empty else list(context[num_bos:])
+        if room is None or len(begin) + len(rest) <= room:
+            return begin + rest
+        if len(begin) > room:
+            raise RequestError(
+                f"the prefix has {len(self._prefix_ids)} tokens, and the model's "
+                f"{self.max_length} leave {max(room - num_bos, 0)} for it in some request",
+                where="--metadata",
+                remedy="Give shorter metadata, or leave out the tasks with such long answers.",
+            )
+        self.num_cut += 1
+        return begin + rest[len(begin) + len(rest) - room :]
+
+    def _num_bos(self) -> int:
+        return int(bool(self.add_bos_token))
