@@ -47,6 +47,12 @@ COMMANDS = {
   meco prepare pages.jsonl more.jsonl.zst --output data/web --metadata-fields url \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer --workers 8""",
     ),
+    "tokenizer": Command(
+        summary="make a tokenizer folder from what its authors publish",
+        module="megatron_meco.corpus.llama3",
+        example="""\
+  meco tokenizer llama3 my-llama3""",
+    ),
     "plan": Command(
         summary="show what a run will train on, without training",
         module="megatron_meco.data.report",
