@@ -175,17 +175,29 @@ def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
             where=str(folder / _FILE),
             remedy="Remove the folder and prepare again.",
         ) from None
+    return encoder_of(chosen), chosen
+
+
+def encoder_of(chosen: dict[str, Any]) -> BulkEncoder:
+    """Make the encoder that `choose_encoder` decided on.
+
+    Args:
+        chosen: What it returned, or what a folder keeps of it.
+
+    Returns:
+        The encoder.
+    """
     if chosen["kind"] == "megatron":
         from megatron_meco.corpus.tokenizer import rebuild_megatron_encoder
 
-        return ListBulkEncoder(rebuild_megatron_encoder(*chosen["arguments"])), chosen
+        return ListBulkEncoder(rebuild_megatron_encoder(*chosen["arguments"]))
     slow = ListBulkEncoder(HuggingFaceEncoder(chosen["serialized"]))
     if chosen["kind"] == "huggingface":
-        return slow, chosen
+        return slow
     fast = GigatokenEncoder(chosen["serialized"])
-    if chosen["compared_on"] == platform.node():
-        return fast, chosen
-    return _CheckedOnce(fast, slow), chosen
+    if chosen.get("compared_on", platform.node()) == platform.node():
+        return fast
+    return _CheckedOnce(fast, slow)
 
 
 class _CheckedOnce:

@@ -23,7 +23,7 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 
 from megatron_meco.corpus.readers import count_lines, read_chunks
 from megatron_meco.corpus.records import BadRecord, Rejected, excerpt_of, parse_record, text_of
-from megatron_meco.corpus.sources import Part
+from megatron_meco.corpus.sources import Part, open_source
 from megatron_meco.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -194,7 +194,7 @@ class TaskReader(PipelineStep):  # type: ignore[misc]
         before = self.rejected.source_bytes
         kind, settings = _READERS[part.format]
         if part.format == "arrow":
-            settings = {"stream": _is_arrow_stream(part.path)}
+            settings = {"stream": is_arrow_stream(part.path)}
         folder, _, name = part.path.rpartition("/")
         adapter = _Adapter(part.path, self.text_field, self.rejected)
         reader = kind(folder or ".", adapter=adapter.adapt, **settings)
@@ -260,8 +260,7 @@ def _is_html(text: str) -> bool:
     return "<html" in beginning or "<!doctype html" in beginning
 
 
-def _is_arrow_stream(path: str) -> bool:
-    from megatron_meco.corpus.sources import open_source
-
+def is_arrow_stream(path: str) -> bool:
+    """Whether an Arrow file is of the streaming kind, as Hugging Face's data sets are."""
     with open_source(path) as file:
         return file.read(6) != b"ARROW1"

@@ -12,16 +12,18 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from copy import deepcopy
+from functools import lru_cache
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from datatrove.data import Document
@@ -48,7 +50,6 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         work_folder: Its folder.
         tasks: The number of tasks.
         workers: Processes; 1 works in this process.
-        on_counts: Called every now and then.
     """
 
     def __init__(
@@ -57,103 +58,124 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         work_folder: Path,
         tasks: int,
         workers: int,
-        on_counts: CountsCallback,
     ) -> None:
         super().__init__(pipeline, tasks, workers, logging_dir=str(work_folder / "logs"))
         self.pipeline: list[Any] = pipeline
         self.work_folder = work_folder
-        self._on_counts = on_counts
+        self._pool: ProcessPoolExecutor | None = None
+        self._shared: Any = None
+        self._warm: Sequence[Future[None]] = ()
+        self._processes: Collection[Any] = ()
 
     def is_rank_completed(self, rank: int) -> bool:
         """Whether a task's record is there: datatrove's own mark says nothing of the files."""
         return read_record(self.work_folder, rank) is not None
 
-    def run(self) -> None:
-        """Run all tasks that are not finished.
+    def __enter__(self) -> Self:
+        """Start the workers: they import what they need while this process does other things."""
+        workers = min(self.workers, len(self._unfinished()))
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self._shared = context.RawArray("q", self.tasks * _COUNTS)
+            others = set(multiprocessing.active_children())
+            self._pool = ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_start_worker, initargs=(self._shared,)
+            )
+            self._warm = [self._pool.submit(_warm_up) for _ in range(workers)]
+            self._processes = set(multiprocessing.active_children()) - others
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the workers, at once where something went wrong."""
+        if self._pool is None:
+            return
+        if kind is not None:
+            # A task may go on for minutes; it would be thrown away.
+            for process in self._processes:
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def wait_for_workers(self) -> None:
+        """Return when all workers have started."""
+        wait(self._warm)
+
+    def run(self, on_counts: CountsCallback = lambda counts: None) -> None:
+        """Run all tasks that are not finished; this object is to be entered before.
+
+        Args:
+            on_counts: Told every now and then how far all tasks are.
 
         Raises:
             DataError: What a task raised; the first one ends the others.
         """
-        ranks = [rank for rank in range(self.tasks) if not self.is_rank_completed(rank)]
-        workers = min(self.workers, len(ranks))
-        if workers <= 1:
-            self._run_here(ranks)
+        if self._pool is None:
+            self._run_here(on_counts)
         else:
-            self._run_in_pool(ranks, workers)
+            self._run_in_pool(self._pool, on_counts)
+
+    def _unfinished(self) -> list[int]:
+        return [rank for rank in range(self.tasks) if not self.is_rank_completed(rank)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process."""
-        return {**self.__dict__, "_on_counts": None}
+        here = {"_pool": None, "_shared": None, "_warm": (), "_processes": ()}
+        return {**self.__dict__, **here}
 
     def run_task(self, rank: int) -> None:
         """Run one task in this process."""
-        pipeline = self.pipeline
-        # Steps keep state, and the next task must not see it.
-        self.pipeline = deepcopy(pipeline)
-        try:
-            # The executor logs every error with its trace; the parent tells it in one line.
-            logger.disable("datatrove.executor.base")
-            self._run_for_rank(rank, local_rank=1)
-        finally:
-            self.pipeline = pipeline
+        # The executor logs every error with its trace; the parent tells it in one line.
+        logger.disable("datatrove.executor.base")
+        self._run_for_rank(rank, local_rank=1)
 
-    def _run_here(self, ranks: list[int]) -> None:
+    def _run_here(self, on_counts: CountsCallback) -> None:
         counts = np.zeros((self.tasks, _COUNTS), dtype=np.int64)
 
         def note(rank: int, *values: int) -> None:
             counts[rank] = values
-            self._on_counts(counts.sum(axis=0).tolist())
+            on_counts(counts.sum(axis=0).tolist())
 
         report_progress_to(note)
         try:
-            for rank in ranks:
+            for rank in self._unfinished():
                 self.run_task(rank)
         finally:
             report_progress_to(None)
 
-    def _run_in_pool(self, ranks: list[int], workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        shared = context.RawArray("q", self.tasks * _COUNTS)
-        counts = np.frombuffer(shared, dtype=np.int64).reshape(self.tasks, _COUNTS)
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(self, shared)
-        )
-        is_done = False
+    def _run_in_pool(self, pool: ProcessPoolExecutor, on_counts: CountsCallback) -> None:
+        # Once for all tasks: a long list of input files would go with each of them.
+        pickled = self.work_folder / "executor.pickle"
+        pickled.write_bytes(pickle.dumps(self))
+        counts = np.frombuffer(self._shared, dtype=np.int64).reshape(self.tasks, _COUNTS)
         try:
-            pending: set[Future[None]] = {pool.submit(_run_in_worker, rank) for rank in ranks}
+            pending: set[Future[None]] = {
+                pool.submit(_run_in_worker, pickled, rank) for rank in self._unfinished()
+            }
             while pending:
                 done, pending = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                self._on_counts(counts.sum(axis=0).tolist())
-            is_done = True
+                on_counts(counts.sum(axis=0).tolist())
         except BrokenProcessPool:
             raise DataError(
                 "a worker process died",
                 where=f"--workers {self.workers}",
                 remedy="Usually memory ran out: use fewer workers, or look for a huge document.",
             ) from None
-        finally:
-            if not is_done:
-                # A task may go on for minutes; it would be thrown away.
-                for process in set(multiprocessing.active_children()) - others:
-                    process.terminate()
-            pool.shutdown(cancel_futures=True)
 
 
-_executor: LocalExecutor
-
-
-def _start_worker(executor: LocalExecutor, shared: Any) -> None:
+def _start_worker(shared: Any) -> None:
     """Make this process a worker (the initialiser of the pool)."""
-    global _executor
     # The pool is the parallelism; threads inside each worker would only take turns.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The parent handles the keyboard and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _executor = executor
     counts = np.frombuffer(shared, dtype=np.int64).reshape(-1, _COUNTS)
 
     def note(rank: int, *values: int) -> None:
@@ -162,8 +184,21 @@ def _start_worker(executor: LocalExecutor, shared: Any) -> None:
     report_progress_to(note)
 
 
-def _run_in_worker(rank: int) -> None:
-    _executor.run_task(rank)
+def _warm_up() -> None:
+    # gigatoken imports awkward at its first call, which takes most of a second.
+    import awkward  # noqa: F401
+    import gigatoken  # noqa: F401
+
+
+@lru_cache(maxsize=1)
+def _unpickled(path: Path) -> LocalExecutor:
+    executor = pickle.loads(path.read_bytes())
+    assert isinstance(executor, LocalExecutor)
+    return executor
+
+
+def _run_in_worker(path: Path, rank: int) -> None:
+    _unpickled(path).run_task(rank)
 
 
 def _exit_with_parent() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_meco.corpus.index_file import header
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
 from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.task_writer import (
@@ -38,9 +38,6 @@ from megatron_meco.errors import DataError
 _COPY_BYTES = 8 << 20
 _ROWS = 65_536
 _HISTOGRAM_BINS = 1 << 20
-# Megatron's index: magic, version, code of the token type (its DType), counts, then three arrays.
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_TYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
 _PUBLISHING = "publishing"
 
 
@@ -226,8 +223,7 @@ def _write_index(folder: Path, num_tasks: int, merged: MergedCorpus, dtype: np.d
     count = merged.documents
     histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
     with (folder / "corpus.idx").open("wb") as out:
-        out.write(_INDEX_MAGIC)
-        out.write(struct.pack("<QBQQ", 1, _TYPE_CODES[dtype.name], count, count + 1))
+        out.write(header(dtype, count, count))
         for lengths in _lengths(folder, num_tasks):
             out.write(lengths)
             clipped = np.minimum(lengths, _HISTOGRAM_BINS - 1)

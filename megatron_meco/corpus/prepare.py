@@ -161,63 +161,68 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     """
     files = find_files(config.inputs)
     tasks = plan_tasks(files)
+    workers = config.workers if config.executor == "local" else 1
     with WorkFolder(config.output) as work:
         try:
             _check_output(config, work)
-            print("loading the tokenizer ...", file=sys.stderr, flush=True)
-            chosen = build_encoder(
-                config.tokenizer_type,
-                config.tokenizer_model,
-                config.tokenizer_extra,
-                sample_texts(tasks, config.text_field),
-                config.encoder,
-            )
-            print(f"encoder: {chosen['reason']}", file=sys.stderr, flush=True)
-            plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
-            work.begin(plan, chosen, restart=config.overwrite)
-            try:
-                return _run(config, tasks, files, chosen, work)
-            except MeCoError as error:
-                raise _with_state(error, work.path, len(tasks)) from error
+            rejected = RejectedRecords(strict=config.strict)
+            steps = [
+                TaskReader(tasks, config.text_field, rejected),
+                MegatronWriter(work.path, config.metadata_fields, rejected),
+            ]
+            with LocalExecutor(steps, work.path, len(tasks), workers) as executor:
+                chosen = _begin(config, files, tasks, work)
+                report = _run(config, executor, tasks, _manifest(config, files, chosen), work.path)
         finally:
             if not _num_finished(work.path, len(tasks)) and config.executor != "slurm":
                 work.remove()
+    report.eod, report.eod_text = chosen["eod"], chosen["eod_text"]
+    report.encoder = chosen["reason"]
+    return report
+
+
+def _begin(
+    config: PrepareConfig, files: list[SourceFile], tasks: list[list[Part]], work: WorkFolder
+) -> dict[str, Any]:
+    """Load the tokenizer, choose the encoder, and see whether earlier work may go on."""
+    print("loading the tokenizer ...", file=sys.stderr, flush=True)
+    chosen = build_encoder(
+        config.tokenizer_type,
+        config.tokenizer_model,
+        config.tokenizer_extra,
+        sample_texts(tasks, config.text_field),
+        config.encoder,
+    )
+    print(f"encoder: {chosen['reason']}", file=sys.stderr, flush=True)
+    plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
+    work.begin(plan, chosen, restart=config.overwrite)
+    return chosen
 
 
 def _run(
     config: PrepareConfig,
+    executor: LocalExecutor,
     tasks: list[list[Part]],
-    files: list[SourceFile],
-    chosen: dict[str, Any],
-    work: WorkFolder,
+    manifest: dict[str, Any],
+    folder: Path,
 ) -> PrepareReport:
-    rejected = RejectedRecords(strict=config.strict)
-    pipeline = [
-        TaskReader(tasks, config.text_field, rejected),
-        MegatronWriter(work.path, config.metadata_fields, rejected),
-    ]
-    report = PrepareReport(
-        eod=chosen["eod"], eod_text=chosen["eod_text"], encoder=str(chosen["reason"])
-    )
-    manifest = _manifest(config, files, chosen)
-    if config.executor == "slurm":
-        step = MergeStep(work.path, config.output, len(tasks), manifest)
-        logs = Path(f"{config.output}.logs")
-        options = {"workers": config.workers, **config.executor_options}
-        report.job = submit_to_slurm(pipeline, step, logs, options)
-        return report
-    if config.executor == "ray":
-        run_on_ray(pipeline, len(tasks), config.workers, work.path, config.executor_options)
-    else:
-        _run_locally(config, pipeline, tasks, work.path)
-    merged = merge_tasks(work.path, config.output, len(tasks), manifest)
-    _fill(report, merged)
-    return report
+    try:
+        if config.executor == "slurm":
+            step = MergeStep(folder, config.output, len(tasks), manifest)
+            options = {"workers": config.workers, **config.executor_options}
+            logs = Path(f"{config.output}.logs")
+            return PrepareReport(job=submit_to_slurm(executor.pipeline, step, logs, options))
+        if config.executor == "ray":
+            options = config.executor_options
+            run_on_ray(executor.pipeline, len(tasks), config.workers, folder, options)
+        else:
+            _run_locally(executor, tasks, folder)
+        return _report(merge_tasks(folder, config.output, len(tasks), manifest))
+    except MeCoError as error:
+        raise _with_state(error, folder, len(tasks)) from error
 
 
-def _run_locally(
-    config: PrepareConfig, pipeline: list[Any], tasks: list[list[Part]], folder: Path
-) -> None:
+def _run_locally(executor: LocalExecutor, tasks: list[list[Part]], folder: Path) -> None:
     sizes = [sum(part.end - part.begin for part in parts) for parts in tasks]
     left = [size for rank, size in enumerate(sizes) if read_record(folder, rank) is None]
     if len(left) < len(tasks):
@@ -229,14 +234,20 @@ def _run_locally(
             source_bytes, documents, tokens, text_bytes = counts
             progress.update(source_bytes, documents, text_bytes, tokens)
 
-        LocalExecutor(pipeline, folder, len(tasks), config.workers, note).run()
+        executor.run(note)
 
 
-def _fill(report: PrepareReport, merged: MergedCorpus) -> None:
-    report.documents, report.tokens = merged.documents, merged.tokens
-    report.text_bytes, report.median_tokens = merged.text_bytes, merged.median_tokens
-    report.rejected, report.first_rejected = merged.rejected, merged.first_rejected
-    report.missing_metadata, report.files = merged.missing_metadata, merged.files
+def _report(merged: MergedCorpus) -> PrepareReport:
+    return PrepareReport(
+        documents=merged.documents,
+        tokens=merged.tokens,
+        text_bytes=merged.text_bytes,
+        median_tokens=merged.median_tokens,
+        rejected=merged.rejected,
+        first_rejected=merged.first_rejected,
+        missing_metadata=merged.missing_metadata,
+        files=merged.files,
+    )
 
 
 def _check_output(config: PrepareConfig, work: WorkFolder) -> None:

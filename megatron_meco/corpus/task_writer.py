@@ -137,7 +137,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
         self.rejected.reset()
         encoder, settings = load_encoder(self.folder)
         with _TaskFiles(self.folder, rank, settings, list(self.metadata_fields)) as files:
-            for batch in _batches(data or iter(())):
+            for batch in batches(data or iter(())):
                 self._write(files, encoder, batch)
                 files.reject(self.rejected.drain())
                 if _on_progress is not None:
@@ -159,13 +159,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
                     self.rejected.add(rejected, begin)
             batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
             lengths = lengths[lengths > 0]
-        columns: list[list[str | None]] = []
-        for name in self.metadata_fields:
-            if name == "file_path":
-                columns.append([metadata_of(d.metadata, name) or _place(d)[0][0] for d in batch])
-            else:
-                columns.append([metadata_of(document.metadata, name) for document in batch])
-        files.write(ids, lengths, columns)
+        files.write(ids, lengths, metadata_columns(batch, self.metadata_fields))
         files.record.text_bytes += sum(
             len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
             for d in batch
@@ -178,7 +172,43 @@ def _place(document: Document) -> tuple[tuple[str, int], int]:
     return (path, getattr(document, "line", 0)), getattr(document, "begin", 0)
 
 
-def _batches(data: Iterable[Document]) -> Iterator[list[Document]]:
+def metadata_columns(documents: list[Document], fields: Iterable[str]) -> list[list[str | None]]:
+    """Return the documents' values, one list for each field; `file_path` is the input file."""
+    columns: list[list[str | None]] = []
+    for name in fields:
+        values = [metadata_of(document.metadata, name) for document in documents]
+        if name == "file_path":
+            pairs = zip(values, documents, strict=True)
+            values = [value or _place(document)[0][0] for value, document in pairs]
+        columns.append(values)
+    return columns
+
+
+def with_eod(
+    ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], eod: int, dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    """Put an EOD behind each document.
+
+    Args:
+        ids: The documents' ids end to end, shape [ids].
+        lengths: Ids per document, none zero, shape [documents].
+        eod: The id to put in.
+        dtype: The type of the result.
+
+    Returns:
+        Shape [ids + documents].
+    """
+    tokens = np.empty(len(ids) + len(lengths), dtype=dtype)
+    ends = np.cumsum(lengths + 1) - 1
+    is_text = np.ones(len(tokens), dtype=bool)
+    is_text[ends] = False
+    tokens[ends] = eod
+    tokens[is_text] = ids
+    return tokens
+
+
+def batches(data: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents in lists of bounded size: 4 MiB of text, or one longer document."""
     batch: list[Document] = []
     room = _BATCH_CHARACTERS
     for document in data:
@@ -239,12 +269,7 @@ class _TaskFiles:
         if len(lengths) == 0:
             return
         self._check(ids)
-        tokens = np.empty(len(ids) + len(lengths), dtype=self._dtype)
-        ends = np.cumsum(lengths + 1) - 1
-        is_text = np.ones(len(tokens), dtype=bool)
-        is_text[ends] = False
-        tokens[ends] = self._eod
-        tokens[is_text] = ids
+        tokens = with_eod(ids, lengths, self._eod, self._dtype)
         self._files[".bin"].write(tokens)
         self._files[".lengths"].write((lengths + 1).astype(np.int32))
         self.record.documents += len(lengths)
