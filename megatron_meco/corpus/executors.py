@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -281,11 +282,11 @@ def submit_to_slurm(
     )
     try:
         second.run()
-    except OSError as error:
+    except (OSError, subprocess.CalledProcessError) as error:
         raise FlagError(
-            f"sbatch cannot be run ({error.strerror or error})",
+            f"sbatch does not work ({error})",
             where="--executor slurm",
-            remedy="Submit from a machine of the cluster.",
+            remedy="Submit from a machine of the cluster; what sbatch said is above.",
         ) from None
     return str(second.job_id)
 

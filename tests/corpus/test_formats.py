@@ -251,6 +251,10 @@ def test_slurm_writes_the_same_bytes(
     local = tmp_path / "local" / "corpus"
     prepare(PrepareConfig(inputs=(source,), **{**settings, "output": local}))
     assert _same(settings["output"], local)
+    (fake_slurm.parent / "programs" / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    again = {**settings, "output": tmp_path / "again", "executor_options": options}
+    with pytest.raises(FlagError, match="sbatch does not work"):
+        prepare(PrepareConfig(inputs=(source,), executor="slurm", **again))
 
 
 def test_ray_writes_the_same_bytes(
