@@ -85,7 +85,17 @@ class GigatokenEncoder:
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return the ids of all texts end to end, and each text's number of ids."""
-        layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+        try:
+            layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+        except BaseException as error:
+            # A Rust panic is no Exception, and no process but this one could unpickle it.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"gigatoken panicked ({str(error).splitlines()[0][:120]})",
+                where="--encoder gigatoken",
+                remedy="Prepare with --encoder huggingface.",
+            ) from None
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 

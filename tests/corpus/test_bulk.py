@@ -73,6 +73,19 @@ def test_another_machine_checks_its_first_batch(
         loaded.encode(["users own"])
 
 
+def test_a_panic_is_told(encoder: HuggingFaceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3 has it."""
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    fast = GigatokenEncoder(encoder.serialized)
+    monkeypatch.setattr(fast._tokenizer, "encode_batch", panic, raising=False)
+    with pytest.raises(DataError, match=r"panicked.*--encoder huggingface"):
+        fast.encode(["a"])
+
+
 def test_a_refused_text_is_told_from_an_empty_one() -> None:
     class Fake:
         def encode_batch(self, texts: list[str]) -> list[list[int] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -130,7 +131,10 @@ def test_files_behind_a_url_are_cut_and_compressed_as_local_ones(
     memory = fsspec.filesystem("memory")
     lines = b"".join(b'{"text": "page %d", "url": "u%d"}\n' % (i, i) for i in range(100))
     memory.pipe("/bucket/a.jsonl", lines + b"{\n")
-    memory.pipe("/bucket/b.jsonl.gz", __import__("gzip").compress(lines))
+    memory.pipe("/bucket/b.jsonl.gz", gzip.compress(lines))
+    sink = io.BytesIO()
+    pq.write_table(TABLE, sink)
+    memory.pipe("/bucket/c.parquet", sink.getvalue())
     files = sources.find_files(["memory://bucket/*.jsonl*"])
     assert [file.path for file in files] == [
         "memory:///bucket/a.jsonl",
@@ -138,9 +142,14 @@ def test_files_behind_a_url_are_cut_and_compressed_as_local_ones(
     ]
     assert len(sources.plan_tasks(files)) > 5
     report = prepare(PrepareConfig(inputs=("memory://bucket/",), **settings))
-    assert report.documents == 200
-    assert open_metadata(settings["output"])["url"].to_pylist() == [f"u{i}" for i in range(100)] * 2
-    assert _rejected(settings["output"]) == [("a.jsonl", 101, "broken JSON")]
+    assert report.documents == 202
+    urls = [*[f"u{i}" for i in range(100)] * 2, "a.org", "c.org"]
+    assert open_metadata(settings["output"])["url"].to_pylist() == urls
+    assert _rejected(settings["output"]) == [
+        ("a.jsonl", 101, "broken JSON"),
+        ("c.parquet", 2, "'text' null"),
+        ("c.parquet", 4, "'text' empty"),
+    ]
 
 
 def test_a_pipeline_of_ones_own(tmp_path: Path, settings: dict[str, Any]) -> None:
