@@ -42,7 +42,7 @@ class Command:
 COMMANDS = {
     "prepare": Command(
         summary="turn raw documents into Megatron files and a metadata file",
-        module="megatron_meco.corpus.prepare",
+        module="megatron_meco.corpus.prepare_command",
         example="""\
   meco prepare pages.jsonl more.jsonl.zst --output data/web --metadata-fields url \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer --workers 8""",
