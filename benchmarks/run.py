@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in turn, one line of JSON each, also written to results.json.
 
-Takes about fifteen minutes on two cores; `--quick` takes two and says less. Nothing here is a test:
+Takes about twenty minutes on two cores; `--quick` takes four and says less. Nothing here is a test:
 a time on a shared machine proves nothing, a ratio measured in one run says something.
 """
 
@@ -27,7 +27,8 @@ def commands(quick: bool) -> list[list[str]]:
     ]
     samples = [["bench_samples.py", "--sequence-length", str(length)] for length in (8192, 2048)]
     billion = [["bench_billion.py", "--documents", "1e7" if quick else "1e9"]]
-    return [*plans, *samples, *billion]
+    prepare = [["bench_prepare.py", "--rounds", "1" if quick else "3"]]
+    return [*plans, *samples, *billion, *prepare]
 
 
 def main() -> int:

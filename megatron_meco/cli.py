@@ -42,10 +42,37 @@ class Command:
 COMMANDS = {
     "prepare": Command(
         summary="turn raw documents into Megatron files and a metadata file",
-        module="megatron_meco.corpus.prepare",
+        module="megatron_meco.corpus.prepare_command",
         example="""\
   meco prepare pages.jsonl more.jsonl.zst --output data/web --metadata-fields url \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer --workers 8""",
+    ),
+    "attach": Command(
+        summary="add metadata to .bin/.idx files that exist already",
+        module="megatron_meco.corpus.attach",
+        example="""\
+  meco attach data/old --from pages.jsonl.gz --metadata-fields url,topic \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer
+  meco attach data/old --table urls.parquet""",
+    ),
+    "verify": Command(
+        summary="check a corpus on disk, or compare it with what it was made of",
+        module="megatron_meco.corpus.verify",
+        example="""\
+  meco verify data/web
+  meco verify data/web --against pages.jsonl more.jsonl.zst""",
+    ),
+    "metadata": Command(
+        summary="show what the metadata of a corpus holds",
+        module="megatron_meco.corpus.metadata_report",
+        example="""\
+  meco metadata data/web --top 20""",
+    ),
+    "tokenizer": Command(
+        summary="make a tokenizer folder from what its authors publish",
+        module="megatron_meco.corpus.llama3",
+        example="""\
+  meco tokenizer llama3 my-llama3""",
     ),
     "plan": Command(
         summary="show what a run will train on, without training",

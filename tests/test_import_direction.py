@@ -39,6 +39,8 @@ WITHOUT_TORCH = [
     "doctor",
     "corpus.metadata",
     "corpus.url",
+    "corpus.index_file",
+    "corpus.metadata_report",
     "data.array_file",
     "data.corpora",
     "data.template",

@@ -122,7 +122,14 @@ class MetadataWriter:
             columns: The values, in the order of the fields and all of one length.
         """
         arrays = [pa.array(values, pa.string()) for values in columns]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        self.append_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+
+    def append_batch(self, batch: pa.RecordBatch) -> None:
+        """Append rows that are in Arrow's form already.
+
+        Args:
+            batch: String columns in the order of the fields.
+        """
         self.num_rows += batch.num_rows
         self._pending.append(batch)
         if (

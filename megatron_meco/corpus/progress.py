@@ -1,6 +1,6 @@
 """Progress of a long pass over documents, on stderr.
 
-A terminal gets a live bar with documents/s and MB/s; a log file gets one plain line every ten
+A terminal gets a live bar with rates and the time left; a log file gets one plain line every ten
 seconds, because a bar's control characters make a job's log unreadable. Costs two clock readings
 per call, so call it per chunk and not per document. Given up: rates over a sliding window; the mean
 since the start is what tells when the pass will end.
@@ -52,28 +52,38 @@ class DocumentProgress:
         elif kind is None:
             self._print_line()
 
-    def update(self, done: int, documents: int, text_bytes: int) -> None:
-        """Tell the state of the pass; all three count from its beginning.
+    def update(self, done: int, documents: int, text_bytes: int, tokens: int = 0) -> None:
+        """Tell the state of the pass; all counts are from its beginning.
 
         Args:
             done: Work done, in the unit of `total`.
             documents: Documents finished.
             text_bytes: Bytes of document text finished.
+            tokens: Tokens made of it, where there are any.
         """
         seconds = max(time.monotonic() - self._begin, 1e-9)
         self._state = (
             f"{documents:,} documents  {documents / seconds:,.0f} docs/s  "
             f"{text_bytes / 1e6 / seconds:.1f} MB/s"
         )
+        if tokens:
+            self._state += f"  {tokens / 1e6 / seconds:.2f} M tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, state=self._state)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._state = f"{100 * done / max(self._total, 1):3.0f} %  {self._state}"
+            if 0 < done < self._total:
+                self._state += f"  {_duration(seconds * (self._total - done) / done)} left"
             self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         print(f"{self._label}: {self._state}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if minutes < 2 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def _bar() -> Progress:

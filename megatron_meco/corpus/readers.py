@@ -1,9 +1,9 @@
 """Read JSONL files (plain, gzip, Zstandard) as chunks of whole lines.
 
 Lines are cut in bulk at the byte 0x0A; nothing here looks at a single line, so reading runs at the
-speed of the decompressor and parsing is left to the workers. Memory is one chunk plus the longest
-line. Given up: reading compressed files in parallel, and other formats (a chunk of lines is the
-interface that they would have to fill).
+speed of the decompressor. A byte range of a plain file holds the lines that begin in it, so ranges
+that cover a file give each line once. Memory is one chunk plus the longest line. Given up: reading
+one compressed file in parallel.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
+from megatron_meco.corpus.sources import open_source
 from megatron_meco.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
@@ -44,44 +44,96 @@ class LineChunk:
     """How far into the file (compressed) reading had come."""
 
 
-def read_chunks(path: Path, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[LineChunk]:
-    """Yield the lines of a file in order, in chunks of about `chunk_bytes`.
+def read_chunks(
+    path: str, begin: int = 0, end: int | None = None, chunk_bytes: int = _CHUNK_BYTES
+) -> Iterator[LineChunk]:
+    """Yield lines of a file in order, in chunks of about `chunk_bytes`.
 
     Args:
-        path: A JSONL file; `.gz` and `.zst` are recognised by their first bytes.
+        path: A JSONL file or its URL; `.gz` and `.zst` are recognised by their first bytes.
+        begin: The first byte to look at; only a plain file has others than 0.
+        end: Lines that begin at this byte or later are left out; None: the end of the file.
         chunk_bytes: The size that a chunk reaches before it is cut.
 
     Yields:
-        Chunks of whole lines.
+        Chunks of whole lines; the lines of a range are counted from 1.
 
     Raises:
         DataError: The file cannot be read to its end.
     """
-    first_line, parts, size = 1, [], 0
+    first_line = 1
+    for data, at, consumed in _whole_lines(path, begin, chunk_bytes):
+        own = data if end is None else _begun_before(end - at, data)
+        if own:
+            yield LineChunk(path, first_line, own, consumed)
+            first_line += own.count(b"\n")
+        if end is not None and at + len(data) >= end:
+            return
+
+
+def _begun_before(limit: int, data: bytes) -> bytes:
+    """Return the lines of `data` that begin before the byte `limit`."""
+    if limit <= 0:
+        return b""
+    # The line that holds the byte before the limit is the last one.
+    cut = data.find(b"\n", limit - 1) + 1
+    return data[:cut] if cut else data
+
+
+def count_lines(path: str, end: int) -> int:
+    """Return how many lines of a plain file begin before the byte `end`.
+
+    Args:
+        path: A plain file or its URL.
+        end: A byte where a range of `read_chunks` begins.
+
+    Returns:
+        The number to add to that range's line numbers.
+    """
+    return sum(chunk.data.count(b"\n") for chunk in read_chunks(path, 0, end)) if end else 0
+
+
+def _whole_lines(path: str, begin: int, chunk_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield `(whole lines, where they begin, bytes consumed)`; the first begins after `begin`."""
+    parts: list[bytes] = []
+    size = 0
+    # One byte early: a line begins at `begin` when the byte before it ends one.
+    at = max(begin - 1, 0)
+    is_inside_line = begin > 0
     consumed = 0
-    for block, consumed in _blocks(path):
-        cut = block.rfind(b"\n") + 1
-        if cut == 0 or size + len(block) < chunk_bytes:
-            parts.append(block)
-            size += len(block)
+    for block, position in _blocks(path, at):
+        consumed = position - begin
+        if is_inside_line:
+            found = block.find(b"\n") + 1
+            at += found or len(block)
+            if not found:
+                continue
+            is_inside_line = False
+            rest = block[found:]
+        else:
+            rest = block
+        cut = rest.rfind(b"\n") + 1
+        if cut == 0 or size + len(rest) < chunk_bytes:
+            parts.append(rest)
+            size += len(rest)
             continue
-        data = b"".join([*parts, block[:cut]])
-        yield LineChunk(str(path), first_line, data, consumed)
-        first_line += data.count(b"\n")
-        parts, size = [block[cut:]], len(block) - cut
+        data = b"".join([*parts, rest[:cut]])
+        yield data, at, consumed
+        at += len(data)
+        parts, size = [rest[cut:]], len(rest) - cut
     if size:
-        yield LineChunk(str(path), first_line, b"".join(parts), consumed)
+        yield b"".join(parts), at, consumed
 
 
-def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
+def _blocks(path: str, begin: int) -> Iterator[tuple[bytes, int]]:
     """Yield `(decompressed bytes, file position)`, foreign errors turned into ours."""
     try:
-        with path.open("rb") as file:
+        with open_source(path) as file:
             magic = file.read(4)
-            file.seek(0)
-            if path.suffix == ".gz" or magic.startswith(_GZIP_MAGIC):
+            file.seek(begin)
+            if path.endswith(".gz") or magic.startswith(_GZIP_MAGIC):
                 yield from _gzip_blocks(file)
-            elif path.suffix == ".zst" or magic == _ZSTD_MAGIC:
+            elif path.endswith(".zst") or magic == _ZSTD_MAGIC:
                 yield from _zstd_blocks(file)
             else:
                 while block := file.read(_BLOCK_BYTES):
@@ -117,5 +169,5 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         raise EOFError
 
 
-def _unreadable(path: Path, what: str) -> DataError:
-    return DataError(what, where=str(path), remedy="Fetch the file again or leave it out.")
+def _unreadable(path: str, what: str) -> DataError:
+    return DataError(what, where=path, remedy="Fetch the file again or leave it out.")

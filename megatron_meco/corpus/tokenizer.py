@@ -188,10 +188,10 @@ class HuggingFaceEncoder:
     """
 
     def __init__(self, serialized: str) -> None:
-        self._serialized = serialized
+        self.serialized = serialized
 
     def __reduce__(self) -> tuple[type[HuggingFaceEncoder], tuple[str]]:
-        return (HuggingFaceEncoder, (self._serialized,))
+        return (HuggingFaceEncoder, (self.serialized,))
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
         """Return the tokens of each text."""
@@ -200,7 +200,7 @@ class HuggingFaceEncoder:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        tokenizer = Tokenizer.from_str(self._serialized)
+        tokenizer = Tokenizer.from_str(self.serialized)
         # A saved tokenizer may carry both, and would cut documents without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -222,7 +222,10 @@ class MegatronEncoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         tokenizer = self._tokenizer
-        return (_rebuild, (tokenizer.library, tokenizer.path, tokenizer.additional_args))
+        return (
+            rebuild_megatron_encoder,
+            (tokenizer.library, tokenizer.path, tokenizer.additional_args),
+        )
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
         """Return the tokens of each text; None where the tokenizer refuses it."""
@@ -236,7 +239,10 @@ class MegatronEncoder:
         return ids[self._begin : len(ids) - self._num_trailing]
 
 
-def _rebuild(library: str, path: str | None, arguments: dict[str, Any]) -> MegatronEncoder:
+def rebuild_megatron_encoder(
+    library: str, path: str | None, arguments: dict[str, Any]
+) -> MegatronEncoder:
+    """Build an encoder again, from what pickling one keeps of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers import MegatronTokenizer

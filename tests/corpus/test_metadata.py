@@ -100,7 +100,7 @@ def test_a_row_too_few_is_told_with_both_counts(tmp_path: Path) -> None:
 def test_importing_loads_neither_torch_nor_megatron() -> None:
     code = (
         "import sys\n"
-        "from megatron_meco.corpus import encoding, metadata, prepare, tokenizer, url\n"
+        "from megatron_meco.corpus import bulk, merge, metadata, prepare, tokenizer, url\n"
         "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
     )
     root = Path(metadata.__file__).parents[2]

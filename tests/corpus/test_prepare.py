@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -17,19 +18,20 @@ import numpy as np
 import pytest
 import sentencepiece
 import zstandard
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_meco.corpus import writer
-from megatron_meco.corpus.encoding import ChunkEncoder
+from megatron_meco.corpus import merge, sources, task_writer
+from megatron_meco.corpus.documents import RejectedRecords, read_lines
 from megatron_meco.corpus.metadata import check_row_count, open_metadata
 from megatron_meco.corpus.prepare import (
     PrepareConfig,
     PrepareReport,
-    add_prepare_arguments,
     prepare,
-    run_prepare,
 )
-from megatron_meco.corpus.readers import LineChunk, read_chunks
+from megatron_meco.corpus.prepare_command import add_prepare_arguments, run_prepare
+from megatron_meco.corpus.readers import count_lines, read_chunks
+from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.sources import Part
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_DEFAULTS,
     HuggingFaceEncoder,
@@ -119,26 +121,56 @@ def test_without_metadata_fields_there_is_no_metadata_file(
     assert _left(tmp_path / "out") == ["corpus.bin", "corpus.idx", "corpus.prepare.json"]
 
 
-def test_one_and_three_workers_write_the_same_bytes(
-    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_meco.corpus.readers._BLOCK_BYTES", 300)
-    monkeypatch.setattr("megatron_meco.corpus.prepare.read_chunks", _small_chunks)
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the input into tasks of two kilobytes."""
+    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 2000)
+    monkeypatch.setattr(sources, "_MAX_TASK_BYTES", 2000)
+
+
+def _many_pages(write_jsonl: WriteJsonl) -> Path:
     lines: list[Any] = [{"text": f"page {i} of the text", "url": f"u{i}"} for i in range(400)]
     lines[7::50] = [b"broken"] * len(lines[7::50])
-    source = write_jsonl(*lines)
-    # More chunks than are in flight at once.
-    assert len(list(_small_chunks(source))) > 15
+    return write_jsonl(*lines)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_one_and_seven_workers_write_the_same_bytes(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _many_pages(write_jsonl)
+    assert len(sources.plan_tasks(sources.find_files([source]))) == 9
     run(source, workers=1, output=tmp_path / "one" / "corpus")
-    run(source, workers=3, output=tmp_path / "three" / "corpus")
+    run(source, workers=7, output=tmp_path / "seven" / "corpus")
     assert "corpus.rejected.jsonl" in _left(tmp_path / "one")
-    assert _left(tmp_path / "one") == _left(tmp_path / "three")
+    assert _left(tmp_path / "one") == _left(tmp_path / "seven")
     for name in _left(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "seven" / name).read_bytes()
+    rejected = (tmp_path / "one" / "corpus.rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in rejected] == list(range(8, 401, 50))
+    # The same as in one task, but for where the metadata is cut into batches.
+    monkeypatch.undo()
+    run(source, output=tmp_path / "whole" / "corpus")
+    for suffix in ("bin", "idx", "rejected.jsonl"):
+        name = f"corpus.{suffix}"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    urls = [open_metadata(tmp_path / run / "corpus")["url"].to_pylist() for run in ("one", "whole")]
+    assert urls[0] == urls[1]
 
 
-def _small_chunks(path: Path) -> Any:
-    return read_chunks(path, chunk_bytes=1000)
+@pytest.mark.usefixtures("small_tasks")
+def test_the_index_is_what_megatron_writes(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    run(_many_pages(write_jsonl))
+    prefix = str(tmp_path / "out" / "corpus")
+    data = IndexedDataset(prefix)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=data.index.dtype)
+    for tokens in data:
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    assert (tmp_path / "theirs.idx").read_bytes() == Path(f"{prefix}.idx").read_bytes()
+    assert (tmp_path / "theirs.bin").read_bytes() == Path(f"{prefix}.bin").read_bytes()
 
 
 def test_several_files_plain_and_compressed_in_the_order_given(
@@ -172,42 +204,64 @@ def test_several_files_plain_and_compressed_in_the_order_given(
         (b'{"text": "half a pair \\ud800"}', "invalid UTF-8"),
     ],
 )
-def test_a_bad_line_is_rejected_with_its_reason(line: bytes, reason: str) -> None:
-    encoder = _encoder(lambda texts: [[5]] * len(texts))
-    chunk = LineChunk("f", 11, b'{"text": "good"}\r\n\n' + line + b"\n", 0)
-    encoded = encoder.encode(chunk)
-    assert [(r.path, r.line, r.reason) for r in encoded.rejected] == [("f", 13, reason)]
-    assert encoded.rejected[0].excerpt == line[:200].decode("utf-8", "replace")
-    assert encoded.lengths == [2]
+def test_a_bad_line_is_rejected_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    documents, rejected = _read(tmp_path, b'{"text": "good"}\r\n\n' + line + b"\n")
+    assert [(r.line, r.reason) for r in rejected] == [(3, reason)]
+    assert rejected[0].excerpt == line[:200].decode("utf-8", "replace")
+    assert documents == ["good"]
 
 
-def _encoder(encode_batch: Callable[[list[str]], list[list[int] | None]]) -> ChunkEncoder:
-    fake = argparse.Namespace(encode_batch=encode_batch)
-    return ChunkEncoder(fake, 1, 300, "uint16", "text", ())  # type: ignore[arg-type]
+def _read(tmp_path: Path, content: bytes) -> tuple[list[str], list[Rejected]]:
+    path = tmp_path / "lines"
+    path.write_bytes(content)
+    rejected = RejectedRecords()
+    part = Part(str(path), "jsonl", 0, len(content), True)
+    documents = [document.text for document in read_lines(part, "text", rejected)]
+    return documents, [record for record, _ in rejected.drain()]
 
 
-def test_documents_without_tokens_are_rejected_in_line_order() -> None:
-    encoder = _encoder(lambda texts: [[5] if t == "good" else [] for t in texts])
-    lines = [b'{"text": "vanishes"}', b"broken", b'{"text": "good"}', b'{"text": "vanishes"}']
-    encoded = encoder.encode(LineChunk("f", 1, b"\n".join(lines), 0))
-    assert [(r.line, r.reason) for r in encoded.rejected] == [
+@pytest.fixture
+def use_encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that has every task encode with a fake."""
+
+    def use(ids_of: Callable[[str], list[int]]) -> None:
+        def encode(texts: list[str]) -> tuple[Any, Any]:
+            ids = [ids_of(text) for text in texts]
+            return np.array([i for one in ids for i in one]), np.array([len(one) for one in ids])
+
+        settings = {"eod": 1, "vocab_size": 300, "dtype": "uint16"}
+        fake = argparse.Namespace(encode=encode)
+        monkeypatch.setattr(task_writer, "load_encoder", lambda folder: (fake, settings))
+
+    return use
+
+
+def test_documents_without_tokens_are_rejected_in_line_order(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, use_encoder: Callable[..., None]
+) -> None:
+    use_encoder(lambda text: [5] if text == "good" else [])
+    run(write_jsonl({"text": "gone"}, b"broken", {"text": "good"}, {"text": "gone"}))
+    lines = (tmp_path / "out" / "corpus.rejected.jsonl").read_text().splitlines()
+    assert [(json.loads(x)["line"], json.loads(x)["reason"]) for x in lines] == [
         (1, "no tokens"),
         (2, "broken JSON"),
         (4, "no tokens"),
     ]
-    assert encoded.tokens.tolist() == [5, 1]
+    data = IndexedDataset(str(tmp_path / "out" / "corpus"))
+    assert [tokens.tolist() for tokens in data] == [[5, 1]]
 
 
-def test_an_id_outside_the_vocabulary_is_never_written() -> None:
-    encoder = _encoder(lambda texts: [[300]])
+def test_an_id_outside_the_vocabulary_is_never_written(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, use_encoder: Callable[..., None]
+) -> None:
+    use_encoder(lambda text: [300])
     with pytest.raises(DataError, match="id 300"):
-        encoder.encode(LineChunk("f", 1, b'{"text": "a"}', 0))
+        run(write_jsonl({"text": "a"}))
+    assert _left(tmp_path / "out") == []
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
-    encoder = _encoder(lambda texts: [[5]] * len(texts))
-    encoded = encoder.encode(LineChunk("f", 1, b'\xef\xbb\xbf{"text": "a"}\n', 0))
-    assert encoded.lengths == [2]
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    assert _read(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n') == (["a"], [])
 
 
 def test_bad_lines_are_set_aside_and_counted(
@@ -260,16 +314,64 @@ def test_damaged_archives_are_told_and_leave_nothing(run: Run, tmp_path: Path, k
     assert _left(tmp_path / "out") == []
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_a_full_disk_is_told_and_the_work_is_kept(
     run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(writer, "_sync", full)
+    source = write_jsonl(*PAGES)
+    monkeypatch.setattr(merge, "_sync", full)
+    with pytest.raises(DataError, match=r"No space left.*1 of 1 tasks are finished and kept"):
+        run(source)
+    assert _left(tmp_path / "out") == ["corpus.unfinished"]
+    monkeypatch.undo()
+    assert run(source).documents == 3
+    assert "corpus.unfinished" not in _left(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_disk_that_fills_up_inside_a_task(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calls = _many_pages(write_jsonl), []
+
+    def full_at_the_third(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", lambda _: full_at_the_third())
     with pytest.raises(DataError, match="No space left"):
-        run(write_jsonl(*PAGES))
+        run(source)
+    monkeypatch.undo()
     assert _left(tmp_path / "out") == []
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_going_on_after_a_change_is_refused(
+    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _many_pages(write_jsonl)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_meco.corpus.prepare.merge_tasks", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(source)
+    with pytest.raises(DataError, match="other metadata fields"):
+        run(source, metadata_fields=("topic",))
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"page 3 ", b"PAGE 3 "))
+    os.utime(source, (1, 1))
+    with pytest.raises(DataError, match=r"input.jsonl has changed \(its date\).*--overwrite"):
+        run(source)
+    source.write_bytes(content + b"\n")
+    with pytest.raises(DataError, match="bytes then"):
+        run(source)
+    assert run(source, overwrite=True).documents == 392
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_existing_output_is_kept_unless_told(
@@ -284,23 +386,6 @@ def test_existing_output_is_kept_unless_told(
     assert len(IndexedDataset(str(tmp_path / "out" / "corpus"))) == 1
 
 
-def test_a_killed_worker_is_told(
-    run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killer = _Killer("f", 1, b"", 0)
-    monkeypatch.setattr("megatron_meco.corpus.prepare.read_chunks", lambda path: [killer])
-    with pytest.raises(DataError, match="worker process died"):
-        run(write_jsonl(*PAGES), workers=2)
-    assert _left(tmp_path / "out") == []
-
-
-class _Killer(LineChunk):
-    """Ends the process that receives it."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os._exit, (9,))
-
-
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -310,7 +395,12 @@ class _Killer(LineChunk):
         ({"workers": 0}, "--workers"),
         ({"metadata_fields": ("url", "url")}, "--metadata-fields"),
         ({"inputs": (Path("/no/such/file"),)}, "no such file"),
+        ({"inputs": ("/no/such/*.jsonl",)}, "no such file"),
+        ({"inputs": ("nosuch://bucket/x",)}, "Protocol not known"),
         ({"output": Path("/")}, "--output"),
+        ({"encoder": "fast"}, "--encoder"),
+        ({"executor": "cloud"}, "--executor"),
+        ({"executor_options": {"time": 1}}, "--executor-option"),
     ],
 )
 def test_flags_are_refused_before_anything_is_loaded(
@@ -440,10 +530,23 @@ def test_chunks_are_whole_lines_with_right_numbers(
     path = tmp_path / "lines"
     content = b"a\n\nlonger than a block\nb\r\n" + b"\xe2\x80\xa8x\n" + b"last, without its end"
     path.write_bytes(content)
-    chunks = list(read_chunks(path, chunk_bytes))
+    chunks = list(read_chunks(str(path), chunk_bytes=chunk_bytes))
     assert b"".join(chunk.data for chunk in chunks) == content
     seen = 0
     for chunk in chunks:
         assert chunk.first_line == seen + 1
         assert chunk.data.endswith(b"\n") or chunk is chunks[-1]
         seen += chunk.data.count(b"\n")
+    # Ranges that cover a file give every line once, wherever they are cut.
+    for cuts in itertools.combinations(range(1, len(content)), 2):
+        borders = [0, *cuts, len(content)]
+        ranges = [
+            b"".join(c.data for c in read_chunks(str(path), begin, end, chunk_bytes))
+            for begin, end in itertools.pairwise(borders)
+        ]
+        assert b"".join(ranges) == content
+        for begin, before in zip(borders, itertools.accumulate(ranges, initial=b""), strict=False):
+            assert content.find(before) == 0
+            assert not before or before.endswith(b"\n") or before == content
+            assert len(before) >= begin or b"\n" not in content[len(before) : begin - 1]
+            assert count_lines(str(path), begin) == before.count(b"\n")

@@ -1,0 +1,257 @@
+"""Texts to token ids in bulk: gigatoken where it gives the same ids, else the tokenizer itself.
+
+gigatoken is some fifty times as fast as Hugging Face's tokenizers and returns arrays instead of
+Python lists. Whether its ids are the same is not assumed: `choose_encoder` compares both on probes
+and on a sample of the user's own text and falls back with a reason, and a process on another
+machine than the one that compared checks its first batch again. Special tokens written in a text
+stay text. Costs a second per process to load. Given up: SentencePiece and tiktoken models through
+gigatoken; Megatron's flags give those a meaning of their own (spaces, prefixes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
+from megatron_meco.errors import DataError
+
+_FILE = "encoder.json"
+_CHECKED_TEXTS = 256
+_CHECKED_CHARACTERS = 1 << 18
+_PROBES = (
+    "a Probe, 12345 x\tyz\n\n  def f(x):  return x  # \u00e9\u00df \u4f60\u597d \U0001f600",
+    "it's DON'T  we\u2019ll \r\n\r\n \n\t mixed\u00a0spaces\u3000and\u200bmarks\ufeff",
+    "e\u0301 \u0000\u0007\u007f\u0085\u2028 \u0915\u094d\u0937"
+    " \u0645\u0631\u062d\u0628\u0627 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    " " * 300 + "x" * 300 + "\n" * 50 + "0123456789" * 20 + "-=" * 100,
+)
+
+
+class BulkEncoder(Protocol):
+    """Turns many texts into one array of ids."""
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the ids of all texts end to end, and each text's number of ids (-1: refused)."""
+        ...
+
+
+class ListBulkEncoder:
+    """A bulk encoder over any encoder that returns lists.
+
+    Args:
+        encoder: The encoder.
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the ids of all texts end to end, and each text's number of ids (-1: refused)."""
+        lists = self._encoder.encode_batch(texts)
+        lengths = np.array([-1 if ids is None else len(ids) for ids in lists], dtype=np.int64)
+        total = int(lengths.clip(0).sum())
+        ids = chain.from_iterable(ids for ids in lists if ids is not None)
+        return np.fromiter(ids, dtype=np.int64, count=total), lengths
+
+
+class GigatokenEncoder:
+    """A bulk encoder over gigatoken; runs on the calling thread.
+
+    Args:
+        serialized: A Hugging Face tokenizer as JSON.
+
+    Raises:
+        Exception: gigatoken cannot read it; its errors are of no common type.
+    """
+
+    def __init__(self, serialized: str) -> None:
+        import gigatoken
+
+        settings = json.loads(serialized)
+        # Special tokens in a text are text, and nothing is added, cut or filled up.
+        added = settings.get("added_tokens") or []
+        settings["added_tokens"] = [token for token in added if not token.get("special")]
+        settings.update(post_processor=None, truncation=None, padding=None)
+        self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(settings))
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the ids of all texts end to end, and each text's number of ids."""
+        try:
+            layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+        except BaseException as error:
+            # A Rust panic is no Exception, and no process but this one could unpickle it.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"gigatoken panicked ({str(error).splitlines()[0][:120]})",
+                where="--encoder gigatoken",
+                remedy="Prepare with --encoder huggingface.",
+            ) from None
+        offsets = np.asarray(layout.offsets.data)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+
+def choose_encoder(
+    encoder: TextEncoder, sample: list[str], *, allow_gigatoken: bool = True
+) -> dict[str, Any]:
+    """Decide how texts are encoded.
+
+    Args:
+        encoder: The tokenizer's own encoder.
+        sample: Texts of the corpus; a part of them is compared.
+        allow_gigatoken: False: the tokenizer's own encoder, without a comparison.
+
+    Returns:
+        What `write_encoder` keeps: `kind` ("gigatoken", "huggingface", "megatron"), `reason` (one
+        line for the user), and what the encoder is made of.
+    """
+    if not isinstance(encoder, HuggingFaceEncoder):
+        arguments = encoder.__reduce__()[1]
+        reason = "Megatron's own tokenizer: gigatoken is used for Hugging Face tokenizers only"
+        return {"kind": "megatron", "reason": reason, "arguments": list(arguments)}
+    serialized = encoder.serialized
+    chosen = {"kind": "huggingface", "serialized": serialized}
+    if not allow_gigatoken:
+        return {**chosen, "reason": "Hugging Face tokenizers, as asked for"}
+    texts = [*_PROBES, *_special_texts(serialized), *_checked_part(sample)]
+    try:
+        fast = GigatokenEncoder(serialized)
+        differing = _first_difference(fast, ListBulkEncoder(encoder), texts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        return {**chosen, "reason": f"Hugging Face tokenizers: gigatoken cannot ({what[:120]})"}
+    if differing is not None:
+        return {
+            **chosen,
+            "reason": "Hugging Face tokenizers: gigatoken gives other ids, first for the text "
+            f"{differing[:60]!r}",
+        }
+    characters = sum(map(len, texts))
+    return {
+        **chosen,
+        "kind": "gigatoken",
+        "reason": f"gigatoken, ids equal to Hugging Face's on {len(texts):,} texts "
+        f"({characters / 1e6:.1f} M characters)",
+    }
+
+
+def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
+    """Keep an encoder in a folder for the processes that work there.
+
+    Args:
+        folder: The folder.
+        chosen: What `choose_encoder` returned, and anything else that belongs to it.
+    """
+    unfinished = folder / f"{_FILE}.tmp-{os.getpid()}"
+    unfinished.write_text(json.dumps({**chosen, "compared_on": platform.node()}), encoding="utf-8")
+    os.replace(unfinished, folder / _FILE)
+
+
+def encoder_digest(chosen: dict[str, Any]) -> str:
+    """Return a digest of what decides the ids."""
+    made_of = {key: chosen.get(key) for key in ("serialized", "arguments")}
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=2)
+def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
+    """Return the encoder kept in a folder; one process loads it once, whatever it does with it.
+
+    Args:
+        folder: Where `write_encoder` kept it.
+
+    Returns:
+        The encoder, and what was kept with it.
+
+    Raises:
+        DataError: There is none.
+    """
+    try:
+        chosen = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"no readable encoder ({error})",
+            where=str(folder / _FILE),
+            remedy="Remove the folder and prepare again.",
+        ) from None
+    return encoder_of(chosen), chosen
+
+
+def encoder_of(chosen: dict[str, Any]) -> BulkEncoder:
+    """Make the encoder that `choose_encoder` decided on.
+
+    Args:
+        chosen: What it returned, or what a folder keeps of it.
+
+    Returns:
+        The encoder.
+    """
+    if chosen["kind"] == "megatron":
+        from megatron_meco.corpus.tokenizer import rebuild_megatron_encoder
+
+        return ListBulkEncoder(rebuild_megatron_encoder(*chosen["arguments"]))
+    slow = ListBulkEncoder(HuggingFaceEncoder(chosen["serialized"]))
+    if chosen["kind"] == "huggingface":
+        return slow
+    fast = GigatokenEncoder(chosen["serialized"])
+    if chosen.get("compared_on", platform.node()) == platform.node():
+        return fast
+    return _CheckedOnce(fast, slow)
+
+
+class _CheckedOnce:
+    """Compares the first batch with the tokenizer itself: another machine may run other code."""
+
+    def __init__(self, fast: BulkEncoder, slow: BulkEncoder) -> None:
+        self._fast, self._slow = fast, slow
+        self._is_checked = False
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        if not self._is_checked:
+            differing = _first_difference(self._fast, self._slow, _checked_part(texts))
+            if differing is not None:
+                raise DataError(
+                    f"gigatoken gives other ids here than Hugging Face's tokenizer for the text "
+                    f"{differing[:60]!r}",
+                    where=platform.node(),
+                    remedy="Prepare with --encoder huggingface.",
+                )
+            self._is_checked = True
+        return self._fast.encode(texts)
+
+
+def _checked_part(texts: list[str]) -> list[str]:
+    """Return texts from all over the sample, up to a size that takes half a second to compare."""
+    step = max(len(texts) // _CHECKED_TEXTS, 1)
+    part, room = [], _CHECKED_CHARACTERS
+    for text in texts[::step]:
+        part.append(text[:room])
+        room -= len(text)
+        if room <= 0:
+            break
+    return part
+
+
+def _special_texts(serialized: str) -> list[str]:
+    added = json.loads(serialized).get("added_tokens") or []
+    return [f"x{token['content']}y {token['content']}" for token in added[:64]]
+
+
+def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) -> str | None:
+    # Text by text, so that ids that move from one text into the next are seen.
+    for text in texts:
+        (a, a_lengths), (b, b_lengths) = one.encode([text]), other.encode([text])
+        if not (np.array_equal(a, b) and np.array_equal(a_lengths, b_lengths)):
+            return text
+    return None

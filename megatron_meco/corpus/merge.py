@@ -1,0 +1,307 @@
+"""Join what the tasks of a preparation wrote into one corpus that exists whole or not at all.
+
+Tasks are joined in their order, whoever ran them and when, so the bytes depend on the input alone.
+Everything is made under the work folder, put on the disk, and renamed at the end, the index last: a
+corpus that has an index is whole. Costs one copy of the tokens and 40 bytes of memory per document
+of the largest task. Given up: the disk space of a second copy until the work folder is removed,
+because until then a kill must not lose anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_meco.corpus.index_file import header
+from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
+from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.task_writer import (
+    TaskRecord,
+    cannot_write,
+    read_record,
+    record_path,
+    task_prefix,
+    write_synced,
+)
+from megatron_meco.errors import DataError
+
+_COPY_BYTES = 8 << 20
+_ROWS = 65_536
+_HISTOGRAM_BINS = 1 << 20
+_PUBLISHING = "publishing"
+
+
+@dataclass
+class MergedCorpus:
+    """What all tasks wrote together."""
+
+    documents: int = 0
+    """Documents."""
+
+    tokens: int = 0
+    """Tokens, EODs included."""
+
+    text_bytes: int = 0
+    """Bytes of text."""
+
+    median_tokens: float = 0.0
+    """Median tokens per document, EOD included."""
+
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rejected records by reason."""
+
+    first_rejected: Rejected | None = None
+    """The first of them."""
+
+    missing_metadata: dict[str, int] = field(default_factory=dict)
+    """Documents without a value, by metadata field."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+    """CRC-32 of the files by the end of their names, as eight hexadecimal digits."""
+
+    files: list[Path] = field(default_factory=list)
+    """The files written."""
+
+
+def output_paths(prefix: Path) -> list[Path]:
+    """Return every file that a preparation may write, the index last."""
+    names = (".bin", ".prepare.json", ".rejected.jsonl", ".idx")
+    return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
+
+
+def is_publishing(folder: Path) -> bool:
+    """Whether a preparation was stopped while its files got their names."""
+    return (folder / _PUBLISHING).exists()
+
+
+def merge_tasks(
+    folder: str | os.PathLike[str],
+    prefix: str | os.PathLike[str],
+    num_tasks: int,
+    manifest: dict[str, Any] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> MergedCorpus:
+    """Write the corpus that finished tasks make, and remove their folder.
+
+    Args:
+        folder: The work folder of the tasks.
+        prefix: Where the corpus goes, as in Megatron's `--data-path`; on the same file system.
+        num_tasks: The number of tasks.
+        manifest: What `PREFIX.prepare.json` says beside the counts.
+        on_progress: Called with the number of tasks joined so far.
+
+    Returns:
+        Counts and files.
+
+    Raises:
+        DataError: A task is not finished, there are no documents at all, or the disk is full.
+    """
+    folder, prefix = Path(folder), Path(prefix)
+    records = _records(folder, num_tasks)
+    settings = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    merged = _counts(records)
+    try:
+        _write_rejected(folder, records, merged)
+        if merged.documents == 0:
+            # Nothing that running again could use.
+            shutil.rmtree(folder)
+            raise _no_documents(merged)
+        _write_tokens(folder, num_tasks, merged, on_progress)
+        _write_index(folder, num_tasks, merged, np.dtype(settings["dtype"]))
+        _write_metadata(folder, num_tasks, merged)
+        write_synced(folder / "corpus.prepare.json", _manifest_text(merged, manifest or {}))
+        merged.files = _publish(folder, prefix)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise cannot_write(error, prefix) from error
+    return merged
+
+
+def _records(folder: Path, num_tasks: int) -> list[TaskRecord]:
+    records = [read_record(folder, rank) for rank in range(num_tasks)]
+    missing = [rank for rank, record in enumerate(records) if record is None]
+    if missing:
+        raise DataError(
+            f"{len(missing):,} of {num_tasks:,} tasks are not finished, the first is {missing[0]}",
+            where=str(record_path(folder, missing[0])),
+            remedy="Run the same command again: it goes on with what is missing.",
+        )
+    return [record for record in records if record is not None]
+
+
+def _counts(records: list[TaskRecord]) -> MergedCorpus:
+    merged = MergedCorpus()
+    missing: Counter[str] = Counter()
+    for record in records:
+        merged.documents += record.documents
+        merged.tokens += record.tokens
+        merged.text_bytes += record.text_bytes
+        merged.rejected.update(record.rejected)
+        missing.update(record.missing_metadata)
+    # Not the counter itself, which drops nothing but is ordered by the first task that had one.
+    merged.missing_metadata = {name: missing[name] for name in records[0].missing_metadata}
+    return merged
+
+
+def _no_documents(merged: MergedCorpus) -> DataError:
+    first = merged.first_rejected
+    if first is None:
+        return DataError(
+            "no documents: every line is blank",
+            where="the input",
+            remedy="Check the files and --text-field.",
+        )
+    total = merged.rejected.total()
+    return DataError(
+        f"no documents: all {total:,} lines rejected, here: {first.reason}",
+        where=f"{first.path}, line {first.line}",
+        remedy="Check the file and --text-field.",
+    )
+
+
+def _write_rejected(folder: Path, records: list[TaskRecord], merged: MergedCorpus) -> None:
+    """Join the rejected records and number their lines from the beginning of the file."""
+    lines_before = _lines_before(records)
+    with (folder / "corpus.rejected.jsonl").open("w", encoding="utf-8") as out:
+        for rank in range(len(records)):
+            path = Path(f"{task_prefix(folder, rank)}.rejected.jsonl")
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    told = json.loads(line)
+                    told["line"] += lines_before.get((told["path"], told.pop("begin")), 0)
+                    if merged.first_rejected is None:
+                        merged.first_rejected = Rejected(**told)
+                    out.write(json.dumps(told, ensure_ascii=False) + "\n")
+    if not merged.rejected:
+        (folder / "corpus.rejected.jsonl").unlink()
+
+
+def _lines_before(records: list[TaskRecord]) -> dict[tuple[str, int], int]:
+    parts = {(path, begin): n for record in records for path, begin, n in record.lines_of_parts}
+    before: dict[tuple[str, int], int] = {}
+    path_before, num_lines = "", 0
+    for path, begin in sorted(parts):
+        if path != path_before:
+            path_before, num_lines = path, 0
+        before[path, begin] = num_lines
+        num_lines += parts[path, begin]
+    return before
+
+
+def _write_tokens(
+    folder: Path, num_tasks: int, merged: MergedCorpus, on_progress: Callable[[int], None] | None
+) -> None:
+    checksum = 0
+    with (folder / "corpus.bin").open("wb") as out:
+        for rank in range(num_tasks):
+            with Path(f"{task_prefix(folder, rank)}.bin").open("rb") as file:
+                while block := file.read(_COPY_BYTES):
+                    checksum = zlib.crc32(block, checksum)
+                    out.write(block)
+            if on_progress is not None:
+                on_progress(rank + 1)
+    merged.checksums[".bin"] = f"{checksum:08x}"
+
+
+def _lengths(folder: Path, num_tasks: int) -> Iterator[np.ndarray[Any, Any]]:
+    for rank in range(num_tasks):
+        yield np.fromfile(f"{task_prefix(folder, rank)}.lengths", dtype=np.int32)
+
+
+def _write_index(folder: Path, num_tasks: int, merged: MergedCorpus, dtype: np.dtype[Any]) -> None:
+    """Write what Megatron's own index builder would, without lists of all documents."""
+    count = merged.documents
+    histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
+    with (folder / "corpus.idx").open("wb") as out:
+        out.write(header(dtype, count, count))
+        for lengths in _lengths(folder, num_tasks):
+            out.write(lengths)
+            clipped = np.minimum(lengths, _HISTOGRAM_BINS - 1)
+            histogram += np.bincount(clipped, minlength=_HISTOGRAM_BINS)
+        offset = 0
+        for lengths in _lengths(folder, num_tasks):
+            sizes = lengths.astype(np.int64) * dtype.itemsize
+            ends = np.cumsum(sizes)
+            out.write(offset + ends - sizes)
+            offset += int(ends[-1]) if len(ends) else 0
+        for begin in range(0, count + 1, _ROWS):
+            out.write(np.arange(begin, min(begin + _ROWS, count + 1), dtype=np.int64))
+    merged.median_tokens = _median(histogram)
+    merged.checksums[".idx"] = checksum_of(folder / "corpus.idx")
+
+
+def _median(histogram: np.ndarray[Any, Any]) -> float:
+    ranks = np.cumsum(histogram)
+    total = int(ranks[-1])
+    low, high = (int(np.searchsorted(ranks, n + 1)) for n in ((total - 1) // 2, total // 2))
+    return (low + high) / 2
+
+
+def _write_metadata(folder: Path, num_tasks: int, merged: MergedCorpus) -> None:
+    fields = list(merged.missing_metadata)
+    if not fields:
+        return
+    with MetadataWriter(folder / "corpus", fields) as writer:
+        for rank in range(num_tasks):
+            with pa.memory_map(str(metadata_path(task_prefix(folder, rank)))) as source:
+                reader = pa.ipc.open_file(source)
+                for i in range(reader.num_record_batches):
+                    writer.append_batch(reader.get_batch(i))
+    merged.checksums[".metadata.arrow"] = checksum_of(metadata_path(folder / "corpus"))
+
+
+def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:
+    counts = {
+        "documents": merged.documents,
+        "tokens": merged.tokens,
+        "text_bytes": merged.text_bytes,
+        "rejected": dict(sorted(merged.rejected.items())),
+        "missing_metadata": merged.missing_metadata,
+        "crc32": merged.checksums,
+    }
+    return json.dumps({**manifest, **counts}, indent=2, ensure_ascii=False) + "\n"
+
+
+def checksum_of(path: Path) -> str:
+    """Return the CRC-32 of a file as eight hexadecimal digits."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_COPY_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"
+
+
+def _publish(folder: Path, prefix: Path) -> list[Path]:
+    made = dict(zip(output_paths(prefix), output_paths(folder / "corpus"), strict=True))
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for path in made.values():
+        if path.exists():
+            _sync(path)
+    # From here on files of this preparation stand under their names.
+    write_synced(folder / _PUBLISHING, "")
+    # An older index goes first: it must never stand beside a newer .bin.
+    for path in reversed(made):
+        path.unlink(missing_ok=True)
+    written = [path for path in made if made[path].exists()]
+    for path in written:
+        os.replace(made[path], path)
+    _sync(prefix.parent)
+    return written
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""`meco metadata PREFIX`: what the metadata of a corpus holds.
+
+For each field the share of documents that have it, the number of distinct values and the most
+frequent ones; for URLs the most frequent hosts with their share, which is what a template on
+`{url.host}` sees. One pass over each column; memory holds the distinct values. Given up: sketches
+for columns whose distinct values do not fit into memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.corpus.url import host
+
+_SAMPLED_VALUES = 1000
+
+
+@dataclass
+class FieldReport:
+    """What one field holds."""
+
+    name: str
+    """The field."""
+
+    present: float
+    """The share of documents that have a value."""
+
+    distinct: int
+    """The number of distinct values."""
+
+    most_frequent: list[tuple[str, float]]
+    """Values and their share of all documents, the most frequent first."""
+
+    hosts: int = 0
+    """Distinct hosts, where the values are URLs."""
+
+    most_frequent_hosts: list[tuple[str, float]] | None = None
+    """Hosts and their share of all documents; None where the values are no URLs."""
+
+
+def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]:
+    """Look through the metadata of a corpus.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        top: How many values to name.
+
+    Returns:
+        The number of documents, and what each field holds.
+
+    Raises:
+        DataError: There is no metadata, or it cannot be read.
+    """
+    table = open_metadata(prefix)
+    reports = []
+    for name in table.column_names:
+        column = table[name]
+        values = _counts([pc.value_counts(chunk) for chunk in column.chunks])
+        report = FieldReport(
+            name=name,
+            present=1 - column.null_count / max(len(column), 1),
+            distinct=len(values),
+            most_frequent=_shares(values, top, len(column)),
+        )
+        if _holds_urls(name, column):
+            hosts = _counts([pc.value_counts(host(chunk)) for chunk in column.chunks])
+            report.hosts = len(hosts)
+            report.most_frequent_hosts = _shares(hosts, top, len(column))
+        reports.append(report)
+    return table.num_rows, reports
+
+
+def _counts(parts: list[Any]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        values, counts = part.field("values").to_pylist(), part.field("counts").to_pylist()
+        total.update({v: n for v, n in zip(values, counts, strict=True) if v is not None})
+    return total
+
+
+def _shares(counts: Counter[str], top: int, num_rows: int) -> list[tuple[str, float]]:
+    # By name among equals: a counter keeps them in the order of the file.
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(value, count / num_rows) for value, count in ordered[:top]]
+
+
+def _holds_urls(name: str, column: pa.ChunkedArray) -> bool:
+    sample = column.drop_null().slice(0, _SAMPLED_VALUES)
+    if len(sample) == 0:
+        return False
+    if name.rsplit(".", 1)[-1].lower() in ("url", "uri"):
+        return True
+    return bool(pc.mean(pc.match_substring_regex(sample, r"^https?://")).as_py() > 0.5)
+
+
+def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meco metadata` to its parser."""
+    parser.add_argument("prefix", metavar="PREFIX", help="as in --data-path")
+    parser.add_argument("--top", type=int, default=10, help="values to name; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def run_metadata(args: argparse.Namespace) -> int:
+    """Run `meco metadata`.
+
+    Args:
+        args: The parsed arguments of `add_metadata_arguments`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        DataError: There is no metadata, or it cannot be read.
+    """
+    num_documents, reports = report_metadata(args.prefix, args.top)
+    if args.json:
+        fields = [asdict(report) for report in reports]
+        print(json.dumps({"documents": num_documents, "fields": fields}, ensure_ascii=False))
+        return 0
+    console = Console(highlight=False, markup=False)
+    console.print(f"{num_documents:,} documents")
+    for report in reports:
+        console.print(
+            f"\n{report.name}: {100 * report.present:.2f} % of documents, "
+            f"{report.distinct:,} distinct values"
+        )
+        if report.most_frequent_hosts is None:
+            _print_shares(console, report.most_frequent)
+        else:
+            console.print(f"{report.hosts:,} distinct hosts")
+            _print_shares(console, report.most_frequent_hosts)
+    return 0
+
+
+def _print_shares(console: Console, shares: list[tuple[str, float]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="ellipsis", no_wrap=True)
+    for value, share in shares:
+        table.add_row(f"{100 * share:.3f} %", value.replace("\n", " ")[:200])
+    console.print(table)

@@ -1,0 +1,274 @@
+"""`meco verify PREFIX`: whether a corpus on disk is what it should be.
+
+Reads every byte once: the structure of the index, one EOD at the end of each document and none
+inside, ids inside the vocabulary, one metadata row per document, and the counts and checksums that
+`meco prepare` left in `PREFIX.prepare.json`. `--against FILES` tokenises the original files again
+and compares tokens and metadata document by document. Costs the disk, and with `--against` the
+tokenizer, in one process. Given up: repairing anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+
+from megatron_meco.corpus.bulk import BulkEncoder, encoder_of
+from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
+from megatron_meco.corpus.merge import checksum_of
+from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.corpus.progress import DocumentProgress
+from megatron_meco.corpus.readers import count_lines
+from megatron_meco.corpus.sources import find_files, plan_tasks
+from megatron_meco.corpus.task_writer import batches, metadata_columns, with_eod
+from megatron_meco.corpus.work_folder import build_encoder
+from megatron_meco.errors import DataError, FlagError
+
+_BLOCK = 1 << 20
+_REBUILD = "Prepare the corpus again."
+
+
+@dataclass
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    """What."""
+
+    told: str
+    """What was found, in a few words."""
+
+    is_right: bool = True
+    """Whether it is as it should be."""
+
+
+def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
+    """Look a corpus over.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        eod: The end-of-document id; None: what `PREFIX.prepare.json` says.
+
+    Yields:
+        What was found, check by check.
+
+    Raises:
+        DataError: The files cannot be opened as a corpus.
+    """
+    index = open_index(prefix)
+    manifest = read_manifest(prefix)
+    broken = broken_structure(index)
+    if broken:
+        yield Check("index", broken, False)
+        return
+    told = f"{index.num_documents:,} documents of {len(index.lengths):,} sequences"
+    yield Check("index", f"{told}, {index.tokens.dtype.name}")
+    settings = manifest.get("tokenizer", {})
+    yield from _tokens(index, settings.get("eod") if eod is None else eod, settings)
+    if metadata_path(prefix).exists():
+        check_row_count(prefix, index.num_documents)
+        fields = ", ".join(open_metadata(prefix).column_names)
+        yield Check("metadata", f"one row per document: {fields}")
+    else:
+        missing = bool(manifest.get("metadata_fields"))
+        yield Check("metadata", "no file", not missing)
+    if not manifest:
+        yield Check("manifest", "none: counts and checksums cannot be compared")
+        return
+    found = {"documents": index.num_documents, "tokens": len(index.tokens)}
+    wrong = [
+        f"{n:,} {key}, not {manifest[key]:,}" for key, n in found.items() if n != manifest[key]
+    ]
+    told = "; ".join(wrong) or f"{index.num_documents:,} documents, {len(index.tokens):,} tokens"
+    yield Check("counts", told, not wrong)
+    for suffix, checksum in manifest.get("crc32", {}).items():
+        path = Path(f"{prefix}{suffix}")
+        actual = checksum_of(path) if path.exists() else "no file"
+        is_right = actual == checksum
+        yield Check(
+            f"CRC-32 {suffix}", actual if is_right else f"{actual}, not {checksum}", is_right
+        )
+
+
+def _tokens(index: CorpusIndex, eod: int | None, settings: dict[str, Any]) -> Iterator[Check]:
+    largest, num_eod = -1, 0
+    for begin in range(0, len(index.tokens), _BLOCK):
+        block = index.tokens[begin : begin + _BLOCK]
+        largest = max(largest, int(block.max()))
+        num_eod += int((block == eod).sum()) if eod is not None else 0
+    vocab_size = settings.get("vocab_size")
+    if vocab_size is not None:
+        told = f"largest id {largest:,}, vocabulary of {vocab_size:,}"
+        yield Check("vocabulary", told, largest < vocab_size)
+    if eod is None:
+        yield Check("EOD", "not known: name it with --eod")
+        return
+    without = 0
+    for first in range(0, index.num_documents, _BLOCK):
+        last = min(first + _BLOCK, index.num_documents)
+        bounds = index.bounds(first, last)
+        ends = bounds[1:][np.diff(bounds) > 0] - 1
+        without += (last - first) - int((index.tokens[ends] == eod).sum())
+    inside = num_eod - (index.num_documents - without)
+    if without:
+        yield Check("EOD", f"{without:,} documents do not end in {eod}", False)
+    elif inside:
+        yield Check("EOD", f"{inside:,} more of {eod} inside documents", False)
+    else:
+        yield Check("EOD", f"{eod} ends every document and is in none")
+
+
+def read_manifest(prefix: Path) -> dict[str, Any]:
+    """Return what `meco prepare` said of a corpus; empty where it did not make it."""
+    path = Path(f"{prefix}.prepare.json")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot be read ({error})", where=str(path), remedy="Remove it, or prepare again."
+        ) from None
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def verify_against(prefix: Path, inputs: list[str], encoder: str = "auto") -> Check:
+    """Tokenise the original files again and compare.
+
+    Args:
+        prefix: A corpus that `meco prepare` made.
+        inputs: What it was made of.
+        encoder: As `meco prepare --encoder`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: The first document that differs; or the corpus has no `PREFIX.prepare.json`.
+        FlagError: The tokenizer cannot be loaded.
+    """
+    manifest = read_manifest(prefix)
+    if not manifest:
+        raise FlagError(
+            f"no {prefix}.prepare.json, which names tokenizer and fields",
+            where="--against",
+            remedy="Only a corpus that `meco prepare` made can be compared.",
+        )
+    index = open_index(prefix)
+    settings = manifest["tokenizer"]
+    chosen = build_encoder(settings["type"], settings["model"], settings["extra"], encoder=encoder)
+    comparison = _Comparison(index, prefix, manifest["metadata_fields"], encoder_of(chosen), chosen)
+    tasks = plan_tasks(find_files(inputs))
+    rejected = RejectedRecords()
+    reader = TaskReader(tasks, manifest["text_field"], rejected)
+    with DocumentProgress("verify", index.num_documents) as progress:
+        for rank in range(len(tasks)):
+            for batch in batches(reader.run(rank=rank)):
+                comparison.compare(batch)
+                progress.update(comparison.num_documents, comparison.num_documents, 0)
+            rejected.reset()
+    if comparison.num_documents != index.num_documents:
+        raise DataError(
+            f"the files give {comparison.num_documents:,} documents, the corpus has "
+            f"{index.num_documents:,}",
+            where=str(prefix),
+            remedy=_REBUILD,
+        )
+    return Check("against the files", f"{index.num_documents:,} documents are equal")
+
+
+@dataclass
+class _Comparison:
+    """Compares documents with those of a corpus, from the first one on."""
+
+    index: CorpusIndex
+    prefix: Path
+    fields: list[str]
+    encoder: BulkEncoder
+    chosen: dict[str, Any]
+    num_documents: int = 0
+
+    def __post_init__(self) -> None:
+        self._table = open_metadata(self.prefix) if self.fields else None
+
+    def compare(self, batch: list[Document]) -> None:
+        """Compare the next documents."""
+        ids, lengths = self.encoder.encode([document.text for document in batch])
+        batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
+        lengths = lengths[lengths > 0]
+        begin = self.num_documents
+        end = min(begin + len(batch), self.index.num_documents)
+        tokens = with_eod(ids, lengths, self.chosen["eod"], self.index.tokens.dtype)
+        bounds = self.index.bounds(begin, end)
+        expected = np.concatenate([[0], np.cumsum(lengths + 1)])
+        stored = self.index.tokens[bounds[0] : bounds[-1]]
+        is_equal = end - begin == len(batch) and np.array_equal(bounds - bounds[0], expected)
+        if not is_equal or not np.array_equal(stored, tokens):
+            for i in range(end - begin):
+                one = self.index.tokens[bounds[i] : bounds[i + 1]]
+                if not np.array_equal(one, tokens[expected[i] : expected[i + 1]]):
+                    raise self._differs(batch[i], begin + i, "other tokens")
+            raise self._differs(batch[end - begin], end, "no such document")
+        if self._table is not None:
+            rows = self._table.slice(begin, end - begin)
+            for name, values in zip(self.fields, metadata_columns(batch, self.fields), strict=True):
+                kept = rows[name].to_pylist()
+                for i, (one, other) in enumerate(zip(kept, values, strict=True)):
+                    if one != other:
+                        raise self._differs(batch[i], begin + i, f"{name!r} is {one!r}")
+        self.num_documents = end
+
+    def _differs(self, document: Document, number: int, what: str) -> DataError:
+        path, line = getattr(document, "path", ""), getattr(document, "line", 0)
+        line += count_lines(path, getattr(document, "begin", 0))
+        return DataError(
+            f"document {number:,} differs from {path}, line {line}: {what}",
+            where=str(self.prefix),
+            remedy="Give the files in the order in which they were prepared, or prepare again.",
+        )
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meco verify` to its parser."""
+    parser.add_argument("prefix", metavar="PREFIX", type=Path, help="as in --data-path")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="FILES",
+        help="what the corpus was made of: tokenise again and compare",
+    )
+    parser.add_argument("--encoder", default="auto", choices=("auto", "gigatoken", "huggingface"))
+    parser.add_argument("--eod", type=int, help="default: what PREFIX.prepare.json says")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Run `meco verify`.
+
+    Args:
+        args: The parsed arguments of `add_verify_arguments`.
+
+    Returns:
+        The exit status: 0, or 1 when something is not as it should be.
+
+    Raises:
+        MeCoError: The corpus cannot be opened, or differs from the files.
+    """
+    is_right = True
+    for check in verify(args.prefix, args.eod):
+        _print(check)
+        is_right = is_right and check.is_right
+    if args.against:
+        _print(verify_against(args.prefix, args.against, args.encoder))
+    return 0 if is_right else 1
+
+
+def _print(check: Check) -> None:
+    print(f"{'ok   ' if check.is_right else 'WRONG'}  {check.name}: {check.told}", flush=True)

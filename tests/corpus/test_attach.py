@@ -1,0 +1,148 @@
+"""`meco attach` on corpora that Megatron's own tool would have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Tokenizer
+
+from megatron_meco import cli
+from megatron_meco.corpus.metadata import metadata_path, open_metadata
+
+RECORDS = [
+    {"text": f"page {i} of the text", "url": f"https://h{i}.org", "meta": {"score": i / 4}}
+    for i in range(60)
+]
+FLAGS = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Path]:
+    """Return a function that has Megatron's builder write the texts, between ids of choice."""
+
+    def write(before: tuple[int, ...] = (), after: tuple[int, ...] = (1,)) -> Path:
+        tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        builder = IndexedDatasetBuilder(str(tmp_path / "old.bin"), dtype=np.uint16)
+        for record in RECORDS:
+            ids = tokenizer.encode(str(record["text"]), add_special_tokens=False).ids
+            builder.add_document([*before, *ids, *after], [len(before) + len(ids) + len(after)])
+        builder.finalize(str(tmp_path / "old.idx"))
+        return tmp_path / "old"
+
+    return write
+
+
+def _attach(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    capsys.readouterr()
+    status = cli.main(["attach", *map(str, words)])
+    told = capsys.readouterr()
+    return status, told.out + told.err
+
+
+@pytest.mark.parametrize(("before", "after"), [((), (1,)), ((0,), (1,)), ((), ())])
+def test_from_the_original_files(
+    corpus: Callable[..., Path],
+    write_jsonl: Callable[..., Path],
+    tokenizer_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+) -> None:
+    prefix = corpus(before, after)
+    one = write_jsonl(*RECORDS[:25], b"{broken", name="one.jsonl")
+    two = write_jsonl(*RECORDS[25:], name="two.jsonl")
+    words = [prefix, "--from", one, two, "--metadata-fields", "url,meta.score"]
+    words += [*FLAGS, tokenizer_folder, "--verify-documents", 20]
+    tokens = Path(f"{prefix}.bin").read_bytes()
+    status, told = _attach(capsys, *words)
+    assert status == 0 and "60 rows (20 of them tokenised again and equal)" in told
+    table = open_metadata(prefix)
+    assert table["url"].to_pylist() == [record["url"] for record in RECORDS]
+    assert table["meta.score"].to_pylist() == [str(i / 4) for i in range(60)]
+    assert Path(f"{prefix}.bin").read_bytes() == tokens
+    status, told = _attach(capsys, *words)
+    assert status == 1 and "--overwrite" in told
+    assert _attach(capsys, *words, "--overwrite")[0] == 0
+
+
+def test_other_files_and_another_tokenizer_are_refused(
+    corpus: Callable[..., Path],
+    write_jsonl: Callable[..., Path],
+    tokenizer_folder: Path,
+    tokenizer_without_eos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prefix = corpus()
+    flags = [*FLAGS, tokenizer_folder]
+    swapped = list(RECORDS)
+    swapped[33], swapped[34] = swapped[34], swapped[33]
+    for records, expected in (
+        (swapped, "document 33 is not what the tokenizer makes of"),
+        (RECORDS[:-1], "59 documents in the input, 60 in the corpus"),
+        ([*RECORDS, RECORDS[0]], "more than 60 documents"),
+    ):
+        source = write_jsonl(*records)
+        status, told = _attach(capsys, prefix, "--from", source, *flags)
+        assert status == 1 and expected in told, told
+        assert not metadata_path(prefix).exists()
+    status, told = _attach(capsys, prefix, "--from", source)
+    assert status == 1 and "--tokenizer-type" in told
+    status, told = _attach(capsys, prefix, "--from", source, *FLAGS, tokenizer_without_eos)
+    assert status == 1 and "end-of-document" in told
+    assert sorted(path.name for path in prefix.parent.glob("old*")) == ["old.bin", "old.idx"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file", "csv"])
+def test_from_a_table(
+    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    prefix = corpus()
+    ids = [f"{i:03d}" for i in range(60)]
+    columns: dict[str, Any] = {"url": [r["url"] for r in RECORDS], "id": ids}
+    columns["url"][7] = None
+    table = pa.table(columns)
+    path = tmp_path / f"table.{'arrow' if kind in ('stream', 'file') else kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "csv":
+        rows = [f"{url or ''},{name}" for url, name in zip(*columns.values(), strict=True)]
+        path.write_text("\n".join(["url,id", *rows]) + "\n")
+    else:
+        new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with new(str(path), table.schema) as out:
+            out.write_table(table, max_chunksize=13)
+    status, told = _attach(capsys, prefix, "--table", path, "--metadata-fields", "id,url")
+    assert status == 0 and "60 rows" in told, told
+    attached = open_metadata(prefix)
+    assert attached["id"].to_pylist() == ids
+    assert attached["url"].to_pylist() == columns["url"]
+
+
+def test_tables_that_do_not_fit(
+    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, path = corpus(), tmp_path / "table.parquet"
+    pq.write_table(pa.table({"url": ["a"] * 59}), path)
+    for words, expected in (
+        ([path], "59 documents in the input, 60 in the corpus"),
+        ([path, path], "118 documents"),
+        ([path, "--metadata-fields", "topic"], "no column 'topic'; there are url"),
+        ([path, "--metadata-fields", "url,url"], "repeated"),
+        ([tmp_path / "nothing.csv"], "no such file"),
+        ([prefix.with_suffix(".bin")], "not a kind of table"),
+    ):
+        status, told = _attach(capsys, prefix, "--table", *words)
+        assert status == 1 and expected in told, told
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cannot be read" in _attach(capsys, prefix, "--table", path)[1]
+    assert not metadata_path(prefix).exists()
+    assert json.dumps(sorted(p.name for p in tmp_path.glob("old*"))) == '["old.bin", "old.idx"]'
