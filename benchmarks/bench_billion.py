@@ -53,10 +53,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         begin = time.perf_counter()
-        plan = load_plan(corpus, request, {}, Path(folder), "synthetic")
+        plan = load_plan(lambda: corpus, request, {}, Path(folder), "synthetic")
         built = time.perf_counter()
         del plan
-        plan = load_plan(corpus, request, {}, Path(folder), "synthetic")
+        plan = load_plan(lambda: corpus, request, {}, Path(folder), "synthetic")
         first = plan.piece_document[plan.pack_offsets[0] : plan.pack_offsets[1]].tolist()
         opened = time.perf_counter()
         (file,) = Path(folder).iterdir()

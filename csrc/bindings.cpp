@@ -51,6 +51,7 @@ class Corpus {
   const meco::Documents& documents() const { return documents_; }
   const int32_t* prefix_tokens() const { return prefix_tokens_.data(); }
   int64_t bos_id() const { return bos_id_; }
+  bool one_sequence_each() const { return documents_.document_indices == nullptr; }
 
  private:
   static void require(bool condition, const char* message) {
@@ -296,7 +297,8 @@ PYBIND11_MODULE(_core, m) {
            py::kw_only(), py::arg("sequence_lengths").noconvert(),
            py::arg("document_indices").noconvert(), py::arg("prefix_ids").noconvert(),
            py::arg("prefix_tokens").noconvert(), py::arg("prefix_offsets").noconvert(),
-           py::arg("bos_id"), py::arg("plain_seed"), py::arg("plain_threshold"));
+           py::arg("bos_id"), py::arg("plain_seed"), py::arg("plain_threshold"))
+      .def_property_readonly("one_sequence_each", &Corpus::one_sequence_each);
 
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,

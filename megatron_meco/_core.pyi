@@ -24,6 +24,7 @@ class Piece:
     has_bos: bool
 
 class Corpus:
+    one_sequence_each: bool
     def __init__(
         self,
         *,

@@ -38,6 +38,7 @@ from megatron_meco.errors import DataError, FlagError
 
 _MAX_DOCUMENTS = np.iinfo(np.int32).max
 _EOD_CHECKS = 1000
+_INDICES_AT_ONCE = 1 << 20
 _CANARY = "URL: en.wikipedia.org/wiki/Bill_Gates?a=1\n\nTopic: 0123456789 \u00e9\u4e2d"
 
 
@@ -121,7 +122,9 @@ class MeCoGPTDataset(GPTDataset):
         )
         self.corpus_prefix = str(dataset_path or indexed_dataset.path_prefix)
         _check_split(self.corpus_prefix, indexed_indices, index_split)
-        self._one_sequence_each = _check_corpus(indexed_dataset, config, self.corpus_prefix)
+        _check_corpus(indexed_dataset, config, self.corpus_prefix)
+        # The split's documents are contiguous: Megatron's list of them is 4 bytes for each.
+        self.indices = range(int(indexed_indices[0]), int(indexed_indices[-1]) + 1)
         self.prefixes = self._load_prefixes()
         self.plan = self._load_plan()
 
@@ -255,7 +258,7 @@ class MeCoGPTDataset(GPTDataset):
             capacity=config.sequence_length,
             max_documents=config.meco.documents_cap(config.sequence_length),
             num_packs=self.num_samples,
-            first_document=int(self.indices[0]) if len(self.indices) else 0,
+            first_document=self.indices[0],
             num_documents=len(self.indices),
             share_begin=config.document_share[0] if training else 0.0,
             share_end=config.document_share[1] if training else 1.0,
@@ -263,7 +266,11 @@ class MeCoGPTDataset(GPTDataset):
             repeat_prefix=config.meco.repeat_prefix,
         )
         return load_plan(
-            self._corpus, request, self._identity(), self._cache_folder(), self.corpus_prefix
+            lambda: self._corpus,
+            request,
+            self._identity(),
+            self._cache_folder(),
+            self.corpus_prefix,
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -283,10 +290,12 @@ class MeCoGPTDataset(GPTDataset):
         bos = resolve_bos(self.config.tokenizer)
         empty = np.zeros(0, np.int32)
         table = self.prefixes
+        plan: Plan | None = getattr(self, "plan", None)  # None while it is being built
+        one_sequence_each = plan.one_sequence_each if plan else _one_sequence_each(self.dataset)
         return _core.Corpus(
             sequence_lengths=np.asarray(self.dataset.sequence_lengths),
             document_indices=(
-                None if self._one_sequence_each else np.asarray(self.dataset.document_indices)
+                None if one_sequence_each else np.asarray(self.dataset.document_indices)
             ),
             prefix_ids=None if table is None else table.prefix_ids,
             prefix_tokens=empty if table is None else table.prefix_tokens,
@@ -538,21 +547,31 @@ def _check_split(where: str, indices: np.ndarray | None, split: Split) -> None:
     assert indices[-1] - indices[0] + 1 == len(indices), "Megatron's splits are contiguous"
 
 
-def _check_corpus(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str) -> bool:
-    """Check that documents end in EOD; tell whether each consists of one Megatron sequence."""
-    indices = np.asarray(dataset.document_indices)
-    num_sequences = len(dataset.sequence_lengths)
+def _check_corpus(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str) -> None:
+    """Check that documents end in EOD."""
+    ends = np.asarray(dataset.document_indices)[1:]
     eod = resolve_eod(config.tokenizer)
-    ends = indices[1:] - 1
     # Evenly spread, deterministic; a corpus made without EOD fails at the first of them.
     step = max(1, len(ends) // _EOD_CHECKS)
-    for document, last in enumerate(ends[::step]):
+    for document, end in enumerate(ends[::step]):
+        last = int(end) - 1
         length = int(dataset.sequence_lengths[last]) if last >= 0 else 0
-        if length and int(dataset.get(int(last), offset=length - 1)[0]) != eod:
+        if length and int(dataset.get(last, offset=length - 1)[0]) != eod:
             raise DataError(
                 f"document {document * step} does not end in the tokenizer's EOD ({eod})",
                 where=where,
                 remedy="Prepare the corpus with EOD (meco prepare, or Megatron's --append-eod) and "
                 "with this tokenizer.",
             )
-    return len(ends) == num_sequences and np.array_equal(ends, np.arange(num_sequences))
+
+
+def _one_sequence_each(dataset: IndexedDataset) -> bool:
+    """Whether document `i` is sequence `i`; looks at every index, a stretch at a time."""
+    indices = np.asarray(dataset.document_indices)
+    if len(indices) - 1 != len(dataset.sequence_lengths):
+        return False
+    return all(
+        np.array_equal(part, np.arange(begin, begin + len(part)))
+        for begin in range(0, len(indices), _INDICES_AT_ONCE)
+        for part in [indices[begin : begin + _INDICES_AT_ONCE]]
+    )

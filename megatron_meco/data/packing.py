@@ -35,7 +35,7 @@ from megatron_meco.data.fingerprint import digest
 from megatron_meco.errors import DataError
 
 KIND = "pack plan"
-_VERSION = 2
+_VERSION = 3
 """Part of every cache key; raise it when the same inputs give another plan."""
 
 
@@ -135,6 +135,8 @@ class Plan:
         piece_document: (num_pieces,), int32; document of each piece.
         continued_piece: (num_continued,), int64, rising; pieces that begin inside a document.
         continued_begin: (num_continued,), int64; the body token they begin at.
+        one_sequence_each: Whether every document of the corpus is one Megatron sequence, which is
+            not to be found out again by each rank.
         counts: What it holds and costs.
     """
 
@@ -142,6 +144,7 @@ class Plan:
     piece_document: NDArray[np.int32]
     continued_piece: NDArray[np.int64]
     continued_begin: NDArray[np.int64]
+    one_sequence_each: bool
     counts: PlanCounts
 
     def __len__(self) -> int:
@@ -149,12 +152,16 @@ class Plan:
 
 
 def load_plan(
-    corpus: _core.Corpus, request: PlanRequest, identity: Any, cache_folder: Path, where: str
+    corpus: Callable[[], _core.Corpus],
+    request: PlanRequest,
+    identity: Any,
+    cache_folder: Path,
+    where: str,
 ) -> Plan:
     """Open the cached plan, building it first if needed.
 
     Args:
-        corpus: Lengths of documents and prefixes.
+        corpus: Gives lengths of documents and prefixes; called only when the plan is built.
         request: What to build.
         identity: What names the corpus and its prefixes (JSON-serialisable).
         cache_folder: Where the plan is or will be.
@@ -167,12 +174,17 @@ def load_plan(
     path = cache_folder / f"{digest(key)}-plan.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        plan = build_plan(corpus, request, where, progress=_Progress(f"packing {where}"))
-        arrays = {k: v for k, v in vars(plan).items() if k != "counts"}
-        return {"counts": vars(plan.counts)}, arrays
+        plan = build_plan(corpus(), request, where, progress=_Progress(f"packing {where}"))
+        arrays = {k: v for k, v in vars(plan).items() if isinstance(v, np.ndarray)}
+        header = {"counts": vars(plan.counts), "one_sequence_each": plan.one_sequence_each}
+        return header, arrays
 
     file = load_or_build(path, KIND, build)
-    return Plan(**file.arrays, counts=PlanCounts(**file.header["counts"]))
+    return Plan(
+        **file.arrays,
+        one_sequence_each=file.header["one_sequence_each"],
+        counts=PlanCounts(**file.header["counts"]),
+    )
 
 
 def build_plan(
@@ -221,7 +233,11 @@ def build_plan(
             where=where,
             remedy="Use a larger corpus, or another --split or --meco-cooldown-fraction.",
         )
-    return Plan(**result, counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack))
+    return Plan(
+        **result,
+        one_sequence_each=corpus.one_sequence_each,
+        counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack),
+    )
 
 
 class _Progress:

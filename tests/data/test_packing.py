@@ -405,12 +405,44 @@ def test_each_phase_gets_a_document_where_there_are_two(share: float) -> None:
     assert (first, second) == ((0, 1), (1, 2))
 
 
-def test_lengths_beyond_32_bits() -> None:
+@pytest.mark.parametrize("strategy", ["truncate", "split", "best-fit"])
+def test_lengths_beyond_32_bits(strategy: str) -> None:
     """3 * 2^31 tokens in 3,000 documents of two million."""
     lengths = [2**31 // 1000] * 3000
     corpus = make_corpus(lengths, [-1] * 3000, bos=True)
-    plan = build_plan(corpus, request(3000, capacity=2**20, max_documents=2**20), "c")
+    options = {"strategy": strategy, "capacity": 2**20, "max_documents": 2**20}
+    plan = build_plan(corpus, request(3000, **options), "c")
     assert plan.counts.body_tokens + plan.counts.discarded_tokens == sum(lengths) > 2**32
+    assert (plan.counts.discarded_tokens > 0) == (strategy == "truncate")
+
+
+@pytest.mark.parametrize("strategy", ["split", "best-fit"])
+def test_a_document_beyond_32_bits(strategy: str) -> None:
+    """One document of three sequences of 2^31 - 1 tokens: every piece begins where one ended."""
+    capacity = 2**22
+    corpus = _core.Corpus(
+        sequence_lengths=np.full(3, 2**31 - 1, np.int32),
+        document_indices=np.array([0, 3], np.int64),
+        prefix_ids=None,
+        prefix_tokens=np.zeros(0, np.int32),
+        prefix_offsets=np.zeros(1, np.int64),
+        bos_id=-1,
+        plain_seed=0,
+        plain_threshold=0,
+    )
+    options = {"strategy": strategy, "capacity": capacity, "max_documents": 100}
+    plan = build_plan(corpus, request(1, **options), "c")
+    begins = sorted(plan.continued_begin.tolist())
+    total = 3 * (2**31 - 1)
+    assert plan.counts.body_tokens == total
+    assert begins[-1] > 2**32
+    # Cuts fall on the end of a sequence where there is one in reach, else where the pack is full.
+    expected = [0]
+    while expected[-1] < total:
+        reach = expected[-1] + capacity
+        ends = [e for e in range(2**31 - 1, total + 1, 2**31 - 1) if expected[-1] < e <= reach]
+        expected.append(ends[-1] if ends else reach)
+    assert begins == expected[1:-1]
 
 
 def test_documents_of_several_sequences() -> None:
@@ -434,12 +466,12 @@ def test_a_cached_plan_is_the_plan_that_was_built(tmp_path: Path) -> None:
     corpus = make_corpus([5, 9, 30, 1, 12], [2, -1, 3, 2, 0], bos=True)
     built = build_plan(corpus, request(5), "c")
     for _ in range(2):
-        opened = load_plan(corpus, request(5), {"id": 1}, tmp_path, "c")
+        opened = load_plan(lambda: corpus, request(5), {"id": 1}, tmp_path, "c")
         for name, value in vars(built).items():
             assert np.array_equal(getattr(opened, name), value), name
     assert len(list(tmp_path.iterdir())) == 1
-    load_plan(corpus, request(5, seed=4), {"id": 1}, tmp_path, "c")
-    load_plan(corpus, request(5), {"id": 2}, tmp_path, "c")
+    load_plan(lambda: corpus, request(5, seed=4), {"id": 1}, tmp_path, "c")
+    load_plan(lambda: corpus, request(5), {"id": 2}, tmp_path, "c")
     assert len(list(tmp_path.iterdir())) == 3
 
 

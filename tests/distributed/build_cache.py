@@ -34,7 +34,7 @@ def main() -> None:
         seed=1,
     )
     print("building", flush=True)
-    opened = load_plan(corpus, request, "large", Path(sys.argv[1]), "large")
+    opened = load_plan(lambda: corpus, request, "large", Path(sys.argv[1]), "large")
     fresh = build_plan(corpus, request, "large")
     assert opened.counts == fresh.counts
     for name in ("pack_offsets", "piece_document", "continued_piece", "continued_begin"):
