@@ -199,9 +199,10 @@ class Assembler {
       const int64_t* indices = corpus_.documents().document_indices;
       const int64_t sequence = indices == nullptr ? piece.document : indices[piece.document];
       if (sequence >= sequence_pointers_->size()) throw std::out_of_range("sequence out of range");
-      const int64_t begin = sequence_pointers_->data()[sequence] + piece.body_begin * token_bytes_;
-      const int64_t end = begin + (piece.body_end - piece.body_begin) * token_bytes_;
-      if (begin < 0 || end > bin_->size()) {
+      const int64_t pointer = sequence_pointers_->data()[sequence];
+      const int64_t begin = pointer + piece.body_begin * token_bytes_;
+      const int64_t end = pointer + piece.body_end * token_bytes_;
+      if (pointer < 0 || pointer > bin_->size() || end > bin_->size()) {
         throw std::out_of_range("document ends behind the .bin file");
       }
       sources.push_back(bin_->data() + begin);

@@ -189,11 +189,53 @@ void test_damaged_plans_are_refused() {
   expect_throw([&] { meco::pieces_of_pack(view, documents, -1, options); });
 }
 
+// Any numbers at all in a plan: pieces inside the corpus, or an exception; never a look outside.
+void test_hostile_plans() {
+  std::mt19937_64 draw(9);
+  const int64_t odd[] = {INT64_MIN, -1, 0, 1, 2, 7, 40, INT32_MAX, INT64_MAX};
+  int refused = 0, accepted = 0;
+  for (int round = 0; round < 3000; ++round) {
+    const int num_documents = 20;
+    const TestCorpus corpus = make_corpus(draw, num_documents);
+    const meco::Documents documents = corpus.view(true);
+    meco::PackingOptions packing;
+    packing.strategy = static_cast<meco::Strategy>(round % 3);
+    packing.capacity = 32;
+    packing.max_documents = 32;
+    meco::Plan plan = meco::build_plan(documents, {0, num_documents, 0, num_documents, 1}, packing);
+    auto spoil = [&](auto& values) {
+      for (auto& value : values) {
+        using Value = std::decay_t<decltype(value)>;
+        if (draw() % 30 == 0) value = static_cast<Value>(odd[draw() % 9]);
+      }
+    };
+    spoil(plan.pack_offsets);
+    spoil(plan.piece_document);
+    spoil(plan.continued_piece);
+    spoil(plan.continued_begin);
+    const meco::PlanView view = view_of(plan);
+    meco::AssemblyOptions options;
+    options.strategy = packing.strategy;
+    options.capacity = packing.capacity;
+    options.max_documents = packing.max_documents;
+    for (int64_t pack = 0; pack < view.num_packs; ++pack) {
+      try {
+        check_pack(corpus, documents, view, pack, options);
+        ++accepted;
+      } catch (const std::out_of_range&) {
+        ++refused;
+      }
+    }
+  }
+  CHECK(refused > 1000 && accepted > 1000);
+}
+
 }  // namespace
 
 int main() {
   test_random_corpora();
   test_damaged_plans_are_refused();
+  test_hostile_plans();
   std::puts("C++ tests passed");
   return 0;
 }

@@ -15,6 +15,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -30,6 +31,7 @@ from megatron_meco.errors import DataError
 
 _MAGIC = b"MECO-ARRAYS 1\n"
 _ALIGNMENT = 64
+_DTYPES = ("<i4", "<i8")
 _ABANDONED_AFTER = 3600.0  # seconds without a write
 
 
@@ -94,6 +96,7 @@ def write_arrays(
     table = {}
     offset = 0
     for name, array in arrays.items():
+        assert array.dtype.str in _DTYPES, array.dtype
         table[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": offset}
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     text = json.dumps({"kind": kind, "header": header, "arrays": table, "bytes": offset})
@@ -139,22 +142,37 @@ def open_arrays(path: Path, kind: str) -> ArrayFile:
         raise _damaged(path, f"cannot be opened ({error.strerror})") from error
     if hashlib.blake2b(body, digest_size=16).hexdigest().encode() != checksum:
         raise _damaged(path, "its header does not match its checksum")
-    content = json.loads(body)
-    if content["kind"] != kind:
-        raise _damaged(path, f"it holds a {content['kind']}, not a {kind}")
-    if size != start + content["bytes"]:
-        raise _damaged(path, f"it has {size} bytes, its header says {start + content['bytes']}")
-    arrays = {
-        name: _map(path, start + entry["offset"], entry["dtype"], tuple(entry["shape"]))
-        for name, entry in content["arrays"].items()
-    }
-    return ArrayFile(path, content["header"], arrays)
+    try:
+        content = json.loads(body)
+        if content["kind"] != kind:
+            raise _damaged(path, f"it holds a {content['kind']}, not a {kind}")
+        if size != start + content["bytes"]:
+            raise _damaged(path, f"it has {size} bytes, its header says {start + content['bytes']}")
+        arrays = {
+            name: _map(path, start, content["bytes"], entry)
+            for name, entry in content["arrays"].items()
+        }
+        return ArrayFile(path, dict(content["header"]), arrays)
+    except DataError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, "its header makes no sense") from error
 
 
-def _map(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def _map(path: Path, start: int, num_bytes: int, entry: dict[str, Any]) -> NDArray[Any]:
+    """One array of a file; whatever the header says, nothing outside the file is looked at."""
+    shape, offset = entry["shape"], entry["offset"]
+    if entry["dtype"] not in _DTYPES:
+        raise _damaged(path, f"it holds numbers of type {entry['dtype']!r}")
+    dtype = np.dtype(entry["dtype"])
+    # bool is an int to isinstance, and would do no harm.
+    if not all(isinstance(n, int) and n >= 0 for n in [*shape, offset]):
+        raise _damaged(path, "its header makes no sense")
+    if offset % _ALIGNMENT or offset + math.prod(shape) * dtype.itemsize > num_bytes:
+        raise _damaged(path, "an array lies outside of it")
     if 0 in shape:  # an empty range cannot be mapped
         return np.empty(shape, dtype)
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=start + offset, shape=tuple(shape))
     return mapped.view(np.ndarray)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -52,6 +54,39 @@ def test_every_damage_is_told(tmp_path: Path) -> None:
     path.write_bytes(good)
     with pytest.raises(DataError, match="it holds a thing, not a plan"):
         open_arrays(path, "plan")
+
+
+def with_header(content: object) -> bytes:
+    """A file whose header has a right checksum, whatever it says, before 192 bytes of arrays."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    head = b"MECO-ARRAYS 1\n" + hashlib.blake2b(body, digest_size=16).hexdigest().encode()
+    head += b" " + str(len(body)).encode() + b"\n" + body
+    return head + b" " * (-len(head) % 64) + bytes(192)
+
+
+def test_hostile_headers_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.meco"
+    entry = {"dtype": "<i8", "shape": [10], "offset": 0}
+    good = {"kind": "thing", "header": {}, "arrays": {"a": entry}, "bytes": 192}
+    path.write_bytes(with_header(good))
+    assert open_arrays(path, "thing").arrays["a"].tolist() == [0] * 10
+    values = [-1, 1, 2**62, 2**80, 1.5, None, "x", [], [-1], [1.5], ["x"], [2**60], [3, -1], [9, 9]]
+    entries = [{**entry, key: value} for key in entry for value in [*values, "|O", "<i2", "<f8"]]
+    files: list[object] = [{**good, "arrays": {"a": e}} for e in entries if e != entry]
+    files += [{k: v for k, v in good.items() if k != key} for key in good]
+    files += [{**good, key: value} for key in good for value in values if key != "kind"]
+    files += [[], 1, None, "a", b"{", b"\xff", b""]
+    refused = 0
+    for content in files:
+        path.write_bytes(with_header(content))
+        try:
+            arrays = open_arrays(path, "thing").arrays
+        except DataError as error:
+            assert "Delete it" in str(error)
+            refused += 1
+        else:  # harmless: an empty array, or fewer numbers than there are
+            assert all(array.nbytes <= 192 and array.sum() == 0 for array in arrays.values())
+    assert refused > 0.9 * len(files)
 
 
 def test_a_failing_builder_leaves_nothing(tmp_path: Path) -> None:

@@ -522,3 +522,52 @@ def test_the_core_refuses_arrays_that_do_not_fit(changes: dict[str, Any]) -> Non
     }
     with pytest.raises((ValueError, TypeError)):
         _core.Corpus(**{**arguments, **changes})
+
+
+def test_hostile_plans_and_tables_are_told() -> None:
+    """Whatever numbers a cache or an index holds: samples inside the arrays, or an error."""
+    draw = random.Random(5)
+    odd = [-(2**62), -1, 0, 1, 2, 3, 5, 9, 2**31 - 1, 2**62]
+
+    def spoil(values: list[int], limit: int) -> list[int]:
+        chosen = [draw.choice(odd) if draw.random() < 0.05 else v for v in values]
+        return [max(-limit, min(v, limit - 1)) for v in chosen]
+
+    outcomes = {"sample": 0, "told": 0}
+    for _ in range(3000):
+        narrow, wide = 2**31, 2**63
+        try:
+            corpus = _core.Corpus(
+                sequence_lengths=np.array(spoil([5, 3, 9, 2, 7], narrow), np.int32),
+                document_indices=None,
+                prefix_ids=np.array(spoil([0, 1, -1, 0, 1], narrow), np.int32),
+                prefix_tokens=np.arange(5, dtype=np.int32),
+                prefix_offsets=np.array(spoil([0, 2, 5], wide), np.int64),
+                bos_id=BOS,
+                plain_seed=0,
+                plain_threshold=0,
+            )
+            assembler = _core.Assembler(
+                corpus=corpus,
+                pack_offsets=np.array(spoil([0, 2, 3, 6], wide), np.int64),
+                piece_document=np.array(spoil([0, 1, 2, 2, 3, 4], narrow), np.int32),
+                continued_piece=np.array(spoil([3], wide), np.int64),
+                continued_begin=np.array(spoil([4], wide), np.int64),
+                capacity=16,
+                max_documents=16,
+                pad_id=EOD,
+                hide_prefixes=False,
+                train_on_prefix=False,
+                strategy=draw.choice(["truncate", "split", "best-fit"]),
+                repeat_prefix=True,
+                bin=np.zeros(52, np.uint8),
+                sequence_pointers=np.array(spoil([0, 10, 16, 34, 38], wide), np.int64),
+                token_bytes=2,
+            )
+            tokens = [assembler.sample(pack)[0] for pack in range(3)]
+        except (IndexError, ValueError):
+            outcomes["told"] += 1
+        else:
+            assert all(len(t) == 16 and t.min() >= 0 and t.max() < 5 for t in tokens)
+            outcomes["sample"] += 1
+    assert min(outcomes.values()) > 100, outcomes
