@@ -1,23 +1,21 @@
 """What an exported folder says of its training: `meco.json` for programs, `README.md` for people.
 
 Both are made from the flags that the checkpoint carries, so they need neither the corpus nor the
-launch script; a corpus that is at hand is named by its fingerprint too. What was given up: numbers
-that the checkpoint does not hold, such as losses.
+launch script; the run's own fingerprint, contents of its corpora among it, is copied. What was
+given up: numbers that the checkpoint does not hold, such as losses.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
 from megatron_meco import __version__
 from megatron_meco.config import COOLDOWN, MeCoConfig, add_meco_arguments
-from megatron_meco.corpus.metadata import metadata_path, open_metadata
-from megatron_meco.data.fingerprint import digest, file_fingerprint
+from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.training.arguments import schedule_from_args
@@ -60,7 +58,8 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
         "seed": args.seed,
         "data_paths": paths,
         "cooldown_data_paths": list(config.cooldown_data_path),
-        "data_fingerprints": _fingerprints([*paths, *config.cooldown_data_path]),
+        # See megatron_meco.training.run_fingerprint; older checkpoints have none.
+        "run_fingerprint": getattr(args, "meco_fingerprint", None),
         "versions": {
             "megatron-meco": __version__,
             "megatron-core": _version("megatron-core"),
@@ -104,9 +103,7 @@ def model_card(card: dict[str, Any]) -> str:
 def _training_lines(card: dict[str, Any]) -> list[str]:
     schedule = card["schedule"]
     lines = [f"- Checkpoint of iteration {card['iteration']:,} of {schedule['num_iterations']:,}."]
-    for path, fingerprint in card["data_fingerprints"].items():
-        known = f" (fingerprint at the export {fingerprint})" if fingerprint else ""
-        lines.append(f"- Data: `{path}`{known}.")
+    lines += _data_lines(card)
     if not card["template"]:
         return [*lines, "- Trained without metadata."]
     lines += [
@@ -117,6 +114,18 @@ def _training_lines(card: dict[str, Any]) -> list[str]:
     ]
     if schedule["phase"] != COOLDOWN:
         lines.append("- **Exported before its cooldown: expect it to do worse without metadata.**")
+    return lines
+
+
+def _data_lines(card: dict[str, Any]) -> list[str]:
+    known = card["run_fingerprint"]
+    if known is None:
+        return [f"- Data: `{p}`." for p in [*card["data_paths"], *card["cooldown_data_paths"]]]
+    lines = []
+    for use, corpora in (("", known["corpora"]), (" (cooldown)", known["cooldown_corpora"] or [])):
+        for name, weight, fingerprint in corpora:
+            share = "" if weight is None else f", weight {weight:g}"
+            lines.append(f"- Data{use}: `{name}`{share}, fingerprint {fingerprint}.")
     return lines
 
 
@@ -173,16 +182,6 @@ def _data_paths(args: Namespace) -> list[str]:
     """Paths as Megatron takes them, without weights."""
     given: Iterable[str] = args.data_path or args.train_data_path or []
     return [path for path in map(str, given) if not _is_number(path)]
-
-
-def _fingerprints(paths: Iterable[str]) -> dict[str, str | None]:
-    """The corpora as they lie here at the export; None for one that lies elsewhere."""
-    found: dict[str, str | None] = {}
-    for path in paths:
-        files = [f"{path}.bin", f"{path}.idx", metadata_path(path)]
-        there = [file for file in files if os.path.isfile(file)]
-        found[path] = digest([file_fingerprint(file) for file in there]) if there[1:] else None
-    return found
 
 
 def _known_columns(paths: list[str]) -> list[str] | None:

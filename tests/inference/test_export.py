@@ -127,31 +127,19 @@ def test_the_card_says_how_to_condition(exported: Path) -> None:
     assert card["fields"] == card["required_fields"] == ["url"]
     assert card["schedule"]["switch_iteration"] == 18
     assert card["data_paths"] == ["somewhere/pages"]
-    # The corpus of that checkpoint lies nowhere.
-    assert card["data_fingerprints"] == {"somewhere/pages": None}
+    assert card["run_fingerprint"] is None  # that checkpoint has none
     text = (exported / "README.md").read_text()
     assert r"'URL: en.wikipedia.org\n\n'" in text
     assert "iterations 1 to 18" in text and "before its cooldown" not in text
 
 
-def test_a_corpus_that_is_at_hand_is_named_by_its_content(
-    tmp_path: Path, tokenizer_folder: Path
-) -> None:
-    corpus = tmp_path / "pages"
-    args = run_args(tokenizer_folder, data_path=[str(corpus)], meco=False)
-    write_checkpoint(tmp_path / "run", args, random_tensors(args))
-    seen = []
-    for content in (b"one", b"two", b"one"):
-        for suffix in (".bin", ".idx"):
-            corpus.with_suffix(suffix).write_bytes(content)
-        export(tmp_path / "run", tmp_path / "model", overwrite=True)
-        fingerprints = read(tmp_path / "model", "meco.json")["data_fingerprints"]
-        seen.append(fingerprints[str(corpus)])
-    assert seen[0] == seen[2] != seen[1]
-    assert (
-        f"`{corpus}` (fingerprint at the export {seen[2]})"
-        in (tmp_path / "model" / "README.md").read_text()
-    )
+def test_the_card_names_what_was_trained_on_by_its_content(trained: Trained) -> None:
+    """A real run: the fingerprint travels from its first step into the card."""
+    card = read(trained.model, "meco.json")
+    (corpus,) = card["run_fingerprint"]["corpora"]
+    assert corpus[:2] == ["pages", None]
+    text = (trained.model / "README.md").read_text()
+    assert f"- Data: `pages`, fingerprint {corpus[2]}." in text
 
 
 def test_a_checkpoint_from_before_the_cooldown_says_so(
