@@ -61,12 +61,15 @@ class PhaseSwitch:
             f"(switch at sample {s.switch_sample} of {s.num_samples})"
         )
 
-    def before_step(self, iteration: int, writer: Any | None) -> str | None:
+    def before_step(
+        self, iteration: int, writer: Any | None, wandb_writer: Any | None = None
+    ) -> str | None:
         """Note the start of a training step; idempotent within a step.
 
         Args:
             iteration: Finished training steps.
             writer: TensorBoard's writer, or None on ranks without one.
+            wandb_writer: Megatron's handle on W&B, or None.
 
         Returns:
             What to print on rank 0, or None.
@@ -77,6 +80,8 @@ class PhaseSwitch:
         phase = self.schedule.phase_of_iteration(iteration)
         if writer is not None:
             writer.add_scalar("meco/cooldown", int(phase == COOLDOWN), iteration + 1)
+        if wandb_writer is not None:
+            wandb_writer.log({"meco/cooldown": int(phase == COOLDOWN)}, iteration + 1)
         if iteration == self.schedule.switch_iteration and iteration > 0:
             saved = "checkpoint saved" if self.saves else "no --save, so no checkpoint"
             text = (

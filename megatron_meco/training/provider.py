@@ -31,6 +31,7 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_tensorboard_writer, get_timers, print_rank_0
+from megatron.training.global_vars import get_wandb_writer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -327,7 +328,8 @@ def _packed_seq_params(
 
 def _announce(args: argparse.Namespace) -> None:
     assert _switch is not None
-    text = _switch.before_step(args.curr_iteration, get_tensorboard_writer())
+    writers = get_tensorboard_writer(), get_wandb_writer()
+    text = _switch.before_step(args.curr_iteration, *writers)
     if text:
         print_rank_0(text)
 
