@@ -1,7 +1,7 @@
 # Every target sets up what it needs; `make help` lists them. Nothing here asks a question.
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with
-#   PYTEST_ARGS="-n 2 -k plan"   further arguments for pytest
+#   PYTEST_ARGS="-n 0 -k plan"   further arguments for pytest
 #   ARGS="..."                   further arguments for demo and bench
 
 PYTEST_ARGS ?=
@@ -26,8 +26,8 @@ venv: ## Make .venv with everything pinned and the C++ extension built (also don
 demo: venv ## Collect real documents, prepare, train with MeCo on this machine, show what it did
 	@$(BIN)/python examples/local_demo/run.py $(ARGS)
 
-test: venv ## Run the test suite
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+test: venv ## Run the test suite, two files at a time
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-distributed: venv ## Run every test that starts several ranks, the slow ones too
 	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)

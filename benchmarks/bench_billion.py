@@ -35,13 +35,6 @@ def main() -> None:
     lengths = np.tile(part, -(-num_documents // len(part)))[:num_documents]
     corpus = _core.Corpus(
         sequence_lengths=lengths,
-        document_indices=None,
-        prefix_ids=None,
-        prefix_tokens=np.zeros(0, np.int32),
-        prefix_offsets=np.zeros(1, np.int64),
-        bos_id=-1,
-        plain_seed=0,
-        plain_threshold=0,
     )
     request = PlanRequest(
         strategy=args.strategy,

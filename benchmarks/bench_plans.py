@@ -34,13 +34,6 @@ def our_plan(lengths: np.ndarray, strategy: str, capacity: int, threads: int) ->
     """One epoch of the whole corpus, order and shuffle included."""
     corpus = _core.Corpus(
         sequence_lengths=lengths,
-        document_indices=None,
-        prefix_ids=None,
-        prefix_tokens=np.zeros(0, np.int32),
-        prefix_offsets=np.zeros(1, np.int64),
-        bos_id=-1,
-        plain_seed=0,
-        plain_threshold=0,
     )
     request = PlanRequest(
         strategy=strategy,

@@ -296,9 +296,11 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<Array<int32_t>, std::optional<Array<int64_t>>, std::optional<Array<int32_t>>,
                     Array<int32_t>, Array<int64_t>, int64_t, uint64_t, uint64_t>(),
            py::kw_only(), py::arg("sequence_lengths").noconvert(),
-           py::arg("document_indices").noconvert(), py::arg("prefix_ids").noconvert(),
-           py::arg("prefix_tokens").noconvert(), py::arg("prefix_offsets").noconvert(),
-           py::arg("bos_id"), py::arg("plain_seed"), py::arg("plain_threshold"))
+           py::arg("document_indices").noconvert() = py::none(),
+           py::arg("prefix_ids").noconvert() = py::none(),
+           py::arg("prefix_tokens").noconvert() = to_array(std::vector<int32_t>{}),
+           py::arg("prefix_offsets").noconvert() = to_array(std::vector<int64_t>{0}),
+           py::arg("bos_id") = -1, py::arg("plain_seed") = 0, py::arg("plain_threshold") = 0)
       .def_property_readonly("one_sequence_each", &Corpus::one_sequence_each);
 
   py::class_<Assembler>(m, "Assembler")

@@ -29,13 +29,13 @@ class Corpus:
         self,
         *,
         sequence_lengths: NDArray[np.int32],
-        document_indices: NDArray[np.int64] | None,
-        prefix_ids: NDArray[np.int32] | None,
-        prefix_tokens: NDArray[np.int32],
-        prefix_offsets: NDArray[np.int64],
-        bos_id: int,
-        plain_seed: int,
-        plain_threshold: int,
+        document_indices: NDArray[np.int64] | None = None,
+        prefix_ids: NDArray[np.int32] | None = None,
+        prefix_tokens: NDArray[np.int32] = ...,
+        prefix_offsets: NDArray[np.int64] = ...,
+        bos_id: int = -1,
+        plain_seed: int = 0,
+        plain_threshold: int = 0,
     ) -> None: ...
 
 class Assembler:

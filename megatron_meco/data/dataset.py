@@ -288,18 +288,20 @@ class MeCoGPTDataset(GPTDataset):
     def _corpus(self) -> _core.Corpus:
         fraction = self.config.meco.plain_fraction
         bos = resolve_bos(self.config.tokenizer)
-        empty = np.zeros(0, np.int32)
-        table = self.prefixes
+        prefixes: dict[str, Any] = {}
+        if self.prefixes is not None:
+            names = ("prefix_ids", "prefix_tokens", "prefix_offsets")
+            prefixes = {name: getattr(self.prefixes, name) for name in names}
         plan: Plan | None = getattr(self, "plan", None)  # None while it is being built
-        one_sequence_each = plan.one_sequence_each if plan else _one_sequence_each(self.dataset)
+        one_sequence_each = (
+            _one_sequence_each(self.dataset) if plan is None else plan.one_sequence_each
+        )
         return _core.Corpus(
             sequence_lengths=np.asarray(self.dataset.sequence_lengths),
             document_indices=(
                 None if one_sequence_each else np.asarray(self.dataset.document_indices)
             ),
-            prefix_ids=None if table is None else table.prefix_ids,
-            prefix_tokens=empty if table is None else table.prefix_tokens,
-            prefix_offsets=np.zeros(1, np.int64) if table is None else table.prefix_offsets,
+            **prefixes,
             bos_id=-1 if bos is None else bos,
             plain_seed=self.config.random_seed & 0xFFFF_FFFF_FFFF_FFFF,
             plain_threshold=min(int(fraction * 2**64), 2**64 - 1),

@@ -25,13 +25,10 @@ def make_corpus(lengths: list[int], prefixes: list[int], bos: bool) -> _core.Cor
     distinct = sorted({p for p in prefixes if p >= 0})
     return _core.Corpus(
         sequence_lengths=np.array(lengths, np.int32),
-        document_indices=None,
         prefix_ids=np.array([distinct.index(p) if p >= 0 else -1 for p in prefixes], np.int32),
         prefix_tokens=np.full(sum(distinct), 5, np.int32),
         prefix_offsets=np.cumsum([0, *distinct], dtype=np.int64),
         bos_id=BOS if bos else -1,
-        plain_seed=0,
-        plain_threshold=0,
     )
 
 
@@ -274,8 +271,6 @@ def make_sentences(
         prefix_tokens=np.full(sum(distinct), 5, np.int32),
         prefix_offsets=np.cumsum([0, *distinct], dtype=np.int64),
         bos_id=BOS if bos else -1,
-        plain_seed=0,
-        plain_threshold=0,
     )
     return corpus, borders
 
@@ -353,7 +348,6 @@ def test_a_plan_does_not_depend_on_the_number_of_threads(
     lengths = np.clip(draw.lognormal(np.log(60), 1.2, 600_000), 0, 20_000).astype(np.int32)
     corpus = _core.Corpus(
         sequence_lengths=lengths,
-        document_indices=None,
         prefix_ids=draw.integers(-1, 3, 600_000).astype(np.int32),
         prefix_tokens=np.full(24, 5, np.int32),
         prefix_offsets=np.array([0, 3, 10, 24], np.int64),
@@ -423,12 +417,6 @@ def test_a_document_beyond_32_bits(strategy: str) -> None:
     corpus = _core.Corpus(
         sequence_lengths=np.full(3, 2**31 - 1, np.int32),
         document_indices=np.array([0, 3], np.int64),
-        prefix_ids=None,
-        prefix_tokens=np.zeros(0, np.int32),
-        prefix_offsets=np.zeros(1, np.int64),
-        bos_id=-1,
-        plain_seed=0,
-        plain_threshold=0,
     )
     options = {"strategy": strategy, "capacity": capacity, "max_documents": 100}
     plan = build_plan(corpus, request(1, **options), "c")
@@ -449,12 +437,6 @@ def test_documents_of_several_sequences() -> None:
     corpus = _core.Corpus(
         sequence_lengths=np.array([3, 4, 5, 6], np.int32),
         document_indices=np.array([0, 2, 2, 4], np.int64),
-        prefix_ids=None,
-        prefix_tokens=np.zeros(0, np.int32),
-        prefix_offsets=np.zeros(1, np.int64),
-        bos_id=-1,
-        plain_seed=0,
-        plain_threshold=0,
     )
     plan = build_plan(corpus, request(3, capacity=32, max_documents=32), "c")
     assert sorted(plan.piece_document.tolist()) == [0, 2]
@@ -539,13 +521,10 @@ def test_hostile_plans_and_tables_are_told() -> None:
         try:
             corpus = _core.Corpus(
                 sequence_lengths=np.array(spoil([5, 3, 9, 2, 7], narrow), np.int32),
-                document_indices=None,
                 prefix_ids=np.array(spoil([0, 1, -1, 0, 1], narrow), np.int32),
                 prefix_tokens=np.arange(5, dtype=np.int32),
                 prefix_offsets=np.array(spoil([0, 2, 5], wide), np.int64),
                 bos_id=BOS,
-                plain_seed=0,
-                plain_threshold=0,
             )
             assembler = _core.Assembler(
                 corpus=corpus,
