@@ -64,7 +64,7 @@ def parse_and_validate_args(
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if extra_args_provider is not None:
             parser = extra_args_provider(parser)
-        return _add_arguments(parser, on_cpu)
+        return add_arguments(parser, on_cpu)
 
     try:
         # Parsed twice: our refusals must come before Megatron's validation stumbles on the flags.
@@ -133,7 +133,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_corpora(cooldown[0] if cooldown else [], None)
 
 
-def _add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
+    """Add everything that a training script of ours takes beyond Megatron's flags.
+
+    Args:
+        parser: Megatron's parser.
+        on_cpu: Whether to set the defaults that a CPU needs.
+    """
     parser.add_argument(
         "--meco", action="store_true", help="Train with metadata conditioning, then cooldown."
     )
