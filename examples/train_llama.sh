@@ -149,10 +149,9 @@ make_command() {
     if ((${#cooldown[@]})); then flags+=(--meco-cooldown-data-path "${cooldown[@]}"); fi
     if ((TP > 1)); then flags+=(--sequence-parallel); fi
     if ((FP8)); then flags+=(--fp8-format hybrid --fp8-recipe "$FP8_RECIPE"); fi
-    # Kernels of Transformer Engine and apex that Megatron would otherwise expect.
+    # Kernels of Transformer Engine that Megatron would otherwise expect.
     if [[ $TRANSFORMER_IMPL == local ]]; then
-        flags+=(--no-gradient-accumulation-fusion --no-rope-fusion --no-persist-layer-norm
-            --no-masked-softmax-fusion)
+        flags+=(--no-rope-fusion --no-persist-layer-norm --no-masked-softmax-fusion)
     fi
     flags+=("$@")
 }

@@ -576,7 +576,11 @@ def _check_transformer_engine(facts: Facts) -> Check:
 def _check_apex(facts: Facts) -> Check:
     found = facts.apex
     if not found:
-        return Check("apex", "not installed, not needed", "note")
+        return Check(
+            "apex",
+            "not installed, not needed; gradient accumulation fusion is off without it",
+            "note",
+        )
     version = found.get("version", "unknown")
     if not found.get("real"):
         what = f"{version}, which is not NVIDIA's"

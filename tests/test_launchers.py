@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,6 +267,38 @@ def test_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.state_bytes + found.activation_bytes) < 65 * estimate_memory.GIB
     with pytest.raises(SystemExit):
         estimate_memory.estimate(8, VOCABULARY, [*flags, "--no-such-flag"])
+
+
+def test_megatron_accepts_the_flags_of_every_layout(corpus: str, tokenizer_folder: Path) -> None:
+    """Its own validation, for 8 and 32 GPUs, bf16 and FP8."""
+    variables = {"DATA_PATH": corpus, "TOKENIZER_MODEL": str(tokenizer_folder)}
+    runs, expected = [], []
+    for size in SIZES:
+        for nodes, fp8 in (("1", "0"), ("4", "1")):
+            words = printed(size, NNODES=nodes, FP8=fp8, **variables)
+            runs.append((8 * int(nodes), words[words.index("--num-layers") :]))
+            tensor_parallel = 2 if size == "8b" else 1
+            expected.append(
+                {
+                    "data_parallel_size": str(8 * int(nodes) // tensor_parallel),
+                    "params_dtype": "torch.bfloat16",
+                    # Its kernel is apex's, which is not there.
+                    "gradient_accumulation_fusion": "False",
+                    "sequence_parallel": str(size == "8b"),
+                    "fp8": "hybrid" if fp8 == "1" else "None",
+                    "transformer_impl": "transformer_engine",
+                }
+            )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "validated_flags.py")],
+        input=json.dumps(runs),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("validated:")]
+    assert [json.loads(line.removeprefix("validated:")) for line in lines] == expected
 
 
 def test_slurm_starts_one_launcher_on_each_node(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ what Megatron's own flags mean; where one contradicts MeCo the run stops and nam
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -153,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.Arg
 
     Args:
         parser: Megatron's parser.
-        on_cpu: Whether to set the defaults that a CPU needs.
+        on_cpu: Whether to set the defaults that a CPU needs, or those of a GPU without apex.
     """
     parser.add_argument(
         "--meco", action="store_true", help="Train with metadata conditioning, then cooldown."
@@ -175,6 +176,10 @@ def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.Arg
     add_meco_arguments(parser)
     if on_cpu:
         parser.set_defaults(**CPU_DEFAULTS)
+    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        # On by default in Megatron, whose output layer then ends the run where apex's kernel is
+        # missing, also with Transformer Engine.
+        parser.set_defaults(gradient_accumulation_fusion=False)
     return parser
 
 
