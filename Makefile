@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 CXX ?= g++
 BIN := .venv/bin
+SHELL_FILES := $(wildcard examples/*.sh examples/slurm/*.sbatch tools/*.sh) .ci/run
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 
 # Compiled Python files are kept even where the caller's shell forbids it: Megatron and torch take
@@ -35,10 +36,11 @@ test-distributed: venv ## Run every test that starts several ranks, the slow one
 bench: venv ## Run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-check: venv ## Check formatting, lint, types and the direction of imports
+check: venv ## Check formatting, lint, types, shell scripts and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_FILES)
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 	$(BIN)/python -m pytest -q tests/test_import_direction.py
 

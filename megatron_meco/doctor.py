@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_meco.training.kernels import Kernels, choose_kernels, first_optimizer
+
 Verdict = Literal["ok", "note", "warning", "problem"]
 
 _PROBE_SECONDS = 180
@@ -92,6 +94,7 @@ class Diagnosis:
         can_train: True where no check is a problem.
         device: "cuda" or "cpu": where a run started here trains.
         attention: The attention over packed documents that such a run uses.
+        layers: Its norms and linear layers.
         optimizer: The optimizer kernels that such a run uses.
         checks: One entry for each thing looked at.
         gpus: Name, capability and memory of each visible GPU.
@@ -100,6 +103,7 @@ class Diagnosis:
     can_train: bool
     device: str
     attention: str
+    layers: str
     optimizer: str
     checks: tuple[Check, ...]
     gpus: tuple[dict[str, Any], ...]
@@ -390,6 +394,7 @@ _PROBES: dict[str, Callable[[], Items]] = {
 def diagnose(facts: Facts) -> Diagnosis:
     """Judge the facts."""
     has_gpu = bool(facts.torch.get("gpus"))
+    kernels = _kernels(facts)
     checks = [
         _check_python(facts),
         *_check_requirements(facts),
@@ -405,30 +410,22 @@ def diagnose(facts: Facts) -> Diagnosis:
     return Diagnosis(
         can_train=all(check.verdict != "problem" for check in checks),
         device="cuda" if has_gpu else "cpu",
-        attention=_attention(facts),
-        optimizer=_optimizer(facts),
+        attention=kernels.attention,
+        layers=kernels.layers,
+        optimizer=kernels.optimizer,
         checks=tuple(checks),
         gpus=tuple(facts.torch.get("gpus", ())),
     )
 
 
-def _attention(facts: Facts) -> str:
-    if not facts.torch.get("gpus"):
-        return "torch scaled_dot_product_attention, document by document (CPU)"
-    if facts.transformer_engine.get("loads"):
-        return "Transformer Engine over packed sequences (THD)"
-    if facts.torch.get("varlen"):
-        return "torch.nn.attention.varlen (CUDA, bf16 and fp16)"
-    return "torch scaled_dot_product_attention, document by document (CUDA, slow)"
-
-
-def _optimizer(facts: Facts) -> str:
-    # Megatron-Core's own order: the first that can be imported.
-    if facts.transformer_engine.get("loads"):
-        return "Transformer Engine FusedAdam"
-    if facts.apex.get("loads"):
-        return "apex FusedAdam"
-    return "torch AdamW"
+def _kernels(facts: Facts) -> Kernels:
+    engine = bool(facts.transformer_engine.get("loads"))
+    return choose_kernels(
+        gpu=bool(facts.torch.get("gpus")),
+        engine_layers=engine,
+        varlen=bool(facts.torch.get("varlen")),
+        optimizer=first_optimizer(engine_loads=engine, apex_loads=bool(facts.apex.get("loads"))),
+    )
 
 
 def _check_python(facts: Facts) -> Check:
@@ -579,7 +576,11 @@ def _check_transformer_engine(facts: Facts) -> Check:
 def _check_apex(facts: Facts) -> Check:
     found = facts.apex
     if not found:
-        return Check("apex", "not installed, not needed", "note")
+        return Check(
+            "apex",
+            "not installed, not needed; gradient accumulation fusion is off without it",
+            "note",
+        )
     version = found.get("version", "unknown")
     if not found.get("real"):
         what = f"{version}, which is not NVIDIA's"
@@ -631,6 +632,7 @@ def _print(diagnosis: Diagnosis) -> None:
     plain = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     plain.add_row("A run here uses", Text("CUDA" if diagnosis.device == "cuda" else "the CPU"))
     plain.add_row("attention", Text(diagnosis.attention))
+    plain.add_row("layers", Text(diagnosis.layers))
     plain.add_row("optimizer", Text(diagnosis.optimizer))
     console.print(plain)
     console.print()

@@ -74,6 +74,7 @@ def test_gpu_host_can_train():
     assert diagnosis.device == "cuda"
     assert "THD" in diagnosis.attention
     assert diagnosis.optimizer == "Transformer Engine FusedAdam"
+    assert "Transformer Engine" in diagnosis.layers
     gpu = check(GPU_HOST, "GPU")
     assert gpu.found == "2 x NVIDIA H100, capability 9.0, 79.6 GiB; driver 580.65.06"
     assert "2.29.7" in check(GPU_HOST, "communication").found

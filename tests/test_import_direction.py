@@ -48,6 +48,7 @@ WITHOUT_TORCH = [
     "data.packing",
     "data.phases",
     "data.fingerprint",
+    "training.kernels",
 ]
 
 FORBIDDEN_NAMES = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}

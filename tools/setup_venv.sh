@@ -69,12 +69,12 @@ candidates() {
                 printf '%s\n' "$(pyenv prefix "$name" 2>/dev/null)/bin/python"
             done
         fi
-        for place in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/$version*/bin \
-            "$HOME"/.local/share/uv/python/cpython-$version*/bin \
-            "$HOME"/.asdf/installs/python/$version*/bin \
-            "$HOME"/.local/share/mise/installs/python/$version*/bin \
+        for place in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin \
+            "$HOME"/.local/share/uv/python/cpython-"$version"*/bin \
+            "$HOME"/.asdf/installs/python/"$version"*/bin \
+            "$HOME"/.local/share/mise/installs/python/"$version"*/bin \
             "$HOME"/miniconda3/bin "$HOME"/miniforge3/bin "$HOME"/anaconda3/bin /opt/conda/bin \
-            "$HOME"/.local/bin /usr/local/bin /usr/bin /opt/python/$version*/bin \
+            "$HOME"/.local/bin /usr/local/bin /usr/bin /opt/python/"$version"*/bin \
             /opt/homebrew/bin; do
             if [ -x "$place/python$version" ]; then printf '%s\n' "$place/python$version"; fi
         done

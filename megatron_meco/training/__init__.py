@@ -2,6 +2,6 @@
 
 `arguments` reads and checks the flags, `provider` gives `pretrain()` its datasets and its training
 step, `phase_switch` announces and checks the switch, `attention` and `cpu` stand in for what a host
-without Transformer Engine or without a GPU lacks, `compat` holds what is known of Megatron
-versions.
+without Transformer Engine or without a GPU lacks, `kernels` says which kernels a run uses, `compat`
+holds what is known of Megatron versions.
 """

@@ -13,7 +13,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
@@ -29,6 +30,12 @@ from megatron_meco.training.cpu import (
     looks_like_broken_gpu_setup,
     should_use_cpu,
     skip_helper_compilation,
+)
+from megatron_meco.training.kernels import (
+    EngineState,
+    Kernels,
+    choose_kernels,
+    try_transformer_engine,
 )
 from megatron_meco.training.run_fingerprint import check_resume, fingerprint
 
@@ -56,15 +63,18 @@ def parse_and_validate_args(
     if on_cpu:
         enable_cpu_platform()
     else:
+        engine = try_transformer_engine()
+        if engine.breaks_megatron:
+            _end(_engine_error(engine))
         skip_helper_compilation()
-        if not _has_transformer_engine():
+        if engine.reason:
             let_distributed_optimizer_resume()
     from megatron.training import arguments as megatron_arguments
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if extra_args_provider is not None:
             parser = extra_args_provider(parser)
-        return _add_arguments(parser, on_cpu)
+        return add_arguments(parser, on_cpu)
 
     try:
         # Parsed twice: our refusals must come before Megatron's validation stumbles on the flags.
@@ -86,11 +96,17 @@ def parse_and_validate_args(
                 print(branch.describe(), flush=True)
         _check_samples(args)
     except MeCoError as error:
-        if _is_rank_0():
-            print(f"meco: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _end(error)
     _apply(args)
+    if args.dataloader_inter_document_masking and _is_rank_0():
+        print(f"> MeCo: {_kernels(args, on_cpu).describe()}", flush=True)
     return args
+
+
+def _end(error: MeCoError) -> NoReturn:
+    if _is_rank_0():
+        print(f"meco: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def _is_rank_0() -> bool:
@@ -133,7 +149,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_corpora(cooldown[0] if cooldown else [], None)
 
 
-def _add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
+    """Add everything that a training script of ours takes beyond Megatron's flags.
+
+    Args:
+        parser: Megatron's parser.
+        on_cpu: Whether to set the defaults that a CPU needs, or those of a GPU without apex.
+    """
     parser.add_argument(
         "--meco", action="store_true", help="Train with metadata conditioning, then cooldown."
     )
@@ -154,19 +176,54 @@ def _add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.Ar
     add_meco_arguments(parser)
     if on_cpu:
         parser.set_defaults(**CPU_DEFAULTS)
+    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        # On by default in Megatron, whose output layer then ends the run where apex's kernel is
+        # missing, also with Transformer Engine.
+        parser.set_defaults(gradient_accumulation_fusion=False)
     return parser
 
 
 def _check_platform(args: argparse.Namespace, on_cpu: bool) -> None:
     if on_cpu:
         _check_cpu(args)
-    elif args.transformer_impl == "transformer_engine" and not _has_transformer_engine():
-        raise FlagError(
-            "'transformer_engine' is asked for (Megatron's default), but it is not installed",
-            where="--transformer-impl",
-            remedy="Install it (pip install 'megatron-meco[gpu]'), or give "
-            "--transformer-impl local.",
+    elif args.transformer_impl == "transformer_engine":
+        engine = try_transformer_engine()
+        if engine.reason:
+            raise _engine_error(engine)
+
+
+def _engine_error(engine: EngineState) -> FlagError:
+    if engine.breaks_megatron:
+        return FlagError(
+            f"{engine.reason}; Megatron-Core fails with it, whatever the flags",
+            where="Transformer Engine",
+            remedy="Install a build for this torch and CUDA, or remove it (and give "
+            "--transformer-impl local).",
         )
+    return FlagError(
+        f"'transformer_engine' is asked for (Megatron's default), but {engine.reason}",
+        where="--transformer-impl",
+        remedy="Install it (pip install 'megatron-meco[gpu]'), or give --transformer-impl local.",
+    )
+
+
+def _kernels(args: argparse.Namespace, on_cpu: bool) -> Kernels:
+    """What the run will use, from its validated flags and from what Megatron has imported."""
+    from megatron_meco.training.attention import PACKED_LOCAL_SPEC, varlen_serves
+    from megatron_meco.training.compat import optimizer_library
+
+    kernels = choose_kernels(
+        gpu=not on_cpu,
+        engine_layers=args.transformer_impl != "local",
+        varlen=varlen_serves(args.params_dtype, args.attention_dropout),
+        optimizer=optimizer_library(),
+    )
+    if args.spec not in (None, PACKED_LOCAL_SPEC):
+        chosen = f"as --spec {' '.join(args.spec)} says"
+        kernels = replace(kernels, attention=chosen, layers=chosen)
+    if args.optimizer != "adam":
+        kernels = replace(kernels, optimizer=f"Megatron's {args.optimizer}")
+    return kernels
 
 
 def _check_cpu(args: argparse.Namespace) -> None:
@@ -336,7 +393,3 @@ def _apply(args: argparse.Namespace) -> None:
 
         # Megatron's own local attention refuses packed documents.
         args.spec = args.spec or PACKED_LOCAL_SPEC
-
-
-def _has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None

@@ -271,15 +271,23 @@ def _attention_by_document(
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 
-def _can_use_varlen(q: Tensor, dropout: float) -> bool:
-    """Tell whether the varlen kernel can do this: half precision, no dropout, recent PyTorch."""
+def varlen_serves(dtype: torch.dtype, dropout: float) -> bool:
+    """Tell whether PyTorch's varlen kernel can do this on CUDA.
+
+    Args:
+        dtype: Of queries, keys and values; the kernel has half precision alone.
+        dropout: Of attention weights; the kernel has none.
+    """
     return (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
+        dtype in (torch.float16, torch.bfloat16)
         and dropout == 0.0
         # PyTorch 2.10 spelt causality otherwise and had no scale.
         and {"window_size", "scale"} <= set(_VARLEN_PARAMETERS)
     )
+
+
+def _can_use_varlen(q: Tensor, dropout: float) -> bool:
+    return q.is_cuda and varlen_serves(q.dtype, dropout)
 
 
 def _varlen_attention(

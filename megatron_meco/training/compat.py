@@ -1,6 +1,7 @@
 """What is known of Megatron versions, in one place.
 
-`check_version` says so when the installed Megatron-Core was never tried. What was given up:
+`check_version` says so when the installed Megatron-Core was never tried, `optimizer_library` where
+its Adam comes from. What was given up:
 patching any version; the package uses subclasses, providers and `--spec` only.
 """
 
@@ -10,6 +11,7 @@ import importlib.metadata
 import importlib.util
 
 from megatron_meco.errors import MeCoError
+from megatron_meco.training.kernels import OptimizerLibrary
 
 OLDEST = (0, 19, 2)
 BELOW = (0, 20)
@@ -41,3 +43,12 @@ def check_version() -> str | None:
         return None
     oldest, below = (".".join(map(str, v)) for v in (OLDEST, BELOW))
     return f"> MeCo: Megatron-Core {version} was never tried; known to work: >= {oldest}, < {below}"
+
+
+def optimizer_library() -> OptimizerLibrary:
+    """Where the Adam comes from that Megatron-Core has imported for its optimizer."""
+    from megatron.core import optimizer
+
+    # Megatron-Core keeps the first of the three that it could import under this name.
+    library = optimizer.Adam.__module__.partition(".")[0]
+    return library if library in ("transformer_engine", "apex") else "torch"

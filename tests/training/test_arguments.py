@@ -27,7 +27,7 @@ def check(corpus: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
         line = f"{MODEL} {RUN} --meco --data-path {data} --tokenizer-type HuggingFaceTokenizer "
         line += f"--tokenizer-model {tokenizer_folder}"
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line.split(), *flags.split()])
-        arguments.check_arguments(parse_args(lambda p: arguments._add_arguments(p, on_cpu=True)))
+        arguments.check_arguments(parse_args(lambda p: arguments.add_arguments(p, on_cpu=True)))
 
     return run
 

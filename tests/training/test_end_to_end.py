@@ -32,16 +32,20 @@ def meco_run(corpus: str, tokenizer_folder: Path, folder: Path) -> Result:
 def test_a_run_switches_saves_there_and_says_so(meco_run: Result, folder: Path) -> None:
     lines = [line for line in meco_run.log.splitlines() if line.startswith("> MeCo")]
     assert lines[0] == "> MeCo: no CUDA device; training on the CPU over Gloo"
-    assert "iterations 1 to 8 conditioned, 9 to 10 cooldown (switch at sample 32 of 40)" in lines[1]
-    assert lines[2].startswith("> MeCo: conditioned: 32 packs of ")
-    assert lines[3].startswith("> MeCo: cooldown: 8 packs of ")
-    assert "0.00 % prefix" not in lines[2]
-    assert "0.00 % prefix" in lines[3]
-    assert lines[4] == "> MeCo: iteration 1 begins in the conditioned phase"
-    assert lines[5].startswith("> MeCo: switch after iteration 8, at sample 32")
-    assert len(lines) == 6
+    assert lines[1] == (
+        "> MeCo: attention: torch scaled_dot_product_attention, document by document (CPU); "
+        "layers: Megatron's linear layers, torch norm (CPU); optimizer: torch AdamW"
+    )
+    assert "iterations 1 to 8 conditioned, 9 to 10 cooldown (switch at sample 32 of 40)" in lines[2]
+    assert lines[3].startswith("> MeCo: conditioned: 32 packs of ")
+    assert lines[4].startswith("> MeCo: cooldown: 8 packs of ")
+    assert "0.00 % prefix" not in lines[3]
+    assert "0.00 % prefix" in lines[4]
+    assert lines[5] == "> MeCo: iteration 1 begins in the conditioned phase"
+    assert lines[6].startswith("> MeCo: switch after iteration 8, at sample 32")
+    assert len(lines) == 7
     log = meco_run.log
-    assert log.index("iteration        8/") < log.index(lines[5]) < log.index("iteration        9/")
+    assert log.index("iteration        8/") < log.index(lines[6]) < log.index("iteration        9/")
     saved = sorted(p.name for p in (folder / "ckpt").glob("iter_*"))
     assert saved == ["iter_0000005", "iter_0000008", "iter_0000010"]
 

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Pre-train the MeCo paper's 1.6B model (arXiv 2501.01956, tables 6 and 7), or its baseline.
+# train_llama.sh holds what all sizes share; --help prints its variables.
+SIZE=1.6b
+: "${NUM_LAYERS:=24}" "${HIDDEN_SIZE:=2048}" "${FFN_HIDDEN_SIZE:=5504}"
+: "${NUM_ATTENTION_HEADS:=16}" "${NUM_QUERY_GROUPS:=8}"
+. "$(dirname "${BASH_SOURCE[0]}")/train_llama.sh"
