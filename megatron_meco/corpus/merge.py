@@ -2,7 +2,7 @@
 
 Tasks are joined in their order, whoever ran them and when, so the bytes depend on the input alone.
 Everything is made under the work folder, put on the disk, and renamed at the end, the index last: a
-corpus that has an index is whole. Costs one copy of the tokens and 40 bytes of memory per document
+corpus that has an index is whole. Costs one copy of the tokens and 40 bytes of memory per sequence
 of the largest task. Given up: the disk space of a second copy until the work folder is removed,
 because until then a kill must not lose anything.
 """
@@ -36,7 +36,6 @@ from megatron_meco.corpus.task_writer import (
 from megatron_meco.errors import DataError
 
 _COPY_BYTES = 8 << 20
-_ROWS = 65_536
 _HISTOGRAM_BINS = 1 << 20
 _PUBLISHING = "publishing"
 
@@ -50,6 +49,9 @@ class MergedCorpus:
 
     tokens: int = 0
     """Tokens, EODs included."""
+
+    sequences: int = 0
+    """Megatron sequences."""
 
     text_bytes: int = 0
     """Bytes of text."""
@@ -145,6 +147,7 @@ def _counts(records: list[TaskRecord]) -> MergedCorpus:
     for record in records:
         merged.documents += record.documents
         merged.tokens += record.tokens
+        merged.sequences += record.sequences
         merged.text_bytes += record.text_bytes
         merged.rejected.update(record.rejected)
         missing.update(record.missing_metadata)
@@ -213,29 +216,39 @@ def _write_tokens(
     merged.checksums[".bin"] = f"{checksum:08x}"
 
 
-def _lengths(folder: Path, num_tasks: int) -> Iterator[np.ndarray[Any, Any]]:
+def _arrays(folder: Path, num_tasks: int, suffix: str) -> Iterator[np.ndarray[Any, Any]]:
     for rank in range(num_tasks):
-        yield np.fromfile(f"{task_prefix(folder, rank)}.lengths", dtype=np.int32)
+        yield np.fromfile(f"{task_prefix(folder, rank)}{suffix}", dtype=np.int32)
 
 
 def _write_index(folder: Path, num_tasks: int, merged: MergedCorpus, dtype: np.dtype[Any]) -> None:
     """Write what Megatron's own index builder would, without lists of all documents."""
-    count = merged.documents
     histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
     with (folder / "corpus.idx").open("wb") as out:
-        out.write(header(dtype, count, count))
-        for lengths in _lengths(folder, num_tasks):
+        out.write(header(dtype, merged.sequences, merged.documents))
+        for lengths, counts in zip(
+            _arrays(folder, num_tasks, ".lengths"),
+            _arrays(folder, num_tasks, ".sequences"),
+            strict=True,
+        ):
             out.write(lengths)
-            clipped = np.minimum(lengths, _HISTOGRAM_BINS - 1)
+            begins = np.cumsum(counts, dtype=np.int64) - counts
+            # Every document has a sequence, which reduceat relies on.
+            of_documents = np.add.reduceat(lengths, begins) if len(begins) else lengths
+            clipped = np.minimum(of_documents, _HISTOGRAM_BINS - 1)
             histogram += np.bincount(clipped, minlength=_HISTOGRAM_BINS)
         offset = 0
-        for lengths in _lengths(folder, num_tasks):
+        for lengths in _arrays(folder, num_tasks, ".lengths"):
             sizes = lengths.astype(np.int64) * dtype.itemsize
             ends = np.cumsum(sizes)
             out.write(offset + ends - sizes)
             offset += int(ends[-1]) if len(ends) else 0
-        for begin in range(0, count + 1, _ROWS):
-            out.write(np.arange(begin, min(begin + _ROWS, count + 1), dtype=np.int64))
+        first = np.zeros(1, dtype=np.int64)
+        out.write(first)
+        for counts in _arrays(folder, num_tasks, ".sequences"):
+            bounds = first[-1] + np.cumsum(counts, dtype=np.int64)
+            out.write(bounds)
+            first = bounds if len(bounds) else first
     merged.median_tokens = _median(histogram)
     merged.checksums[".idx"] = checksum_of(folder / "corpus.idx")
 
@@ -264,6 +277,7 @@ def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:
     counts = {
         "documents": merged.documents,
         "tokens": merged.tokens,
+        "sequences": merged.sequences,
         "text_bytes": merged.text_bytes,
         "rejected": dict(sorted(merged.rejected.items())),
         "missing_metadata": merged.missing_metadata,

@@ -28,6 +28,7 @@ from megatron_meco.corpus.executors import (
 from megatron_meco.corpus.merge import MergedCorpus, is_publishing, merge_tasks, output_paths
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.sentences import check_language
 from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks
 from megatron_meco.corpus.task_writer import MegatronWriter, read_record
 from megatron_meco.corpus.work_folder import (
@@ -67,6 +68,9 @@ class PrepareConfig:
     metadata_fields: tuple[str, ...] = ("url",)
     """The fields to keep as metadata; none: no metadata file."""
 
+    sentence_language: str | None = None
+    """Store each document as one sequence per sentence of this language; None: as one sequence."""
+
     encoder: str = "auto"
     """`auto`: gigatoken where its ids are the same; `gigatoken`: or refuse; `huggingface`."""
 
@@ -98,6 +102,9 @@ class PrepareReport:
 
     tokens: int = 0
     """Tokens written, EODs included."""
+
+    sequences: int = 0
+    """Megatron sequences written."""
 
     text_bytes: int = 0
     """Bytes of their text."""
@@ -171,14 +178,23 @@ def _begin(
 ) -> dict[str, Any]:
     """Load the tokenizer, choose the encoder, and see whether earlier work may go on."""
     print("loading the tokenizer ...", file=sys.stderr, flush=True)
+    sample = sample_texts(tasks, config.text_field)
     chosen = build_encoder(
         config.tokenizer_type,
         config.tokenizer_model,
         config.tokenizer_extra,
-        sample_texts(tasks, config.text_field),
+        sample,
         config.encoder,
     )
     print(f"encoder: {chosen['reason']}", file=sys.stderr, flush=True)
+    language = config.sentence_language
+    chosen["sentences"] = None
+    if language is not None:
+        # Seconds of import that most corpora have no use for.
+        from megatron_meco.corpus.punkt import learn_sentences
+
+        chosen["sentences"] = learn_sentences(sample, language)
+        print(f"sentences: {language}, learned from {len(sample):,} texts", file=sys.stderr)
     plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
     work.begin(plan, chosen, restart=config.overwrite)
     return chosen
@@ -226,6 +242,7 @@ def _report(merged: MergedCorpus) -> PrepareReport:
     return PrepareReport(
         documents=merged.documents,
         tokens=merged.tokens,
+        sequences=merged.sequences,
         text_bytes=merged.text_bytes,
         median_tokens=merged.median_tokens,
         rejected=merged.rejected,
@@ -265,7 +282,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
     return {
-        "format": 2,
+        "format": 3,
         "inputs": [{"path": file.path, "bytes": file.num_bytes} for file in files],
         "text_field": config.text_field,
         "metadata_fields": list(config.metadata_fields),
@@ -278,12 +295,13 @@ def _manifest(
             "eod_text": chosen["eod_text"],
         },
         "encoder": chosen["kind"],
+        "sentences": chosen["sentences"],
         "token_dtype": chosen["dtype"],
         "versions": {
             "megatron-meco": __version__,
             **{
                 name: importlib.metadata.version(name)
-                for name in ("megatron-core", "tokenizers", "gigatoken", "datatrove")
+                for name in ("megatron-core", "tokenizers", "gigatoken", "datatrove", "nltk")
             },
         },
     }
@@ -314,6 +332,8 @@ def _check(config: PrepareConfig) -> None:
         if value not in known:
             remedy = f"Use one of: {', '.join(known)}."
             raise FlagError(f"unknown value {value!r}", where=flag, remedy=remedy)
+    if config.sentence_language is not None:
+        check_language(config.sentence_language)
     if config.executor_options and config.executor == "local":
         raise FlagError(
             "has no effect with --executor local",
