@@ -41,6 +41,7 @@ WITHOUT_TORCH = [
     "corpus.url",
     "corpus.index_file",
     "corpus.metadata_report",
+    "corpus.mds",
     "corpus.punkt",
     "corpus.sentences",
     "data.array_file",

@@ -33,7 +33,7 @@ from megatron_meco.corpus.task_writer import (
     task_prefix,
     write_synced,
 )
-from megatron_meco.errors import DataError
+from megatron_meco.errors import DataError, MeCoError
 
 _COPY_BYTES = 8 << 20
 _HISTOGRAM_BINS = 1 << 20
@@ -81,9 +81,40 @@ def output_paths(prefix: Path) -> list[Path]:
     return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
 
 
-def is_publishing(folder: Path) -> bool:
-    """Whether a preparation was stopped while its files got their names."""
-    return (folder / _PUBLISHING).exists()
+def check_output(prefix: Path, folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write over a corpus that is not this preparation's own.
+
+    Args:
+        prefix: Where the corpus goes.
+        folder: The work folder.
+        overwrite: Whether one that is there is to be replaced.
+
+    Raises:
+        DataError: A file is there.
+    """
+    existing = [path for path in output_paths(prefix) if path.exists()]
+    # Killed while the files got their names: they are this preparation's own.
+    if existing and not overwrite and not (folder / _PUBLISHING).exists():
+        raise DataError(
+            "already there", where=str(existing[0]), remedy="Add --overwrite to replace it."
+        )
+
+
+def num_finished(folder: Path, num_tasks: int) -> int:
+    """Return how many of the tasks of a work folder are finished."""
+    return sum(read_record(folder, rank) is not None for rank in range(num_tasks))
+
+
+def with_state(error: MeCoError, folder: Path, num_tasks: int) -> MeCoError:
+    """Return the error with what is known of the unfinished work added to its remedy."""
+    finished = num_finished(folder, num_tasks)
+    if finished == 0:
+        return error
+    kept = (
+        f"{finished:,} of {num_tasks:,} tasks are finished and kept in {folder}: the same "
+        "command goes on with the rest."
+    )
+    return type(error)(error.what, where=error.where, remedy=f"{error.remedy} {kept}")
 
 
 def merge_tasks(

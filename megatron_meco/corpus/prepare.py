@@ -25,7 +25,13 @@ from megatron_meco.corpus.executors import (
     run_on_ray,
     submit_to_slurm,
 )
-from megatron_meco.corpus.merge import MergedCorpus, is_publishing, merge_tasks, output_paths
+from megatron_meco.corpus.merge import (
+    MergedCorpus,
+    check_output,
+    merge_tasks,
+    num_finished,
+    with_state,
+)
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.sentences import check_language
@@ -38,7 +44,7 @@ from megatron_meco.corpus.work_folder import (
     plan_of,
     sample_texts,
 )
-from megatron_meco.errors import DataError, FlagError, MeCoError
+from megatron_meco.errors import FlagError, MeCoError
 
 EXECUTORS = ("local", "slurm", "ray")
 
@@ -156,7 +162,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     workers = config.workers if config.executor == "local" else 1
     with WorkFolder(config.output) as work:
         try:
-            _check_output(config, work)
+            check_output(config.output, work.path, overwrite=config.overwrite)
             rejected = RejectedRecords(strict=config.strict)
             steps = [
                 TaskReader(tasks, config.text_field, rejected),
@@ -166,7 +172,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
                 chosen = _begin(config, files, tasks, work)
                 report = _run(config, executor, tasks, _manifest(config, files, chosen), work.path)
         finally:
-            if not _num_finished(work.path, len(tasks)) and config.executor != "slurm":
+            if not num_finished(work.path, len(tasks)) and config.executor != "slurm":
                 work.remove()
     report.eod, report.eod_text = chosen["eod"], chosen["eod_text"]
     report.encoder = chosen["reason"]
@@ -220,7 +226,7 @@ def _run(
             _run_locally(executor, tasks, folder)
         return _report(merge_tasks(folder, config.output, len(tasks), manifest))
     except MeCoError as error:
-        raise _with_state(error, folder, len(tasks)) from error
+        raise with_state(error, folder, len(tasks)) from error
 
 
 def _run_locally(executor: LocalExecutor, tasks: list[list[Part]], folder: Path) -> None:
@@ -250,31 +256,6 @@ def _report(merged: MergedCorpus) -> PrepareReport:
         missing_metadata=merged.missing_metadata,
         files=merged.files,
     )
-
-
-def _check_output(config: PrepareConfig, work: WorkFolder) -> None:
-    existing = [path for path in output_paths(config.output) if path.exists()]
-    # Killed while the files got their names: they are this preparation's own.
-    if existing and not config.overwrite and not is_publishing(work.path):
-        raise DataError(
-            "already there", where=str(existing[0]), remedy="Add --overwrite to replace it."
-        )
-
-
-def _num_finished(folder: Path, num_tasks: int) -> int:
-    return sum(read_record(folder, rank) is not None for rank in range(num_tasks))
-
-
-def _with_state(error: MeCoError, folder: Path, num_tasks: int) -> MeCoError:
-    """Return the error with what is known of the unfinished work added to its remedy."""
-    finished = _num_finished(folder, num_tasks)
-    if finished == 0:
-        return error
-    kept = (
-        f"{finished:,} of {num_tasks:,} tasks are finished and kept in {folder}: the same "
-        "command goes on with the rest."
-    )
-    return type(error)(error.what, where=error.where, remedy=f"{error.remedy} {kept}")
 
 
 def _manifest(

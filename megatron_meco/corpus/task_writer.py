@@ -93,6 +93,19 @@ def report_progress_to(callback: ProgressCallback | None) -> None:
     _on_progress = callback
 
 
+def tell_progress(rank: int, source_bytes: int, text_bytes: int, record: TaskRecord) -> None:
+    """Tell whoever listens in this process how far a task is.
+
+    Args:
+        rank: The task.
+        source_bytes: Bytes of input read.
+        text_bytes: Bytes of text read.
+        record: What has been written.
+    """
+    if _on_progress is not None:
+        _on_progress(rank, source_bytes, record.documents, record.tokens, text_bytes)
+
+
 class MegatronWriter(PipelineStep):  # type: ignore[misc]
     """Writes the documents of a pipeline as tokens and metadata, one set of files for each task.
 
@@ -144,9 +157,8 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
             for batch in batches(data or iter(())):
                 self._write(files, encoder, batch)
                 files.reject(self.rejected.drain())
-                if _on_progress is not None:
-                    done, record = self.rejected.source_bytes, files.record
-                    _on_progress(rank, done, record.documents, record.tokens, record.text_bytes)
+                done, record = self.rejected.source_bytes, files.record
+                tell_progress(rank, done, record.text_bytes, record)
             files.reject(self.rejected.drain())
             files.finish(self.rejected.lines_of_parts)
         self.stat_update("tokens", value=files.record.tokens, unit="task")

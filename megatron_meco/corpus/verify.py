@@ -162,6 +162,12 @@ def verify_against(prefix: Path, inputs: list[str], encoder: str = "auto") -> Ch
             where="--against",
             remedy="Only a corpus that `meco prepare` made can be compared.",
         )
+    if "text_field" not in manifest:
+        raise FlagError(
+            "the corpus was imported as token ids: there is no text to compare it with",
+            where="--against",
+            remedy="Leave it out; the rest of `meco verify` holds for such a corpus as well.",
+        )
     index = open_index(prefix)
     settings = manifest["tokenizer"]
     chosen = build_encoder(settings["type"], settings["model"], settings["extra"], encoder=encoder)

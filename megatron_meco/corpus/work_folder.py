@@ -213,14 +213,15 @@ class WorkFolder:
 
 
 def _difference(earlier: dict[str, Any], plan: dict[str, Any]) -> str:
-    before, now = earlier.get("inputs", []), plan["inputs"]
+    # An import of shards has none.
+    before, now = earlier.get("inputs", []), plan.get("inputs", [])
     for one, other in zip(before, now, strict=False):
         if one != other:
             if one[0] != other[0]:
                 return f"{other[0]} stands where {one[0]} stood"
             what = f"{one[1]:,} bytes then, {other[1]:,} now" if one[1] != other[1] else "its date"
             return f"{one[0]} has changed ({what})"
-    if len(before) != len(now):
+    if before and now and len(before) != len(now):
         return f"{len(before):,} input files then, {len(now):,} now"
     changed = [key for key in plan if earlier.get(key) != plan[key]]
     return f"other {' and '.join(key.replace('_', ' ') for key in changed)}"
