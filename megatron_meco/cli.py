@@ -47,6 +47,13 @@ COMMANDS = {
   meco prepare pages.jsonl more.jsonl.zst --output data/web --metadata-fields url \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer --workers 8""",
     ),
+    "import-mds": Command(
+        summary="turn token shards of mosaicml-streaming into Megatron files",
+        module="megatron_meco.corpus.import_mds",
+        example="""\
+  meco import-mds DCLM-unpacked --output data/dclm \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-llama3 --workers 8""",
+    ),
     "attach": Command(
         summary="add metadata to .bin/.idx files that exist already",
         module="megatron_meco.corpus.attach",

@@ -27,7 +27,7 @@ ALLOWED = {
 }
 
 # What is known of a document's source: the only part of corpus/ that data/ may use.
-SOURCE = {"metadata", "url", "tokenizer", "sentences"}
+SOURCE = {"metadata", "url", "tokenizer"}
 TOP = {"cli", "doctor", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
@@ -41,6 +41,9 @@ WITHOUT_TORCH = [
     "corpus.url",
     "corpus.index_file",
     "corpus.metadata_report",
+    "corpus.mds",
+    "corpus.punkt",
+    "corpus.sentences",
     "data.array_file",
     "data.corpora",
     "data.template",

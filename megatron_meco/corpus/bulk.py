@@ -4,8 +4,9 @@ gigatoken is some fifty times as fast as Hugging Face's tokenizers and returns a
 Python lists. Whether its ids are the same is not assumed: `choose_encoder` compares both on probes
 and on a sample of the user's own text and falls back with a reason, and a process on another
 machine than the one that compared checks its first batch again. Special tokens written in a text
-stay text. Costs a second per process to load. Given up: SentencePiece and tiktoken models through
-gigatoken; Megatron's flags give those a meaning of their own (spaces, prefixes).
+stay text. `DocumentEncoder` makes Megatron sequences of it: documents, or their sentences. Costs a
+second per process to load. Given up: SentencePiece and tiktoken models through gigatoken; Megatron
+gives their flags a meaning of their own (spaces, prefixes).
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import hashlib
 import json
 import os
 import platform
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
 from megatron_meco.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_meco.corpus.punkt import SentenceSplitter
 
 _FILE = "encoder.json"
 _CHECKED_TEXTS = 256
@@ -255,3 +260,75 @@ def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) ->
         if not (np.array_equal(a, b) and np.array_equal(a_lengths, b_lengths)):
             return text
     return None
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """Documents as ids, cut into Megatron sequences; EODs are not among them."""
+
+    ids: np.ndarray[Any, Any]
+    """The ids of all documents end to end, shape [ids]."""
+
+    lengths: np.ndarray[Any, Any]
+    """Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer."""
+
+    sequence_lengths: np.ndarray[Any, Any]
+    """Ids per sequence, none zero, int64, shape [sequences]."""
+
+    num_sequences: np.ndarray[Any, Any]
+    """Sequences per document, int64, shape [documents]; 0 where it has no ids."""
+
+    def sequence_lengths_with_eod(self) -> np.ndarray[Any, Any]:
+        """Return tokens per sequence with an EOD in the last one of each document."""
+        lengths = self.sequence_lengths.copy()
+        ends = np.cumsum(self.num_sequences)[self.num_sequences > 0]
+        lengths[ends - 1] += 1
+        return lengths
+
+
+class DocumentEncoder:
+    """Encodes documents, each as one sequence or as one for each sentence.
+
+    Args:
+        encoder: What encodes texts.
+        learned: What `learn_sentences` returned; None: a document is one sequence.
+    """
+
+    def __init__(self, encoder: BulkEncoder, learned: dict[str, Any] | None = None) -> None:
+        self._encoder = encoder
+        self._splitter: SentenceSplitter | None = None
+        if learned is not None:
+            # Seconds of import that most corpora have no use for.
+            from megatron_meco.corpus.punkt import SentenceSplitter
+
+            self._splitter = SentenceSplitter(learned)
+
+    def encode(self, texts: list[str]) -> EncodedDocuments:
+        """Encode documents.
+
+        Args:
+            texts: Their texts.
+
+        Returns:
+            Their ids. A sentence without ids (white space alone, to some tokenizers) is no
+            sequence; a document of which one sentence is refused is refused whole.
+        """
+        if self._splitter is None:
+            ids, lengths = self._encoder.encode(texts)
+            has_ids = lengths > 0
+            return EncodedDocuments(ids, lengths, lengths[has_ids], has_ids.astype(np.int64))
+        sentences = [self._splitter.split(text) for text in texts]
+        ids, lengths = self._encoder.encode(list(chain.from_iterable(sentences)))
+        document_of = np.repeat(np.arange(len(texts)), [len(one) for one in sentences])
+        is_refused = np.zeros(len(texts), dtype=bool)
+        is_refused[document_of[lengths < 0]] = True
+        if is_refused.any():
+            dropped = is_refused[document_of]
+            ids = ids[np.repeat(~dropped, lengths.clip(0))]
+            lengths = np.where(dropped, 0, lengths)
+        has_ids = lengths > 0
+        totals = np.zeros(len(texts), dtype=np.int64)
+        np.add.at(totals, document_of, lengths)
+        totals[is_refused] = -1
+        num_sequences = np.bincount(document_of[has_ids], minlength=len(texts))
+        return EncodedDocuments(ids, totals, lengths[has_ids], num_sequences)

@@ -2,7 +2,7 @@
 
 Tasks are joined in their order, whoever ran them and when, so the bytes depend on the input alone.
 Everything is made under the work folder, put on the disk, and renamed at the end, the index last: a
-corpus that has an index is whole. Costs one copy of the tokens and 40 bytes of memory per document
+corpus that has an index is whole. Costs one copy of the tokens and 40 bytes of memory per sequence
 of the largest task. Given up: the disk space of a second copy until the work folder is removed,
 because until then a kill must not lose anything.
 """
@@ -33,10 +33,9 @@ from megatron_meco.corpus.task_writer import (
     task_prefix,
     write_synced,
 )
-from megatron_meco.errors import DataError
+from megatron_meco.errors import DataError, MeCoError
 
 _COPY_BYTES = 8 << 20
-_ROWS = 65_536
 _HISTOGRAM_BINS = 1 << 20
 _PUBLISHING = "publishing"
 
@@ -50,6 +49,9 @@ class MergedCorpus:
 
     tokens: int = 0
     """Tokens, EODs included."""
+
+    sequences: int = 0
+    """Megatron sequences."""
 
     text_bytes: int = 0
     """Bytes of text."""
@@ -79,9 +81,40 @@ def output_paths(prefix: Path) -> list[Path]:
     return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
 
 
-def is_publishing(folder: Path) -> bool:
-    """Whether a preparation was stopped while its files got their names."""
-    return (folder / _PUBLISHING).exists()
+def check_output(prefix: Path, folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write over a corpus that is not this preparation's own.
+
+    Args:
+        prefix: Where the corpus goes.
+        folder: The work folder.
+        overwrite: Whether one that is there is to be replaced.
+
+    Raises:
+        DataError: A file is there.
+    """
+    existing = [path for path in output_paths(prefix) if path.exists()]
+    # Killed while the files got their names: they are this preparation's own.
+    if existing and not overwrite and not (folder / _PUBLISHING).exists():
+        raise DataError(
+            "already there", where=str(existing[0]), remedy="Add --overwrite to replace it."
+        )
+
+
+def num_finished(folder: Path, num_tasks: int) -> int:
+    """Return how many of the tasks of a work folder are finished."""
+    return sum(read_record(folder, rank) is not None for rank in range(num_tasks))
+
+
+def with_state(error: MeCoError, folder: Path, num_tasks: int) -> MeCoError:
+    """Return the error with what is known of the unfinished work added to its remedy."""
+    finished = num_finished(folder, num_tasks)
+    if finished == 0:
+        return error
+    kept = (
+        f"{finished:,} of {num_tasks:,} tasks are finished and kept in {folder}: the same "
+        "command goes on with the rest."
+    )
+    return type(error)(error.what, where=error.where, remedy=f"{error.remedy} {kept}")
 
 
 def merge_tasks(
@@ -145,6 +178,7 @@ def _counts(records: list[TaskRecord]) -> MergedCorpus:
     for record in records:
         merged.documents += record.documents
         merged.tokens += record.tokens
+        merged.sequences += record.sequences
         merged.text_bytes += record.text_bytes
         merged.rejected.update(record.rejected)
         missing.update(record.missing_metadata)
@@ -213,29 +247,39 @@ def _write_tokens(
     merged.checksums[".bin"] = f"{checksum:08x}"
 
 
-def _lengths(folder: Path, num_tasks: int) -> Iterator[np.ndarray[Any, Any]]:
+def _arrays(folder: Path, num_tasks: int, suffix: str) -> Iterator[np.ndarray[Any, Any]]:
     for rank in range(num_tasks):
-        yield np.fromfile(f"{task_prefix(folder, rank)}.lengths", dtype=np.int32)
+        yield np.fromfile(f"{task_prefix(folder, rank)}{suffix}", dtype=np.int32)
 
 
 def _write_index(folder: Path, num_tasks: int, merged: MergedCorpus, dtype: np.dtype[Any]) -> None:
     """Write what Megatron's own index builder would, without lists of all documents."""
-    count = merged.documents
     histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
     with (folder / "corpus.idx").open("wb") as out:
-        out.write(header(dtype, count, count))
-        for lengths in _lengths(folder, num_tasks):
+        out.write(header(dtype, merged.sequences, merged.documents))
+        for lengths, counts in zip(
+            _arrays(folder, num_tasks, ".lengths"),
+            _arrays(folder, num_tasks, ".sequences"),
+            strict=True,
+        ):
             out.write(lengths)
-            clipped = np.minimum(lengths, _HISTOGRAM_BINS - 1)
+            begins = np.cumsum(counts, dtype=np.int64) - counts
+            # Every document has a sequence, which reduceat relies on.
+            of_documents = np.add.reduceat(lengths, begins) if len(begins) else lengths
+            clipped = np.minimum(of_documents, _HISTOGRAM_BINS - 1)
             histogram += np.bincount(clipped, minlength=_HISTOGRAM_BINS)
         offset = 0
-        for lengths in _lengths(folder, num_tasks):
+        for lengths in _arrays(folder, num_tasks, ".lengths"):
             sizes = lengths.astype(np.int64) * dtype.itemsize
             ends = np.cumsum(sizes)
             out.write(offset + ends - sizes)
             offset += int(ends[-1]) if len(ends) else 0
-        for begin in range(0, count + 1, _ROWS):
-            out.write(np.arange(begin, min(begin + _ROWS, count + 1), dtype=np.int64))
+        first = np.zeros(1, dtype=np.int64)
+        out.write(first)
+        for counts in _arrays(folder, num_tasks, ".sequences"):
+            bounds = first[-1] + np.cumsum(counts, dtype=np.int64)
+            out.write(bounds)
+            first = bounds if len(bounds) else first
     merged.median_tokens = _median(histogram)
     merged.checksums[".idx"] = checksum_of(folder / "corpus.idx")
 
@@ -264,6 +308,7 @@ def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:
     counts = {
         "documents": merged.documents,
         "tokens": merged.tokens,
+        "sequences": merged.sequences,
         "text_bytes": merged.text_bytes,
         "rejected": dict(sorted(merged.rejected.items())),
         "missing_metadata": merged.missing_metadata,

@@ -25,9 +25,16 @@ from megatron_meco.corpus.executors import (
     run_on_ray,
     submit_to_slurm,
 )
-from megatron_meco.corpus.merge import MergedCorpus, is_publishing, merge_tasks, output_paths
+from megatron_meco.corpus.merge import (
+    MergedCorpus,
+    check_output,
+    merge_tasks,
+    num_finished,
+    with_state,
+)
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.sentences import check_language
 from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks
 from megatron_meco.corpus.task_writer import MegatronWriter, read_record
 from megatron_meco.corpus.work_folder import (
@@ -37,7 +44,7 @@ from megatron_meco.corpus.work_folder import (
     plan_of,
     sample_texts,
 )
-from megatron_meco.errors import DataError, FlagError, MeCoError
+from megatron_meco.errors import FlagError, MeCoError
 
 EXECUTORS = ("local", "slurm", "ray")
 
@@ -66,6 +73,9 @@ class PrepareConfig:
 
     metadata_fields: tuple[str, ...] = ("url",)
     """The fields to keep as metadata; none: no metadata file."""
+
+    sentence_language: str | None = None
+    """Store each document as one sequence per sentence of this language; None: as one sequence."""
 
     encoder: str = "auto"
     """`auto`: gigatoken where its ids are the same; `gigatoken`: or refuse; `huggingface`."""
@@ -98,6 +108,9 @@ class PrepareReport:
 
     tokens: int = 0
     """Tokens written, EODs included."""
+
+    sequences: int = 0
+    """Megatron sequences written."""
 
     text_bytes: int = 0
     """Bytes of their text."""
@@ -149,7 +162,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     workers = config.workers if config.executor == "local" else 1
     with WorkFolder(config.output) as work:
         try:
-            _check_output(config, work)
+            check_output(config.output, work.path, overwrite=config.overwrite)
             rejected = RejectedRecords(strict=config.strict)
             steps = [
                 TaskReader(tasks, config.text_field, rejected),
@@ -159,7 +172,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
                 chosen = _begin(config, files, tasks, work)
                 report = _run(config, executor, tasks, _manifest(config, files, chosen), work.path)
         finally:
-            if not _num_finished(work.path, len(tasks)) and config.executor != "slurm":
+            if not num_finished(work.path, len(tasks)) and config.executor != "slurm":
                 work.remove()
     report.eod, report.eod_text = chosen["eod"], chosen["eod_text"]
     report.encoder = chosen["reason"]
@@ -171,14 +184,23 @@ def _begin(
 ) -> dict[str, Any]:
     """Load the tokenizer, choose the encoder, and see whether earlier work may go on."""
     print("loading the tokenizer ...", file=sys.stderr, flush=True)
+    sample = sample_texts(tasks, config.text_field)
     chosen = build_encoder(
         config.tokenizer_type,
         config.tokenizer_model,
         config.tokenizer_extra,
-        sample_texts(tasks, config.text_field),
+        sample,
         config.encoder,
     )
     print(f"encoder: {chosen['reason']}", file=sys.stderr, flush=True)
+    language = config.sentence_language
+    chosen["sentences"] = None
+    if language is not None:
+        # Seconds of import that most corpora have no use for.
+        from megatron_meco.corpus.punkt import learn_sentences
+
+        chosen["sentences"] = learn_sentences(sample, language)
+        print(f"sentences: {language}, learned from {len(sample):,} texts", file=sys.stderr)
     plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
     work.begin(plan, chosen, restart=config.overwrite)
     return chosen
@@ -204,7 +226,7 @@ def _run(
             _run_locally(executor, tasks, folder)
         return _report(merge_tasks(folder, config.output, len(tasks), manifest))
     except MeCoError as error:
-        raise _with_state(error, folder, len(tasks)) from error
+        raise with_state(error, folder, len(tasks)) from error
 
 
 def _run_locally(executor: LocalExecutor, tasks: list[list[Part]], folder: Path) -> None:
@@ -226,6 +248,7 @@ def _report(merged: MergedCorpus) -> PrepareReport:
     return PrepareReport(
         documents=merged.documents,
         tokens=merged.tokens,
+        sequences=merged.sequences,
         text_bytes=merged.text_bytes,
         median_tokens=merged.median_tokens,
         rejected=merged.rejected,
@@ -235,37 +258,12 @@ def _report(merged: MergedCorpus) -> PrepareReport:
     )
 
 
-def _check_output(config: PrepareConfig, work: WorkFolder) -> None:
-    existing = [path for path in output_paths(config.output) if path.exists()]
-    # Killed while the files got their names: they are this preparation's own.
-    if existing and not config.overwrite and not is_publishing(work.path):
-        raise DataError(
-            "already there", where=str(existing[0]), remedy="Add --overwrite to replace it."
-        )
-
-
-def _num_finished(folder: Path, num_tasks: int) -> int:
-    return sum(read_record(folder, rank) is not None for rank in range(num_tasks))
-
-
-def _with_state(error: MeCoError, folder: Path, num_tasks: int) -> MeCoError:
-    """Return the error with what is known of the unfinished work added to its remedy."""
-    finished = _num_finished(folder, num_tasks)
-    if finished == 0:
-        return error
-    kept = (
-        f"{finished:,} of {num_tasks:,} tasks are finished and kept in {folder}: the same "
-        "command goes on with the rest."
-    )
-    return type(error)(error.what, where=error.where, remedy=f"{error.remedy} {kept}")
-
-
 def _manifest(
     config: PrepareConfig, files: list[SourceFile], chosen: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
     return {
-        "format": 2,
+        "format": 3,
         "inputs": [{"path": file.path, "bytes": file.num_bytes} for file in files],
         "text_field": config.text_field,
         "metadata_fields": list(config.metadata_fields),
@@ -278,12 +276,13 @@ def _manifest(
             "eod_text": chosen["eod_text"],
         },
         "encoder": chosen["kind"],
+        "sentences": chosen["sentences"],
         "token_dtype": chosen["dtype"],
         "versions": {
             "megatron-meco": __version__,
             **{
                 name: importlib.metadata.version(name)
-                for name in ("megatron-core", "tokenizers", "gigatoken", "datatrove")
+                for name in ("megatron-core", "tokenizers", "gigatoken", "datatrove", "nltk")
             },
         },
     }
@@ -314,6 +313,8 @@ def _check(config: PrepareConfig) -> None:
         if value not in known:
             remedy = f"Use one of: {', '.join(known)}."
             raise FlagError(f"unknown value {value!r}", where=flag, remedy=remedy)
+    if config.sentence_language is not None:
+        check_language(config.sentence_language)
     if config.executor_options and config.executor == "local":
         raise FlagError(
             "has no effect with --executor local",

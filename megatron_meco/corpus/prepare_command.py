@@ -17,9 +17,10 @@ from rich.table import Table
 
 from megatron_meco.corpus.executors import parse_options
 from megatron_meco.corpus.prepare import EXECUTORS, PrepareConfig, PrepareReport, prepare
+from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
 from megatron_meco.corpus.tokenizer import TOKENIZER_TYPES
 from megatron_meco.corpus.work_folder import ENCODERS
-from megatron_meco.errors import MeCoError
+from megatron_meco.errors import FlagError, MeCoError
 
 _EXAMPLE = """example:
   meco prepare pages-*.jsonl.gz --output data/corpus \\
@@ -48,6 +49,17 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer-model", metavar="M", help="folder or file of the tokenizer")
     add("--text-field", default="text", metavar="NAME", help="default: %(default)s")
     add("--metadata-fields", default="url", metavar="A,B.C", help="default: %(default)s")
+    add(
+        "--split-sentences",
+        action="store_true",
+        help="store each document as one sequence per sentence, so that packing `split` and "
+        "`best-fit` cut between sentences",
+    )
+    add(
+        "--sentence-language",
+        metavar="L",
+        help=f"with --split-sentences: {', '.join(sorted(SENTENCE_LANGUAGES))}; default: english",
+    )
     add("--encoder", choices=ENCODERS, default="auto", help="default: %(default)s")
     add("--executor", choices=EXECUTORS, default="local", help="default: %(default)s")
     add(
@@ -92,6 +104,7 @@ def run_prepare(args: argparse.Namespace) -> int:
                 tokenizer_extra={name: v for name, v in settings.items() if v is not None},
                 text_field=args.text_field,
                 metadata_fields=fields if args.metadata_fields else (),
+                sentence_language=_sentence_language(args),
                 encoder=args.encoder,
                 executor=args.executor,
                 executor_options=parse_options(args.executor_option),
@@ -107,6 +120,16 @@ def run_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sentence_language(args: argparse.Namespace) -> str | None:
+    if args.sentence_language is not None and not args.split_sentences:
+        raise FlagError(
+            "has no effect without --split-sentences",
+            where="--sentence-language",
+            remedy="Add --split-sentences, or leave it out.",
+        )
+    return (args.sentence_language or "english") if args.split_sentences else None
+
+
 def _print_summary(report: PrepareReport, output: Path) -> None:
     if report.job:
         print(f"submitted; job {report.job} joins the tasks and writes {output}.idx last")
@@ -117,6 +140,8 @@ def _print_summary(report: PrepareReport, output: Path) -> None:
     table.add_row("documents", f"{report.documents:,}")
     table.add_row("tokens", f"{report.tokens:,}")
     table.add_row("tokens/document", f"{report.median_tokens:,.0f} (median, EOD included)")
+    if report.sequences > report.documents:
+        table.add_row("sequences", f"{report.sequences:,} (sentences)")
     table.add_row("text", f"{report.text_bytes / 1e6:,.1f} MB")
     table.add_row("EOD", f"{report.eod} {report.eod_text!r}")
     for name, count in report.missing_metadata.items():

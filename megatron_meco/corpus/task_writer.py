@@ -22,7 +22,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_meco.corpus.bulk import load_encoder
+from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, load_encoder
 from megatron_meco.corpus.documents import RejectedRecords
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
 from megatron_meco.corpus.records import Rejected, metadata_of
@@ -30,7 +30,7 @@ from megatron_meco.errors import DataError
 
 _BATCH_DOCUMENTS = 2048
 _BATCH_CHARACTERS = 4 << 20
-_TASK_SUFFIXES = (".bin", ".lengths", ".rejected.jsonl")
+_TASK_SUFFIXES = (".bin", ".lengths", ".sequences", ".rejected.jsonl")
 
 
 @dataclass
@@ -42,6 +42,9 @@ class TaskRecord:
 
     tokens: int = 0
     """Tokens written, EODs included."""
+
+    sequences: int = 0
+    """Megatron sequences that the documents consist of."""
 
     text_bytes: int = 0
     """Bytes of their text in UTF-8."""
@@ -90,6 +93,19 @@ def report_progress_to(callback: ProgressCallback | None) -> None:
     _on_progress = callback
 
 
+def tell_progress(rank: int, source_bytes: int, text_bytes: int, record: TaskRecord) -> None:
+    """Tell whoever listens in this process how far a task is.
+
+    Args:
+        rank: The task.
+        source_bytes: Bytes of input read.
+        text_bytes: Bytes of text read.
+        record: What has been written.
+    """
+    if _on_progress is not None:
+        _on_progress(rank, source_bytes, record.documents, record.tokens, text_bytes)
+
+
 class MegatronWriter(PipelineStep):  # type: ignore[misc]
     """Writes the documents of a pipeline as tokens and metadata, one set of files for each task.
 
@@ -135,21 +151,22 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
         if record_path(self.folder, rank).exists():
             return
         self.rejected.reset()
-        encoder, settings = load_encoder(self.folder)
-        with _TaskFiles(self.folder, rank, settings, list(self.metadata_fields)) as files:
+        bulk_encoder, settings = load_encoder(self.folder)
+        encoder = DocumentEncoder(bulk_encoder, settings.get("sentences"))
+        with TaskFiles(self.folder, rank, settings, list(self.metadata_fields)) as files:
             for batch in batches(data or iter(())):
                 self._write(files, encoder, batch)
                 files.reject(self.rejected.drain())
-                if _on_progress is not None:
-                    done, record = self.rejected.source_bytes, files.record
-                    _on_progress(rank, done, record.documents, record.tokens, record.text_bytes)
+                done, record = self.rejected.source_bytes, files.record
+                tell_progress(rank, done, record.text_bytes, record)
             files.reject(self.rejected.drain())
             files.finish(self.rejected.lines_of_parts)
         self.stat_update("tokens", value=files.record.tokens, unit="task")
         yield from ()
 
-    def _write(self, files: _TaskFiles, encoder: Any, batch: list[Document]) -> None:
-        ids, lengths = encoder.encode([document.text for document in batch])
+    def _write(self, files: TaskFiles, encoder: DocumentEncoder, batch: list[Document]) -> None:
+        encoded = encoder.encode([document.text for document in batch])
+        lengths = encoded.lengths
         if lengths.min(initial=1) <= 0:
             for document, length in zip(batch, lengths.tolist(), strict=True):
                 if length <= 0:
@@ -158,8 +175,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
                     rejected = Rejected(*where, reason, document.text[:200])
                     self.rejected.add(rejected, begin)
             batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
-            lengths = lengths[lengths > 0]
-        files.write(ids, lengths, metadata_columns(batch, self.metadata_fields))
+        files.write(encoded, metadata_columns(batch, self.metadata_fields))
         files.record.text_bytes += sum(
             len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
             for d in batch
@@ -221,8 +237,18 @@ def batches(data: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _TaskFiles:
-    """The files of one task, under temporary names until `finish`."""
+class TaskFiles:
+    """The files of one task, under temporary names until `finish`; a context manager.
+
+    Args:
+        folder: The work folder.
+        rank: The task.
+        settings: The encoder's `eod`, `vocab_size` and `dtype`.
+        metadata_fields: The columns of metadata; none: no metadata file.
+
+    Raises:
+        DataError: A file cannot be written.
+    """
 
     def __init__(
         self, folder: Path, rank: int, settings: dict[str, Any], metadata_fields: list[str]
@@ -262,18 +288,28 @@ class _TaskFiles:
         if isinstance(error, OSError):
             raise cannot_write(error, self._prefix) from error
 
-    def write(
-        self, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], columns: list[Any]
-    ) -> None:
-        """Add documents: their ids end to end, ids per document, one list of values per field."""
+    def write(self, encoded: EncodedDocuments, columns: list[list[str | None]]) -> None:
+        """Add those of the documents that have ids, and an EOD behind each.
+
+        Args:
+            encoded: The documents.
+            columns: Their metadata, one list of values for each field.
+
+        Raises:
+            DataError: An id is outside the vocabulary.
+        """
+        lengths = encoded.lengths[encoded.lengths > 0]
         if len(lengths) == 0:
             return
-        self._check(ids)
-        tokens = with_eod(ids, lengths, self._eod, self._dtype)
+        self._check(encoded.ids)
+        tokens = with_eod(encoded.ids, lengths, self._eod, self._dtype)
+        num_sequences = encoded.num_sequences[encoded.num_sequences > 0]
         self._files[".bin"].write(tokens)
-        self._files[".lengths"].write((lengths + 1).astype(np.int32))
+        self._files[".lengths"].write(encoded.sequence_lengths_with_eod().astype(np.int32))
+        self._files[".sequences"].write(num_sequences.astype(np.int32))
         self.record.documents += len(lengths)
         self.record.tokens += len(tokens)
+        self.record.sequences += int(num_sequences.sum())
         for name, values in zip(self.record.missing_metadata, columns, strict=True):
             self.record.missing_metadata[name] += values.count(None)
         if self._metadata is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
-from megatron_meco.corpus.bulk import BulkEncoder, encoder_of
+from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, encoder_of
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
 from megatron_meco.corpus.merge import checksum_of
@@ -162,10 +162,17 @@ def verify_against(prefix: Path, inputs: list[str], encoder: str = "auto") -> Ch
             where="--against",
             remedy="Only a corpus that `meco prepare` made can be compared.",
         )
+    if "text_field" not in manifest:
+        raise FlagError(
+            "the corpus was imported as token ids: there is no text to compare it with",
+            where="--against",
+            remedy="Leave it out; the rest of `meco verify` holds for such a corpus as well.",
+        )
     index = open_index(prefix)
     settings = manifest["tokenizer"]
     chosen = build_encoder(settings["type"], settings["model"], settings["extra"], encoder=encoder)
-    comparison = _Comparison(index, prefix, manifest["metadata_fields"], encoder_of(chosen), chosen)
+    document_encoder = DocumentEncoder(encoder_of(chosen), manifest.get("sentences"))
+    comparison = _Comparison(index, prefix, manifest["metadata_fields"], document_encoder, chosen)
     tasks = plan_tasks(find_files(inputs))
     rejected = RejectedRecords()
     reader = TaskReader(tasks, manifest["text_field"], rejected)
@@ -192,7 +199,7 @@ class _Comparison:
     index: CorpusIndex
     prefix: Path
     fields: list[str]
-    encoder: BulkEncoder
+    encoder: DocumentEncoder
     chosen: dict[str, Any]
     num_documents: int = 0
 
@@ -201,12 +208,13 @@ class _Comparison:
 
     def compare(self, batch: list[Document]) -> None:
         """Compare the next documents."""
-        ids, lengths = self.encoder.encode([document.text for document in batch])
+        encoded = self.encoder.encode([document.text for document in batch])
+        lengths = encoded.lengths
         batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
         lengths = lengths[lengths > 0]
         begin = self.num_documents
         end = min(begin + len(batch), self.index.num_documents)
-        tokens = with_eod(ids, lengths, self.chosen["eod"], self.index.tokens.dtype)
+        tokens = with_eod(encoded.ids, lengths, self.chosen["eod"], self.index.tokens.dtype)
         bounds = self.index.bounds(begin, end)
         expected = np.concatenate([[0], np.cumsum(lengths + 1)])
         stored = self.index.tokens[bounds[0] : bounds[-1]]
@@ -217,6 +225,7 @@ class _Comparison:
                 if not np.array_equal(one, tokens[expected[i] : expected[i + 1]]):
                     raise self._differs(batch[i], begin + i, "other tokens")
             raise self._differs(batch[end - begin], end, "no such document")
+        self._compare_sequences(batch, encoded, begin)
         if self._table is not None:
             rows = self._table.slice(begin, end - begin)
             for name, values in zip(self.fields, metadata_columns(batch, self.fields), strict=True):
@@ -225,6 +234,20 @@ class _Comparison:
                     if one != other:
                         raise self._differs(batch[i], begin + i, f"{name!r} is {one!r}")
         self.num_documents = end
+
+    def _compare_sequences(
+        self, batch: list[Document], encoded: EncodedDocuments, begin: int
+    ) -> None:
+        first = self.index.first_sequences[begin : begin + len(batch) + 1]
+        stored = self.index.lengths[first[0] : first[-1]]
+        counts = encoded.num_sequences[encoded.num_sequences > 0]
+        if not np.array_equal(np.diff(first), counts):
+            i = int(np.flatnonzero(np.diff(first) != counts)[0])
+            raise self._differs(batch[i], begin + i, "another number of sequences")
+        is_other = stored != encoded.sequence_lengths_with_eod()
+        if is_other.any():
+            i = int(np.searchsorted(np.cumsum(counts), np.argmax(is_other), side="right"))
+            raise self._differs(batch[i], begin + i, "other sentences")
 
     def _differs(self, document: Document, number: int, what: str) -> DataError:
         path, line = getattr(document, "path", ""), getattr(document, "line", 0)

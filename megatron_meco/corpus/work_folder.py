@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from megatron_meco.corpus.bulk import choose_encoder, encoder_digest, write_encoder
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.sentences import sentences_digest
 from megatron_meco.corpus.sources import Part, SourceFile
 from megatron_meco.corpus.task_writer import write_synced
 from megatron_meco.corpus.tokenizer import build_tokenizer, resolve_eod, text_encoder
@@ -81,20 +82,23 @@ def build_encoder(
     }
 
 
-def make_work_folder(folder: str | os.PathLike[str], **tokenizer: Any) -> dict[str, Any]:
+def make_work_folder(
+    folder: str | os.PathLike[str], *, sentences: dict[str, Any] | None = None, **tokenizer: Any
+) -> dict[str, Any]:
     """Make a folder that a `MegatronWriter` of one's own pipeline can write to.
 
     Args:
         folder: The folder; all tasks must reach it.
+        sentences: What `learn_sentences` returned, to store each document as several sequences.
         **tokenizer: The arguments of `build_encoder`.
 
     Returns:
-        What `build_encoder` returns.
+        What `build_encoder` returns, and `sentences`.
 
     Raises:
         MeCoError: As `build_encoder`.
     """
-    chosen = build_encoder(**tokenizer)
+    chosen = {**build_encoder(**tokenizer), "sentences": sentences}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_encoder(Path(folder), chosen)
     return chosen
@@ -122,11 +126,12 @@ def plan_of(
 ) -> dict[str, Any]:
     """Return what must be the same for an unfinished preparation to go on."""
     return {
-        "format": 1,
+        "format": 2,
         "inputs": [[file.path, file.num_bytes, file.stamp] for file in files],
         "text_field": text_field,
         "metadata_fields": list(metadata_fields),
         "tokenizer": [encoder_digest(chosen), chosen["eod"], chosen["vocab_size"], chosen["dtype"]],
+        "sentences": sentences_digest(chosen["sentences"]),
     }
 
 
@@ -208,14 +213,15 @@ class WorkFolder:
 
 
 def _difference(earlier: dict[str, Any], plan: dict[str, Any]) -> str:
-    before, now = earlier.get("inputs", []), plan["inputs"]
+    # An import of shards has none.
+    before, now = earlier.get("inputs", []), plan.get("inputs", [])
     for one, other in zip(before, now, strict=False):
         if one != other:
             if one[0] != other[0]:
                 return f"{other[0]} stands where {one[0]} stood"
             what = f"{one[1]:,} bytes then, {other[1]:,} now" if one[1] != other[1] else "its date"
             return f"{one[0]} has changed ({what})"
-    if len(before) != len(now):
+    if before and now and len(before) != len(now):
         return f"{len(before):,} input files then, {len(now):,} now"
     changed = [key for key in plan if earlier.get(key) != plan[key]]
     return f"other {' and '.join(key.replace('_', ' ') for key in changed)}"

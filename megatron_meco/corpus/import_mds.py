@@ -1,0 +1,269 @@
+"""`meco import-mds`: token shards of mosaicml-streaming, such as the MeCo authors', as a corpus.
+
+The authors publish documents as ids without BOS and EOS, with `url` and `length`. Each row becomes
+a document with an EOD behind it and a row of metadata. A BOS before and an EOD behind the ids of a
+row are taken for what they are (the one dropped, the other not doubled); either inside is refused:
+such rows are packs of several documents. Runs on the executor of `meco prepare`: a task is a
+gigabyte of shards, the bytes do not depend on the workers, an import that was stopped goes on, and
+files appear only when all is there. Costs the memory of one shard per worker, and the disk space of
+the corpus twice. Given up: checking that the tokenizer is the one that made the ids, which nothing
+tells; only its EOD, BOS and the size of its vocabulary are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_meco import __version__
+from megatron_meco.corpus.executors import LocalExecutor
+from megatron_meco.corpus.mds import (
+    Shard,
+    find_indices,
+    ids_decoder,
+    read_index,
+    text_decoder,
+)
+from megatron_meco.corpus.mds_importer import MdsImporter
+from megatron_meco.corpus.merge import (
+    MergedCorpus,
+    check_output,
+    merge_tasks,
+    num_finished,
+    with_state,
+)
+from megatron_meco.corpus.progress import DocumentProgress
+from megatron_meco.corpus.tokenizer import (
+    TOKENIZER_TYPES,
+    build_tokenizer,
+    resolve_bos,
+    resolve_eod,
+)
+from megatron_meco.corpus.work_folder import WorkFolder
+from megatron_meco.errors import DataError, FlagError, MeCoError
+
+_TASK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """What to import."""
+
+    folders: tuple[str, ...]
+    """Folders of shards, in the order of their documents; URLs need an index of their own."""
+
+    output: Path
+    """The prefix of the files to write, as in Megatron's `--data-path`."""
+
+    tokenizer_type: str
+    """Megatron's `--tokenizer-type`: the tokenizer that made the ids."""
+
+    tokenizer_model: str | None = None
+    """Megatron's `--tokenizer-model`."""
+
+    ids_column: str = "input_ids"
+    """The column of token ids."""
+
+    token_dtype: str | None = None
+    """The type of the ids where the column is `bytes`."""
+
+    metadata_fields: tuple[str, ...] = ("url",)
+    """The columns to keep as metadata; none: no metadata file."""
+
+    workers: int = 1
+    """Tasks that run at once; 1 works in this process."""
+
+    overwrite: bool = False
+    """Whether to replace a corpus that is already there."""
+
+
+def import_mds(config: ImportConfig) -> MergedCorpus:
+    """Write shards of mosaicml-streaming as a corpus, or go on with an unfinished import.
+
+    Args:
+        config: What to import. With more than one worker the calling script needs the usual
+            `if __name__ == "__main__":`, because workers start from a fresh import.
+
+    Returns:
+        Counts and files.
+
+    Raises:
+        MeCoError: Something cannot be read, understood or written. Finished tasks are kept, and
+            the same call goes on with the rest.
+    """
+    _check_config(config)
+    indices = [path for folder in config.folders for path in find_indices(os.fspath(folder))]
+    read = [read_index(path) for path in indices]
+    tasks = _plan_tasks([shard for shards, _ in read for shard in shards], config)
+    with WorkFolder(config.output) as work:
+        try:
+            check_output(config.output, work.path, overwrite=config.overwrite)
+            settings = _settings(config)
+            step = MdsImporter(
+                work.path,
+                tasks,
+                settings,
+                config.ids_column,
+                config.token_dtype,
+                config.metadata_fields,
+            )
+            inputs = [[path, digest] for path, (_, digest) in zip(indices, read, strict=True)]
+            manifest = _manifest(config, inputs, settings)
+            with LocalExecutor([step], work.path, len(tasks), config.workers) as executor:
+                work.begin({"import": manifest}, settings, restart=config.overwrite)
+                return _run(executor, tasks, config, manifest)
+        finally:
+            if not num_finished(work.path, len(tasks)):
+                work.remove()
+
+
+def _run(
+    executor: LocalExecutor,
+    tasks: list[list[Shard]],
+    config: ImportConfig,
+    manifest: dict[str, Any],
+) -> MergedCorpus:
+    folder = executor.work_folder
+    total = sum(shard.stored_bytes for shards in tasks for shard in shards)
+    try:
+        with DocumentProgress("import-mds", total) as progress:
+
+            def note(counts: list[int]) -> None:
+                source_bytes, documents, tokens, text_bytes = counts
+                progress.update(source_bytes, documents, text_bytes, tokens)
+
+            executor.run(note)
+        return merge_tasks(folder, config.output, len(tasks), manifest)
+    except MeCoError as error:
+        raise with_state(error, folder, len(tasks)) from error
+
+
+def _plan_tasks(shards: list[Shard], config: ImportConfig) -> list[list[Shard]]:
+    """Look the columns over, so that nothing is written before they are right; make tasks."""
+    wanted = [config.ids_column, *config.metadata_fields]
+    tasks: list[list[Shard]] = []
+    room = 0
+    for shard in shards:
+        missing = [name for name in wanted if name not in shard.columns]
+        if missing:
+            raise DataError(
+                f"no column {missing[0]!r}; there are {', '.join(shard.columns)}",
+                where=shard.path,
+                remedy="Name columns with --ids-column and --metadata-fields.",
+            )
+        ids_decoder(shard.columns[config.ids_column], config.token_dtype)
+        for name in config.metadata_fields:
+            text_decoder(shard.columns[name], name)
+        if room <= 0:
+            tasks.append([])
+            room = _TASK_BYTES
+        tasks[-1].append(shard)
+        room -= shard.num_bytes
+    if not tasks:
+        raise DataError(
+            "no shards", where=", ".join(config.folders), remedy="Name folders that hold some."
+        )
+    return tasks
+
+
+def _settings(config: ImportConfig) -> dict[str, Any]:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    return {
+        "eod": resolve_eod(tokenizer),
+        "bos": resolve_bos(tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
+    }
+
+
+def _manifest(
+    config: ImportConfig, inputs: list[list[str]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
+    return {
+        "format": 3,
+        "indices": [{"path": path, "sha256": digest} for path, digest in inputs],
+        "ids_column": config.ids_column,
+        "ids_dtype": config.token_dtype,
+        "metadata_fields": list(config.metadata_fields),
+        "tokenizer": {
+            "type": config.tokenizer_type,
+            "model": config.tokenizer_model,
+            **{key: settings[key] for key in ("vocab_size", "eod", "bos")},
+        },
+        "token_dtype": settings["dtype"],
+        "versions": {"megatron-meco": __version__},
+    }
+
+
+def _check_config(config: ImportConfig) -> None:
+    fields = config.metadata_fields
+    if len(set(fields)) < len(fields) or not all(fields):
+        raise FlagError(
+            f"empty or repeated names in {','.join(fields)!r}",
+            where="--metadata-fields",
+            remedy="Name every column once, with commas between.",
+        )
+    if config.workers < 1:
+        raise FlagError(
+            f"{config.workers} workers", where="--workers", remedy="Use a number above 0."
+        )
+    if not config.output.name or config.output.is_dir():
+        raise FlagError(
+            f"{str(config.output)!r} is a folder",
+            where="--output",
+            remedy="Add the beginning of the file names, for example `data/corpus`.",
+        )
+
+
+def add_import_mds_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meco import-mds` to its parser."""
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="DIR", help="folder with index.json, or one of such folders")
+    add("--output", required=True, type=Path, metavar="PREFIX", help="prefix of the files written")
+    add("--tokenizer-type", required=True, metavar="T", help=f"one of {', '.join(TOKENIZER_TYPES)}")
+    add("--tokenizer-model", metavar="M", help="of the tokenizer that made the ids")
+    add("--ids-column", default="input_ids", metavar="NAME", help="default: %(default)s")
+    add("--token-dtype", metavar="D", help="type of the ids where their column is `bytes`")
+    add("--metadata-fields", default="url", metavar="A,B", help="default: %(default)s")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+    add("--overwrite", action="store_true", help="replace a corpus that is already there")
+
+
+def run_import_mds(args: argparse.Namespace) -> int:
+    """Run `meco import-mds`.
+
+    Args:
+        args: The parsed arguments of `add_import_mds_arguments`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        MeCoError: The shards cannot be imported; nothing has been written under the output's names.
+    """
+    fields = tuple(name.strip() for name in args.metadata_fields.split(","))
+    merged = import_mds(
+        ImportConfig(
+            folders=tuple(args.folders),
+            output=args.output,
+            tokenizer_type=args.tokenizer_type,
+            tokenizer_model=args.tokenizer_model,
+            ids_column=args.ids_column,
+            token_dtype=args.token_dtype,
+            metadata_fields=fields if args.metadata_fields else (),
+            workers=args.workers,
+            overwrite=args.overwrite,
+        )
+    )
+    print(f"{merged.documents:,} documents, {merged.tokens:,} tokens (EODs included)")
+    for reason, count in sorted(merged.rejected.items()):
+        print(f"rejected: {count:,} rows: {reason}")
+    for path in merged.files:
+        print(f"written: {path}")
+    return 0

@@ -1,0 +1,142 @@
+"""Where the sentences of a document end, by nltk's Punkt.
+
+Nothing is downloaded: what Punkt (Kiss and Strunk, 2006) has to know of a text (abbreviations,
+collocations, words that begin sentences) it learns from a sample of the user's own documents, once
+for each preparation; all tasks use what was learned, and the manifest keeps it. A sentence keeps
+the white space behind it, as in Megatron's `preprocess_data.py --split-sentences`, so the sentences
+joined are the document. Costs three seconds to learn and Punkt's pure Python, about 5 MB of text a
+second on one core. Given up: ends without a mark (titles, items of a list).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any
+
+from nltk import redos
+from nltk.tokenize.punkt import (
+    PunktLanguageVars,
+    PunktParameters,
+    PunktSentenceTokenizer,
+    PunktTrainer,
+)
+
+from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES, check_language
+
+_LEARNED_CHARACTERS = 1 << 20
+
+
+class _LanguageVars(PunktLanguageVars):  # type: ignore[misc]
+    """Punkt's expressions for a language, without a time limit.
+
+    nltk stops each of them after five seconds. A slow machine would then prepare another corpus
+    than a fast one; the expressions are nltk's own and take time in proportion to the text.
+    """
+
+    def __init__(self, language: str) -> None:
+        self.sent_end_chars = SENTENCE_LANGUAGES[language]
+        self.internal_punctuation = "".join(
+            mark
+            for mark in PunktLanguageVars.internal_punctuation
+            if mark not in self.sent_end_chars
+        )
+        self._context = _untimed(super().period_context_re())
+        self._word = _untimed(super()._word_tokenizer_re())
+
+    re_boundary_realignment = redos.compile(
+        PunktLanguageVars.re_boundary_realignment.pattern,
+        PunktLanguageVars.re_boundary_realignment.flags,
+        timeout=None,
+    )
+
+    def period_context_re(self) -> Any:
+        return self._context
+
+    def _word_tokenizer_re(self) -> Any:
+        return self._word
+
+
+def _untimed(pattern: Any) -> Any:
+    return redos.compile(pattern.pattern, pattern.flags, timeout=None)
+
+
+def learn_sentences(texts: Iterable[str], language: str) -> dict[str, Any]:
+    """Learn from texts what Punkt has to know of them.
+
+    Args:
+        texts: A sample of the documents; the first million characters counts.
+        language: One of `SENTENCE_LANGUAGES`.
+
+    Returns:
+        What `SentenceSplitter` takes and JSON keeps. The same texts give the same. Words are joined
+        by spaces, which none contains, because a manifest with one line for each would be long.
+
+    Raises:
+        FlagError: The language is not known.
+    """
+    check_language(language)
+    trainer = PunktTrainer(lang_vars=_LanguageVars(language))
+    room = _LEARNED_CHARACTERS
+    for text in texts:
+        trainer.train(text[:room], finalize=False)
+        room -= len(text)
+        if room <= 0:
+            break
+    learned = trainer.get_params()
+    # Words seen once say little about their case, and are most of all words.
+    trainer.freq_threshold(ortho_thresh=2)
+    contexts: dict[str, list[str]] = {}
+    for word, context in sorted(learned.ortho_context.items()):
+        if context:
+            contexts.setdefault(str(context), []).append(word)
+    return {
+        "language": language,
+        "nltk": importlib.metadata.version("nltk"),
+        "abbreviations": " ".join(sorted(learned.abbrev_types)),
+        "sentence_starters": " ".join(sorted(learned.sent_starters)),
+        "collocations": " ".join(chain.from_iterable(sorted(learned.collocations))),
+        "orthographic_contexts": {key: " ".join(contexts[key]) for key in sorted(contexts)},
+    }
+
+
+class SentenceSplitter:
+    """Splits texts into sentences.
+
+    Args:
+        learned: What `learn_sentences` returned.
+    """
+
+    def __init__(self, learned: dict[str, Any]) -> None:
+        self._learned = learned
+
+    def split(self, text: str) -> list[str]:
+        """Return the sentences of a text, each with the white space behind it.
+
+        Args:
+            text: The text.
+
+        Returns:
+            At least one; joined they are the text.
+        """
+        begins = [begin for begin, _ in self._punkt.span_tokenize(text)]
+        borders = [0, *begins[1:], len(text)]
+        return [text[begin:end] for begin, end in pairwise(borders)]
+
+    @cached_property
+    def _punkt(self) -> PunktSentenceTokenizer:
+        learned = self._learned
+        parameters = PunktParameters()
+        parameters.abbrev_types = _words(learned["abbreviations"])
+        parameters.sent_starters = _words(learned["sentence_starters"])
+        pairs = iter(learned["collocations"].split(" "))
+        parameters.collocations = set(zip(pairs, pairs, strict=False))
+        for context, words in learned["orthographic_contexts"].items():
+            parameters.ortho_context.update(dict.fromkeys(_words(words), int(context)))
+        return PunktSentenceTokenizer(parameters, lang_vars=_LanguageVars(learned["language"]))
+
+
+def _words(joined: str) -> set[str]:
+    return set(joined.split(" ")) if joined else set()

@@ -1,0 +1,73 @@
+"""The languages whose sentences `meco prepare --split-sentences` can tell apart.
+
+Beside `punkt`, which does it, because importing nltk takes two to six seconds and a corpus without
+sentences has no use for it. Given up: languages that write no spaces between sentences (Chinese,
+Japanese, Thai), which Punkt is not made for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from megatron_meco.errors import FlagError
+
+_LATIN = (".", "?", "!")
+SENTENCE_LANGUAGES: dict[str, tuple[str, ...]] = {
+    # The languages of nltk's own Punkt models, ...
+    **dict.fromkeys(
+        (
+            "czech",
+            "danish",
+            "dutch",
+            "english",
+            "estonian",
+            "finnish",
+            "french",
+            "german",
+            "italian",
+            "malayalam",
+            "norwegian",
+            "polish",
+            "portuguese",
+            "russian",
+            "slovene",
+            "spanish",
+            "swedish",
+            "turkish",
+        ),
+        _LATIN,
+    ),
+    # ... and those with spaces between sentences whose marks are others.
+    "arabic": (".", "\u061f", "!"),
+    "greek": (".", ";", "\u037e", "!"),
+    "hindi": (".", "?", "!", "\u0964"),
+    "persian": (".", "\u061f", "!"),
+    "urdu": ("\u06d4", ".", "\u061f", "!"),
+}
+"""The marks that may end a sentence, by language."""
+
+
+def check_language(language: str) -> None:
+    """Refuse a language that is not among `SENTENCE_LANGUAGES`.
+
+    Args:
+        language: Its English name in lower case.
+
+    Raises:
+        FlagError: It is not one of them.
+    """
+    if language not in SENTENCE_LANGUAGES:
+        raise FlagError(
+            f"sentences of {language!r} cannot be told apart",
+            where="--sentence-language",
+            remedy=f"Use one of: {', '.join(sorted(SENTENCE_LANGUAGES))}.",
+        )
+
+
+def sentences_digest(learned: dict[str, Any] | None) -> str | None:
+    """Return a digest of what decides the sentences; None where documents are not split."""
+    if learned is None:
+        return None
+    return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()
