@@ -19,8 +19,6 @@ Cost: 4 bytes for each document visit and 8 for each pack, memory-mapped by ever
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,12 +26,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
 from megatron_meco import _core
 from megatron_meco.data.array_file import load_or_build
 from megatron_meco.data.fingerprint import digest
+from megatron_meco.data.progress import BuildProgress
 from megatron_meco.errors import DataError
 
 KIND = "pack plan"
@@ -176,7 +173,7 @@ def load_plan(
     path = cache_folder / f"{digest(key)}-plan.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        with _Progress(f"packing {where}") as progress:
+        with BuildProgress(f"packing {where}") as progress:
             plan = build_plan(corpus(), request, where, progress=progress)
         arrays = {k: v for k, v in vars(plan).items() if isinstance(v, np.ndarray)}
         header = {"counts": vars(plan.counts), "one_sequence_each": plan.one_sequence_each}
@@ -241,39 +238,6 @@ def build_plan(
         one_sequence_each=corpus.one_sequence_each,
         counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack),
     )
-
-
-class _Progress:
-    """Says on stderr how far a long build is: a bar on a terminal, else a line now and then.
-
-    Nothing is said for the first three seconds.
-    """
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._next = time.monotonic() + 3.0
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, share: float) -> None:
-        now = time.monotonic()
-        if now < self._next:
-            return
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = Progress(console=Console(stderr=True), transient=True)
-                self._bar.add_task(self._label, total=1.0)
-                self._bar.start()
-            self._bar.update(self._bar.task_ids[0], completed=share)
-        else:
-            self._next = now + 10.0
-            print(f"{self._label}: {100 * share:.0f} %", file=sys.stderr, flush=True)
 
 
 def _documents_per_pack(packs_by_size: NDArray[np.int64]) -> dict[str, float]:

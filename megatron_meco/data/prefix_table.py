@@ -1,16 +1,19 @@
 """The prefixes of a corpus: each distinct one tokenised once, one number for each document.
 
-Cost: one streaming pass over the metadata columns that the template reads (two when it keeps only
-frequent values), one tokenizer call for each distinct prefix, 4 bytes for each document. The result
-is cached as one memory-mapped file whose name holds all that decides it: template, tokenizer,
-metadata file, length cap. What was given up: merging tokens across the border of prefix and body;
-they are tokenised apart, so the span of a prefix is exact.
+Cost: one pass over the metadata columns that the template reads (two when it keeps only frequent
+values), on all cores, with 2 to 6 s of one core for a million URLs; one tokenizer call for each
+distinct prefix; 4 bytes for each document. The result is cached as one memory-mapped file whose
+name holds all that decides it: template, tokenizer, metadata file, length cap. What was given up:
+merging tokens across the border of prefix and body; they are tokenised apart, so the span of a
+prefix is exact.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.data.array_file import load_or_build
 from megatron_meco.data.fingerprint import digest, file_identity
+from megatron_meco.data.progress import BuildProgress
 from megatron_meco.data.template import Placeholder, Template, frequent_values
 from megatron_meco.errors import FlagError
 
@@ -160,13 +164,16 @@ def _number_prefixes(
     ids = np.full(metadata.num_rows, -1, dtype=np.int32)
     numbers: dict[str, int] = {}
     row = 0
-    for batch in _batches(metadata, template, where):
-        encoded = template.render(batch, where, frequent).dictionary_encode()
+
+    def render(batch: pa.RecordBatch) -> pa.DictionaryArray:
+        return template.render(batch, where, frequent).dictionary_encode()
+
+    for encoded in _map_batches(render, metadata, template, where, f"prefixes of {where}"):
         lookup = [numbers.setdefault(text, len(numbers)) for text in encoded.dictionary.to_pylist()]
         local = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
         # The extra last entry answers index -1: a document without a prefix.
-        ids[row : row + len(batch)] = np.array([*lookup, -1], dtype=np.int32)[local]
-        row += len(batch)
+        ids[row : row + len(local)] = np.array([*lookup, -1], dtype=np.int32)[local]
+        row += len(local)
     return ids, list(numbers)
 
 
@@ -176,15 +183,42 @@ def _count_frequent(
     """The values to keep of each placeholder with a frequency filter."""
     placeholders = [p for p in template.placeholders if p.frequency_filters]
     counts: dict[Placeholder, Counter[str]] = {p: Counter() for p in placeholders}
+
+    def count(batch: pa.RecordBatch) -> list[list[dict[str, Any]]]:
+        columns = (template.values(p, batch, where).drop_null() for p in placeholders)
+        return [pc.value_counts(column).to_pylist() for column in columns]
+
     if placeholders:
-        for batch in _batches(metadata, template, where):
-            for placeholder in placeholders:
-                values = template.values(placeholder, batch, where).drop_null()
-                for entry in pc.value_counts(values).to_pylist():
+        label = f"frequent values of {where}"
+        for columns in _map_batches(count, metadata, template, where, label):
+            for placeholder, entries in zip(placeholders, columns, strict=True):
+                for entry in entries:
                     counts[placeholder][entry["values"]] += entry["counts"]
     return {p: frequent_values(p, counts[p]) for p in placeholders}
 
 
-def _batches(metadata: pa.Table, template: Template, where: str) -> Iterator[pa.RecordBatch]:
+def _map_batches[T](
+    function: Callable[[pa.RecordBatch], T],
+    metadata: pa.Table,
+    template: Template,
+    where: str,
+    label: str,
+) -> Iterator[T]:
+    """Apply a function to the rows, a stretch at a time, on all cores; results in order.
+
+    Arrow's kernels let go of the interpreter, so threads help; a few stretches are in flight.
+    """
     columns = metadata.select(template.fields(metadata.schema.names, where))
-    yield from columns.to_batches(max_chunksize=_ROWS_PER_BATCH)
+    num_threads = len(os.sched_getaffinity(0))
+    pending: deque[tuple[int, Future[T]]] = deque()
+    done = 0
+    with ThreadPoolExecutor(num_threads) as pool, BuildProgress(label) as progress:
+        for batch in columns.to_batches(max_chunksize=_ROWS_PER_BATCH):
+            pending.append((len(batch), pool.submit(function, batch)))
+            if len(pending) > 2 * num_threads:
+                num_rows, future = pending.popleft()
+                yield future.result()
+                done += num_rows
+                progress(done / metadata.num_rows)
+        for _, future in pending:
+            yield future.result()

@@ -54,6 +54,20 @@ def test_each_distinct_prefix_once_across_batches(
     assert (table.documents_without_value, table.documents_with_long_prefix) == (1, 1)
 
 
+def test_many_batches_on_all_cores_give_the_table_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = [f"h{i * i % 71}.org" for i in range(2000)]
+    write(tmp_path / "c", url=[f"http://{h}/{i}" for i, h in enumerate(hosts)])
+    source = "{url.host|top=50%}"
+    one = load(tmp_path / "c", 2000, source)
+    monkeypatch.setattr(prefix_table, "_ROWS_PER_BATCH", 7)
+    many = load(tmp_path / "c", 2000, source, cache_folder=tmp_path / "other")
+    assert len(np.unique(one.prefix_ids)) > 5
+    for name in ("prefix_ids", "prefix_tokens", "prefix_offsets"):
+        assert np.array_equal(getattr(one, name), getattr(many, name))
+
+
 def test_the_cache_is_used_and_not_used_when_anything_changed(tmp_path: Path) -> None:
     write(tmp_path / "c", url=["http://a.org", "http://b.org"])
     calls = []
