@@ -150,8 +150,9 @@ def readme_documents() -> Iterator[dict[str, str]]:
         lines = _COMMENT.sub("", text).splitlines()
         text = "\n".join(line for line in lines if not _BADGE.match(line))
         text = without_licence(text)[:_MAX_CHARACTERS]
-        if len(text) >= _MIN_CHARACTERS:
-            yield document_of(text, project_url(distribution, _README_LABELS))
+        url = project_url(distribution, _README_LABELS)
+        if url and len(text) >= _MIN_CHARACTERS:
+            yield document_of(text, url)
 
 
 def distributions() -> list[importlib.metadata.Distribution]:
@@ -163,7 +164,7 @@ def distributions() -> list[importlib.metadata.Distribution]:
 def project_url(
     distribution: importlib.metadata.Distribution, preferred_labels: tuple[str, ...]
 ) -> str:
-    """Return the distribution's URL under the first label that it has, else its package page."""
+    """Return the distribution's URL under the first label that it has; empty: it names none."""
     metadata = distribution.metadata
     urls: dict[str, str] = {}
     for entry in metadata.get_all("Project-URL") or []:
@@ -173,7 +174,7 @@ def project_url(
     for label in preferred_labels:
         if urlsplit(urls.get(label, "")).netloc:
             return urls[label]
-    return f"https://pypi.org/project/{metadata['Name']}/"
+    return ""
 
 
 def installed_sources(max_source_bytes: float) -> Iterator[Source]:
@@ -184,6 +185,8 @@ def installed_sources(max_source_bytes: float) -> Iterator[Source]:
     """
     for distribution in distributions():
         base = project_url(distribution, _DOCUMENTATION_LABELS)
+        if not base:
+            continue
         names = [str(file) for file in distribution.files or [] if is_wanted(PurePosixPath(file))]
         root = Path(str(distribution.locate_file("")))
         for name in capped(root, names, max_source_bytes):

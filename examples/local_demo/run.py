@@ -36,7 +36,7 @@ from megatron_meco.corpus.metadata import open_metadata
 ITERATIONS_PER_MINUTE = 120
 DEFAULT_MINUTES = 2.5
 # Where all kinds of projects live: such a host says little about a text.
-CODE_HOSTS = ("github.com", "gitlab.com", "pypi.org")
+CODE_HOSTS = ("github.com", "gitlab.com")
 PROMPT = "Return the"
 LINES_OF_INSPECT = 18
 
