@@ -17,7 +17,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer with BOS and EOS."""
+    """At most 300 tokens, BOS 0 and EOS 1."""
     return write_tokenizer(tmp_path_factory.mktemp("shared") / "tokenizer")
 
 

@@ -33,6 +33,7 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from megatron_meco.corpus.merge import merge_tasks
+from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.task_writer import read_record, report_progress_to
 from megatron_meco.errors import DataError, FlagError
 
@@ -168,6 +169,30 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
                 where=f"--workers {self.workers}",
                 remedy="Usually memory ran out: use fewer workers, or look for a huge document.",
             ) from None
+
+
+def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[int]) -> None:
+    """Run the tasks that are not finished, with what they have done on stderr.
+
+    Args:
+        executor: Entered already.
+        label: Names the work.
+        task_bytes: The source bytes of every task.
+
+    Raises:
+        MeCoError: A task cannot be done, or its worker was killed.
+    """
+    left = [n for rank, n in enumerate(task_bytes) if not executor.is_rank_completed(rank)]
+    if len(left) < len(task_bytes):
+        done = len(task_bytes) - len(left)
+        print(f"going on: {done:,} of {len(task_bytes):,} tasks are finished", file=sys.stderr)
+    with DocumentProgress(label, sum(left)) as progress:
+
+        def note(counts: list[int]) -> None:
+            source_bytes, documents, tokens, text_bytes = counts
+            progress.update(source_bytes, documents, text_bytes, tokens)
+
+        executor.run(note)
 
 
 def _start_worker(shared: Any) -> None:

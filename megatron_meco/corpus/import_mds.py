@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meco import __version__
-from megatron_meco.corpus.executors import LocalExecutor
+from megatron_meco.corpus.executors import LocalExecutor, run_with_progress
 from megatron_meco.corpus.mds import (
     Shard,
     find_indices,
@@ -35,7 +35,6 @@ from megatron_meco.corpus.merge import (
     num_finished,
     with_state,
 )
-from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     build_tokenizer,
@@ -127,15 +126,9 @@ def _run(
     manifest: dict[str, Any],
 ) -> MergedCorpus:
     folder = executor.work_folder
-    total = sum(shard.stored_bytes for shards in tasks for shard in shards)
+    sizes = [sum(shard.stored_bytes for shard in shards) for shards in tasks]
     try:
-        with DocumentProgress("import-mds", total) as progress:
-
-            def note(counts: list[int]) -> None:
-                source_bytes, documents, tokens, text_bytes = counts
-                progress.update(source_bytes, documents, text_bytes, tokens)
-
-            executor.run(note)
+        run_with_progress(executor, "import-mds", sizes)
         return merge_tasks(folder, config.output, len(tasks), manifest)
     except MeCoError as error:
         raise with_state(error, folder, len(tasks)) from error

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from megatron_meco.corpus.executors import (
     LocalExecutor,
     MergeStep,
     run_on_ray,
+    run_with_progress,
     submit_to_slurm,
 )
 from megatron_meco.corpus.merge import (
@@ -32,11 +32,9 @@ from megatron_meco.corpus.merge import (
     num_finished,
     with_state,
 )
-from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.sentences import check_language
 from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks
-from megatron_meco.corpus.task_writer import MegatronWriter, read_record
+from megatron_meco.corpus.task_writer import MegatronWriter
 from megatron_meco.corpus.work_folder import (
     ENCODERS,
     WorkFolder,
@@ -100,32 +98,8 @@ class PrepareConfig:
 
 
 @dataclass
-class PrepareReport:
-    """What came out of a preparation."""
-
-    documents: int = 0
-    """Documents written."""
-
-    tokens: int = 0
-    """Tokens written, EODs included."""
-
-    sequences: int = 0
-    """Megatron sequences written."""
-
-    text_bytes: int = 0
-    """Bytes of their text."""
-
-    median_tokens: float = 0.0
-    """Median tokens per document, EOD included."""
-
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Rejected records by reason."""
-
-    first_rejected: Rejected | None = None
-    """The first of them."""
-
-    missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
+class PrepareReport(MergedCorpus):
+    """What came out of a preparation; empty apart from `job` where Slurm will write the files."""
 
     eod: int = -1
     """The end-of-document id."""
@@ -135,9 +109,6 @@ class PrepareReport:
 
     encoder: str = ""
     """How texts were encoded, in one line."""
-
-    files: list[Path] = field(default_factory=list)
-    """The files written; none where Slurm will write them."""
 
     job: str = ""
     """The id of the last Slurm job."""
@@ -223,39 +194,12 @@ def _run(
             options = config.executor_options
             run_on_ray(executor.pipeline, len(tasks), config.workers, folder, options)
         else:
-            _run_locally(executor, tasks, folder)
-        return _report(merge_tasks(folder, config.output, len(tasks), manifest))
+            sizes = [sum(part.end - part.begin for part in parts) for parts in tasks]
+            run_with_progress(executor, "prepare", sizes)
+        merged = merge_tasks(folder, config.output, len(tasks), manifest)
+        return PrepareReport(**vars(merged))
     except MeCoError as error:
         raise with_state(error, folder, len(tasks)) from error
-
-
-def _run_locally(executor: LocalExecutor, tasks: list[list[Part]], folder: Path) -> None:
-    sizes = [sum(part.end - part.begin for part in parts) for parts in tasks]
-    left = [size for rank, size in enumerate(sizes) if read_record(folder, rank) is None]
-    if len(left) < len(tasks):
-        done = len(tasks) - len(left)
-        print(f"going on: {done:,} of {len(tasks):,} tasks are finished", file=sys.stderr)
-    with DocumentProgress("prepare", sum(left)) as progress:
-
-        def note(counts: list[int]) -> None:
-            source_bytes, documents, tokens, text_bytes = counts
-            progress.update(source_bytes, documents, text_bytes, tokens)
-
-        executor.run(note)
-
-
-def _report(merged: MergedCorpus) -> PrepareReport:
-    return PrepareReport(
-        documents=merged.documents,
-        tokens=merged.tokens,
-        sequences=merged.sequences,
-        text_bytes=merged.text_bytes,
-        median_tokens=merged.median_tokens,
-        rejected=merged.rejected,
-        first_rejected=merged.first_rejected,
-        missing_metadata=merged.missing_metadata,
-        files=merged.files,
-    )
 
 
 def _manifest(

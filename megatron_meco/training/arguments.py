@@ -324,14 +324,14 @@ def _check_samples(args: argparse.Namespace) -> None:
     if not _is_rank_0():
         return
     if args.meco:
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+        from megatron.training.global_vars import get_tokenizer
 
         args.meco_fingerprint = fingerprint(
             args,
             schedule_from_args(args),
             _training_blend(args),
             cooldown_blend(args),
-            build_tokenizer(args),
+            get_tokenizer(),
         )
     check_resume(args, getattr(args, "meco_fingerprint", None))
 

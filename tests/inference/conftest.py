@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 from inference.launched import Trained, train_with_logits
 from inference.local_tasks import LENGTH, write_tasks
-from runs import write_pages, write_tokenizer
+from runs import write_pages
 
 # torch and what is built on it are imported where they are used: collecting stays fast.
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At most 300 tokens, BOS 0 and EOS 1."""
-    return write_tokenizer(tmp_path_factory.mktemp("inference") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
