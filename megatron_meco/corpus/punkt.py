@@ -4,8 +4,8 @@ Nothing is downloaded: what Punkt (Kiss and Strunk, 2006) has to know of a text 
 collocations, words that begin sentences) it learns from a sample of the user's own documents, once
 for each preparation; all tasks use what was learned, and the manifest keeps it. The space between
 two sentences goes to the second, where byte-pair tokenizers want it, and line ends to the first;
-the sentences joined are the document. Costs three seconds to learn and Punkt's pure Python, about
-5 MB of text a second on one core. Given up: ends without a mark (titles, items of a list).
+the sentences joined are the document. Costs some seconds to learn and Punkt's pure Python, which is
+slower than the tokenizer. Given up: ends without a mark (titles, items of a list).
 """
 
 from __future__ import annotations
