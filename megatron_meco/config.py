@@ -80,7 +80,7 @@ class MeCoConfig:
     """Whether a piece that continues a document has the document's prefix again."""
 
     max_documents_per_pack: int | None = None
-    """Cap on documents in one pack; None: as many as fit."""
+    """Cap on documents in one pack; None: one for 64 tokens, but no fewer than 128; 0: none."""
 
     max_prefix_tokens: int | None = None
     """Longest prefix that is used; None: half the sequence. Longer ones train plain, counted."""
@@ -106,7 +106,7 @@ class MeCoConfig:
                     remedy="Drop it, or --meco-cooldown-data-path.",
                 )
         _check_at_least(self.cooldown_start_iteration, 0, "--meco-cooldown-start-iteration")
-        _check_at_least(self.max_documents_per_pack, 1, "--meco-max-documents-per-pack")
+        _check_at_least(self.max_documents_per_pack, 0, "--meco-max-documents-per-pack")
         _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
         if self.train_on_prefix and not self.template:
             raise FlagError(
@@ -138,7 +138,10 @@ class MeCoConfig:
 
     def documents_cap(self, sequence_length: int) -> int:
         """Largest number of documents in a pack at this sequence length."""
-        return min(self.max_documents_per_pack or sequence_length, sequence_length)
+        cap = self.max_documents_per_pack
+        if cap is None:
+            cap = max(128, sequence_length // 64)
+        return min(cap or sequence_length, sequence_length)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> MeCoConfig:
@@ -223,7 +226,8 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--meco-max-documents-per-pack",
         type=int,
         metavar="N",
-        help="Cap on the documents of one pack. Default: as many as fit.",
+        help="Cap on the documents of one pack: all ranks wait for the one that has hundreds of "
+        "tiny ones. Default: one for 64 tokens, but no fewer than 128. 0: as many as fit.",
     )
     group.add_argument(
         "--meco-max-prefix-tokens",

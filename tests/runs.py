@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -162,6 +163,19 @@ def kill_at(command: list[str], ranks: int, text: str) -> Result:
     process.wait()
     assert text in log, log[-3000:]
     return Result.read(process.returncode, log)
+
+
+def report_of(script: Path, *arguments: object) -> Any:
+    """Run a script that prints JSON on its last line."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def command(corpus: str, tokenizer: Path, *flags: str, script: Path = SCRIPT) -> list[str]:

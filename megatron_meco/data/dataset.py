@@ -364,6 +364,11 @@ class PhasedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         sample: dict[str, torch.Tensor] = dataset[index if idx is not None else None]
         return sample
 
+    @property
+    def parts(self) -> tuple[Any | None, Any | None]:
+        """Both phases."""
+        return self.conditioned, self.cooldown
+
     def locate(self, idx: int) -> tuple[Any, int]:
         """The phase's dataset and the index within it of global sample `idx`."""
         if not 0 <= idx < len(self):
@@ -393,6 +398,11 @@ class PairedDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
         dataset, index = self.locate(idx or 0)
         sample: dict[str, torch.Tensor] = dataset[index if idx is not None else None]
         return {**sample, "meco_view": torch.tensor(int(dataset is self.conditioned))}
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """Both views."""
+        return self.conditioned, self.plain
 
     def locate(self, idx: int) -> tuple[Any, int]:
         """The view and the pack of sample `idx`."""

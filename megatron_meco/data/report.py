@@ -25,7 +25,7 @@ from rich.text import Text
 
 from megatron_meco.config import CONDITIONED, COOLDOWN, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
-from megatron_meco.data.packing import PlanCounts
+from megatron_meco.data.packing import Plan, PlanCounts
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError
@@ -150,6 +150,12 @@ def plan_report(run: Run) -> dict[str, Any]:
         "documents_without_value": sum(t.documents_without_value for t in tables),
         "documents_with_long_prefix": sum(t.documents_with_long_prefix for t in tables),
     }
+
+
+def most_documents(run: Run) -> int:
+    """Pieces in the largest pack of all plans of a run; 0 on a rank that holds no datasets."""
+    plans = [plan for split in (run.train, run.valid, run.test) for plan in _plans(split)]
+    return max((int(p.counts.documents_per_pack["max"]) for p in plans if len(p)), default=0)
 
 
 def summary_lines(report: dict[str, Any], sequence_length: int) -> list[str]:
@@ -355,6 +361,16 @@ def _corpora(dataset: Any | None) -> list[Any]:
     if dataset is None:
         return []
     return list(getattr(dataset, "datasets", [dataset]))
+
+
+def _plans(dataset: Any | None) -> list[Plan]:
+    """All plans behind a split: its phases or views, and the corpora of their blends."""
+    if dataset is None:
+        return []
+    for name in ("parts", "datasets"):
+        if hasattr(dataset, name):
+            return [plan for part in getattr(dataset, name) for plan in _plans(part)]
+    return [dataset.plan]
 
 
 def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
 """Attention over packed documents without Transformer Engine.
 
-Megatron's local attention refuses packed sequences and its local RMSNorm refuses sequence
-parallelism. `packed_local_layer_spec` is Megatron's local GPT layer with both replaced: use it as
-`--spec megatron_meco.training.attention packed_local_layer_spec` together with
+Megatron's local attention refuses packed sequences, its local RMSNorm refuses sequence parallelism,
+and its rotary embedding without Transformer Engine goes over the documents in Python, waits for the
+device twice in each call and, where the pack is as long as its table of angles, counts positions on
+from document to document. `packed_local_layer_spec` is Megatron's local GPT layer with all three
+replaced: use it as `--spec megatron_meco.training.attention packed_local_layer_spec` together with
 `--transformer-impl local`. Checkpoints have the names and shapes of the stock local layer.
 
 On a CPU each document of a pack is one call of `scaled_dot_product_attention`, so that nothing of
@@ -20,13 +22,16 @@ import inspect
 import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -40,6 +45,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.training.compat import rotary_scale
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -48,6 +54,89 @@ except ImportError:
 
 PACKED_LOCAL_SPEC = ["megatron_meco.training.attention", "packed_local_layer_spec"]
 """The value of Megatron's `--spec` (and of `args.spec`) for `packed_local_layer_spec`."""
+
+
+@dataclass
+class RotaryPackedSeqParams(PackedSeqParams):
+    """Megatron's parameters of a packed batch, with what RoPE needs on their way to the attention.
+
+    Attributes:
+        angles: (tokens, 1, 1, rotary dimensions), float32: the angles of each token's position
+            within its document.
+        scale: What cosines and sines are multiplied with (1 but for YaRN).
+    """
+
+    angles: Tensor | None = None
+    scale: float = 1.0
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention with rotary positions that restart at each document.
+
+    RoPE moves into `PackedDotProductAttention`, one call for all documents and none of them waits
+    for the device. Batches that are not packed, fused RoPE and layers without RoPE are Megatron's.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's.
+
+        Args:
+            hidden_states: `[t, 1, hidden]` packed, `[s, b, hidden]` otherwise.
+            attention_mask: Passed on.
+            *args: Passed on.
+            rotary_pos_emb: `[positions, 1, 1, rotary dimensions]`, one row for each position of the
+                longest document at least.
+            packed_seq_params: The documents of a packed batch.
+            **kwargs: Passed on.
+
+        Returns:
+            Output and bias.
+        """
+        if (
+            packed_seq_params is not None
+            and isinstance(rotary_pos_emb, Tensor)
+            and not self.config.apply_rope_fusion
+            and not self.config.no_rope_freq
+        ):
+            given = {f.name: getattr(packed_seq_params, f.name) for f in fields(PackedSeqParams)}
+            # Tokens of all tensor-parallel ranks; with sequence parallelism each holds a part.
+            parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+            positions = positions_of(packed_seq_params.cu_seqlens_q, parts * hidden_states.size(0))
+            packed_seq_params = RotaryPackedSeqParams(
+                **given, angles=rotary_pos_emb[positions], scale=rotary_scale(self)
+            )
+            rotary_pos_emb = None
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            *args,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+
+def positions_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The position of each token of a pack within its document, without a wait for the device.
+
+    Args:
+        cu_seqlens: (documents + 1,), int32, from 0 to `num_tokens`; empty documents are allowed.
+        num_tokens: The length of the pack.
+
+    Returns:
+        (num_tokens,), int64.
+    """
+    places = torch.arange(num_tokens, device=cu_seqlens.device)
+    documents = torch.searchsorted(cu_seqlens, places, right=True) - 1
+    return places - cu_seqlens[documents]
 
 
 class PackedDotProductAttention(MegatronModule):
@@ -112,7 +201,8 @@ class PackedDotProductAttention(MegatronModule):
             attn_mask_type: As in the constructor.
             attention_bias: Must be None.
             packed_seq_params: `cu_seqlens_q`, int32 `[documents + 1]`, from 0 to t. Empty
-                documents are allowed. None for a batch that is not packed.
+                documents are allowed. A `RotaryPackedSeqParams` has queries and keys rotated
+                first. None for a batch that is not packed.
 
         Returns:
             `[t, heads * head_dim]` packed, `[s, b, heads * head_dim]` otherwise, dtype of `query`.
@@ -121,6 +211,8 @@ class PackedDotProductAttention(MegatronModule):
             raise _unsupported("an attention bias", "attention_bias")
         if attn_mask_type is not None:
             _check_mask_type(attn_mask_type)
+        if isinstance(packed_seq_params, RotaryPackedSeqParams):
+            query, key = (self._rotate(x, packed_seq_params) for x in (query, key))
         qkv = (query, key, value)
         scale = self.softmax_scale
         dropout = self.attention_dropout if self.training else 0.0
@@ -135,6 +227,13 @@ class PackedDotProductAttention(MegatronModule):
                 bounds = packed_seq_params.cu_seqlens_q
                 out = _attention_by_document(*qkv, bounds, scale=scale, dropout=dropout)
         return out.flatten(start_dim=-2)
+
+    def _rotate(self, states: Tensor, packed: RotaryPackedSeqParams) -> Tensor:
+        # [t, heads, head_dim] <-> [t, 1, heads, head_dim], Megatron's layout of unpacked batches
+        rotated: Tensor = apply_rotary_pos_emb(
+            states.unsqueeze(1), packed.angles, self.config, mscale=packed.scale
+        )
+        return rotated.squeeze(1)
 
     def _random_state(self, dropout: float) -> AbstractContextManager[Any]:
         """Draw dropout as Megatron's own attention does: per rank where heads are split."""
@@ -194,6 +293,7 @@ def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> Transfo
         normalization=transformer.normalization,
         qk_l2_norm=transformer.qk_l2_norm,
     )
+    layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     attention = layer.submodules.self_attention.submodules

@@ -1,11 +1,10 @@
 """What `megatron.training.pretrain()` asks a script for: datasets and the training step.
 
 With `--meco` the datasets are MeCo's and the step reports two validation losses, on conditioned and
-on plain documents; without it both are what Megatron's own `pretrain_gpt.py` does. Batches go
-through Megatron's own functions (tensor-parallel broadcast, flattening of packed sequences), so
-nothing here knows how tensors travel. Costs one broadcast of two integers for each sample, within
-the tensor-parallel group, and no wait for the device. What was given up: Megatron's paths for SFT,
-distillation, multi-token prediction and context parallelism.
+on plain documents; without it both are what Megatron's own `pretrain_gpt.py` does. How batches
+travel is in `batch.py`. Costs no wait for the device but Megatron's own check for NaN, one for each
+micro-batch (`--no-check-for-nan-in-loss-and-grad` takes it away). What was given up: Megatron's
+paths for SFT, distillation, multi-token prediction and context parallelism.
 """
 
 from __future__ import annotations
@@ -25,11 +24,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import (
-    flatten_batch_for_packed_sequences,
-    get_attr_wrapped_model,
-    get_batch_on_this_tp_rank,
-)
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, print_rank_0
 from megatron.training.global_vars import get_wandb_writer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
@@ -37,24 +32,16 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_meco.config import MeCoConfig
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
-from megatron_meco.data.report import Run, plan_report, summary_lines
+from megatron_meco.data.report import Run, most_documents, plan_report, summary_lines
 from megatron_meco.errors import MeCoError
 from megatron_meco.training.arguments import cooldown_blend, schedule_from_args
+from megatron_meco.training.batch import Batch, meco_batch, stock_batch
 from megatron_meco.training.compat import check_version
 from megatron_meco.training.phase_switch import PhaseSwitch
 
-Batch = dict[str, Any]
-_BATCH_KEYS = (
-    "attention_mask",
-    "cu_seqlens",
-    "cu_seqlens_padded",
-    "labels",
-    "loss_mask",
-    "max_seqlen",
-    "position_ids",
-    "tokens",
-)
 _switch: PhaseSwitch | None = None
+# Length of a sample's cu_seqlens on the device, the same for all packs of a run and on all ranks.
+_num_bounds = 0
 
 
 def train_valid_test_datasets_provider(
@@ -72,7 +59,7 @@ def train_valid_test_datasets_provider(
     args = get_args()
     if not args.meco:
         return _stock_datasets(args, train_val_test_num_samples, vp_stage)
-    global _switch
+    global _switch, _num_bounds
     warning = check_version()
     if warning:
         print_rank_0(warning)
@@ -94,11 +81,13 @@ def train_valid_test_datasets_provider(
         # Rank 0 builds first and the others wait for it, so this is printed once.
         print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    run = Run(schedule, *datasets)
+    _num_bounds = _agree_on_bounds(run, args.seq_length)
     if datasets[0] is not None and args.consumed_train_samples >= len(datasets[0]):
         # A finished run, started again: Megatron's loader wants a sample, though none is trained.
         datasets[0].num_spare = 1
     if datasets[0] is not None and not vp_stage:
-        for line in summary_lines(plan_report(Run(schedule, *datasets)), args.seq_length):
+        for line in summary_lines(plan_report(run), args.seq_length):
             print_rank_0(f"> MeCo: {line}")
     return datasets
 
@@ -112,6 +101,14 @@ def _share_fingerprint(args: argparse.Namespace) -> None:
     shared = [getattr(args, "meco_fingerprint", None)]
     torch.distributed.broadcast_object_list(shared, src=0)
     args.meco_fingerprint = shared[0]
+
+
+def _agree_on_bounds(run: Run, sequence_length: int) -> int:
+    """Length of `cu_seqlens` for the largest pack of all plans; a call for all ranks."""
+    most = torch.tensor(most_documents(run), device="cuda")
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    # A zero, the end of each document, and that of the padding.
+    return min(int(most) + 2, sequence_length + 1)
 
 
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +164,7 @@ def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tens
         _announce(args)
     timers("batch-generator", log_level=2).start()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    batch = _get_batch(args, data_iterator, vp_stage, model.training)
+    batch = _next_batch(args, data_iterator, vp_stage, model.training)
     timers("batch-generator").stop()
     output = model(
         batch["tokens"],
@@ -178,7 +175,23 @@ def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tens
         packed_seq_params=_packed_seq_params(args, batch["cu_seqlens"]),
     )
     return output, partial(
-        loss_func, batch["loss_mask"], facts=batch["facts"], training=model.training
+        loss_func, batch["loss_mask"], facts=batch.get("facts"), training=model.training
+    )
+
+
+def _next_batch(
+    args: argparse.Namespace, data_iterator: Iterator[Batch], vp_stage: int | None, training: bool
+) -> Batch:
+    if not args.meco:
+        return stock_batch(args, data_iterator, vp_stage, training=training)
+    assert _switch is not None
+
+    def check(num_prefix_tokens: int) -> None:
+        if training:
+            _switch.check_batch(args.curr_iteration, num_prefix_tokens)
+
+    return meco_batch(
+        args, data_iterator, vp_stage, training=training, num_bounds=_num_bounds, check=check
     )
 
 
@@ -194,7 +207,7 @@ def loss_func(
     Args:
         loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
         output_tensor: Per-token losses, as many.
-        facts: (2, micro-batch), int64: prefix tokens of each sample, and 1 for a validation sample
+        facts: (2, micro-batch), int32: prefix tokens of each sample, and 1 for a validation sample
             that shows them; None without MeCo.
         training: Whether this is a training step.
 
@@ -237,88 +250,16 @@ def _token_counts(
     }
 
 
-def _get_batch(
-    args: argparse.Namespace, data_iterator: Iterator[Batch], vp_stage: int | None, training: bool
-) -> Batch:
-    """The micro-batch of this rank, on its device; None for what its stage does not need."""
-    packed = args.dataloader_inter_document_masking
-    edge = is_first_or_last_pipeline_stage(vp_stage)
-    if not edge and not packed:
-        return {**dict.fromkeys(_BATCH_KEYS), "facts": None}
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch: Batch = {}
-    facts = None
-    if tp_rank == 0:
-        loaded = next(data_iterator)
-        if args.meco and training:
-            assert _switch is not None
-            _switch.check_batch(args.curr_iteration, int(loaded["meco_prefix_tokens"].sum()))
-        facts = _facts_of(loaded) if args.meco else None
-        for key in _BATCH_KEYS:
-            value = loaded.get(key)
-            batch[key] = None if value is None else value.cuda(non_blocking=True)
-    if args.meco:
-        facts = _broadcast_facts(facts, _micro_batch_size(args, training))
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=packed,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        cp_size=1,
-        tp_rank=tp_rank,
-        micro_batch_size=_micro_batch_size(args, training),
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = flatten_batch_for_packed_sequences(batch)
-    if not edge:
-        batch = {**dict.fromkeys(_BATCH_KEYS), "cu_seqlens": batch["cu_seqlens"]}
-    return {**batch, "facts": facts}
-
-
-def _micro_batch_size(args: argparse.Namespace, training: bool) -> int:
-    size = args.micro_batch_size if training else args.eval_micro_batch_size
-    return int(size)
-
-
-def _facts_of(loaded: Batch) -> torch.Tensor:
-    """(2, micro-batch), int64: prefix tokens of each sample, and whether it shows them."""
-    prefix_tokens = loaded["meco_prefix_tokens"]
-    # A baseline's samples have no view; all are plain.
-    views = loaded.get("meco_view", torch.zeros_like(prefix_tokens))
-    return torch.stack([prefix_tokens, views])
-
-
-def _broadcast_facts(facts: torch.Tensor | None, micro_batch_size: int) -> torch.Tensor:
-    """Tell all tensor-parallel ranks about the samples: the last of them writes the log."""
-    if facts is None:
-        facts = torch.zeros((2, micro_batch_size), dtype=torch.int64)
-    facts = facts.cuda(non_blocking=True)
-    if mpu.get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            facts,
-            mpu.get_tensor_model_parallel_src_rank(),
-            group=mpu.get_tensor_model_parallel_group(),
-        )
-    return facts
-
-
 def _packed_seq_params(
     args: argparse.Namespace, cu_seqlens: torch.Tensor | None
 ) -> PackedSeqParams | None:
     if cu_seqlens is None:
         return None
-    bounds = cu_seqlens.squeeze(0)
-    update_seqlen_stats_from_cu_seqlens(bounds)  # Megatron's FLOPs account
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # Megatron's FLOPs account
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         # An upper bound serves the kernels, and costs no wait for the device.
         max_seqlen_q=args.seq_length,
         max_seqlen_kv=args.seq_length,
@@ -337,14 +278,18 @@ def _announce(args: argparse.Namespace) -> None:
 def _check_finite(loss: torch.Tensor) -> None:
     if not get_args().check_for_nan_in_loss_and_grad:
         return
-    for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=reject,
-            message=f"found {name} in local forward loss calculation",
-            tolerance=0.0,
-            fatal=True,
-        )
+    # Megatron's script asks twice, for NaN and for infinity; each question waits for the device.
+    get_rerun_state_machine().validate_result(
+        result=loss,
+        rejection_func=_is_not_finite,
+        message="found NaN or Inf in local forward loss calculation",
+        tolerance=0.0,
+        fatal=True,
+    )
+
+
+def _is_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    return ~torch.isfinite(loss)
 
 
 def _stock_datasets(

@@ -22,6 +22,7 @@ from megatron_meco.data.dataset import (
     build_datasets,
 )
 from megatron_meco.data.phases import BatchSize, make_schedule
+from megatron_meco.data.report import Run, most_documents
 from megatron_meco.errors import DataError, FlagError
 
 LENGTH = 48
@@ -301,6 +302,35 @@ def test_blends_of_corpora_with_weights(tmp_path: Path) -> None:
     assert abs(ids[90:].count(0) - 7) <= 1
     assert all(int(train[i]["meco_prefix_tokens"]) == 0 for i in range(90, 100))
     assert len(valid) == 20
+
+
+def test_the_largest_pack_of_a_run_is_found_in_every_split_phase_and_corpus(
+    tmp_path: Path,
+) -> None:
+    """It decides the length of cu_seqlens on the device, so no pack may hold more."""
+    tiny = write_corpus(tmp_path / "tiny", [[300, EOD]] * 40, {"url": hosts(40)})
+    large = write_corpus(tmp_path / "large", [[300] * 20 + [EOD]] * 90, {"url": hosts(90)})
+    schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=10)
+    blend, alone = ([tiny, large], [0.5, 0.5]), ([large], None)
+    for template in ("", TEMPLATE):
+        most = {}
+        for name, train, valid in (("train", blend, alone), ("valid", alone, blend)):
+            config = make_config(
+                large,
+                blend=None,
+                split=None,
+                blend_per_split=[train, valid, None],
+                meco=MeCoConfig(template=template),
+            )
+            splits = build_datasets([40, 16, 0], lambda: True, config, schedule)
+            most[name] = most_documents(Run(schedule, *splits))
+            samples = [split[i] for split in splits[:2] for i in range(len(split))]
+            # Padding is a segment too, and no document.
+            held = max(len(np.unique(sample["cu_seqlens"])) - 1 for sample in samples)
+            assert held - 1 <= most[name] <= held
+        if not template:
+            assert most == {"train": 16, "valid": 16}
+    assert most_documents(Run(schedule, None, None, None)) == 0
 
 
 def test_a_corpus_smaller_than_one_pack_repeats(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_unreadable_batch_schedules(text: str) -> None:
         ("cooldown_fraction", 1.5),
         ("plain_fraction", -0.1),
         ("cooldown_start_iteration", -1),
-        ("max_documents_per_pack", 0),
+        ("max_documents_per_pack", -1),
         ("max_prefix_tokens", 0),
     ],
 )
@@ -101,3 +101,11 @@ def test_values_out_of_range_name_their_flag(field: str, value: object) -> None:
 def test_settings_without_effect_are_refused(field: dict[str, object]) -> None:
     with pytest.raises(FlagError, match="template"):
         MeCoConfig(template="", **field)
+
+
+@pytest.mark.parametrize(
+    ("given", "length", "cap"),
+    [(None, 64, 64), (None, 2048, 128), (None, 32768, 512), (0, 2048, 2048), (7, 2048, 7)],
+)
+def test_cap_on_documents_per_pack(given: int | None, length: int, cap: int) -> None:
+    assert MeCoConfig(max_documents_per_pack=given).documents_cap(length) == cap

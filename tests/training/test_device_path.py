@@ -1,0 +1,150 @@
+"""What happens on a GPU up to the kernel launch, on a host without one.
+
+Tensors that have no values stand for those on the device: to look at one, as everything does that
+waits for the device, is an error. Each check is shown to fail where something does look.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+from runs import report_of  # noqa: E402
+
+SCRIPT = Path(__file__).parent / "fake_gpu.py"
+LENGTH, SIZE = 16, 2
+
+
+def test_local_layers_run_on_cuda_without_a_wait_for_the_device(tmp_path: Path) -> None:
+    report = report_of(SCRIPT, tmp_path / "store", "ours")
+    assert report["logits"] == [1, 256, 128]
+    assert report["device"] == "cuda"
+    # One call for all documents of the pack in each layer, with the fixed number of borders.
+    call = {"q": [256, 4, 16], "k": [256, 2, 16], "bounds": [12]}
+    assert report["attention"] == [{**call, "device": "cuda", "dtype": "torch.bfloat16"}] * 2
+
+
+def test_the_same_check_sees_the_wait_in_megatrons_own_rope(tmp_path: Path) -> None:
+    report = report_of(SCRIPT, tmp_path / "store", "stock-rope")
+    assert report["looked_at"] == "aten._local_scalar_dense.default"
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Megatron's parallel state for one rank, and a device whose tensors have no values."""
+    from megatron_meco.training import batch
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self.to("meta"))
+    # Megatron's own function broadcasts within a group of one, too.
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
+    for name in ("tensor", "pipeline"):
+        monkeypatch.setattr(batch.mpu, f"get_{name}_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_src_rank", lambda: 0)
+    monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_group", lambda: None)
+    for name in ("first", "last"):
+        monkeypatch.setattr(batch.mpu, f"is_pipeline_{name}_stage", lambda: True)
+    monkeypatch.setattr(batch, "is_first_or_last_pipeline_stage", lambda _: True)
+    return batch
+
+
+@pytest.fixture
+def args() -> Namespace:
+    return Namespace(
+        micro_batch_size=SIZE,
+        eval_micro_batch_size=SIZE,
+        seq_length=LENGTH,
+        dataloader_inter_document_masking=True,
+        create_attention_mask_in_dataloader=False,
+        pipeline_model_parallel_size=1,
+        check_for_nan_in_loss_and_grad=False,
+    )
+
+
+def make_samples() -> dict[str, Any]:
+    """Two samples, of three documents and of one, as they are collated."""
+    bounds = torch.full((SIZE, LENGTH + 1), LENGTH, dtype=torch.int32)
+    bounds[:, 0] = 0
+    bounds[0, 1:3] = torch.tensor([3, 9])
+    return {
+        "tokens": torch.arange(SIZE * LENGTH).view(SIZE, LENGTH),
+        "labels": torch.arange(SIZE * LENGTH).view(SIZE, LENGTH) + 1,
+        "loss_mask": torch.ones(SIZE, LENGTH),
+        "position_ids": torch.zeros(SIZE, LENGTH, dtype=torch.int64),
+        "cu_seqlens": bounds,
+        "max_seqlen": torch.tensor([7, LENGTH], dtype=torch.int32),
+        "meco_prefix_tokens": torch.tensor([4, 0]),
+        "meco_view": torch.tensor([1, 0]),
+    }
+
+
+def next_batch(batch: Any, args: Namespace, num_bounds: int, **options: Any) -> Any:
+    options = {"training": False, "check": lambda _: None, **options}
+    return batch.meco_batch(args, iter([make_samples()]), None, num_bounds=num_bounds, **options)
+
+
+def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespace) -> None:
+    found = next_batch(one_rank, args, 5)
+    for key in ("tokens", "position_ids", "labels", "loss_mask"):
+        assert found[key].shape == (1, SIZE * LENGTH), key
+    assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
+    assert found["facts"].shape == (2, SIZE)
+    assert all(x is None or x.device.type == "meta" for x in found.values())
+
+
+def test_the_same_check_sees_the_wait_in_megatrons_own_batches(
+    one_rank: Any, args: Namespace
+) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        one_rank.stock_batch(args, iter([make_samples()]), None, training=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_reported_without_a_wait(
+    one_rank: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    from megatron_meco.training import provider
+
+    args.meco_template = "URL: {url.host}\n\n"
+    monkeypatch.setattr(provider, "get_args", lambda: args)
+    monkeypatch.setattr(provider, "get_num_microbatches", lambda: 1)
+    monkeypatch.setattr(provider.mpu, "get_data_parallel_world_size", lambda: 1)
+    found = next_batch(one_rank, args, 5)
+    losses = torch.empty(SIZE * LENGTH, device="meta")
+    _, _, report = provider.loss_func(
+        found["loss_mask"], losses, facts=found["facts"], training=training
+    )
+    expected = {"lm loss", "prefix share", "trained tokens"}
+    assert set(report) == (expected if training else {"lm loss conditioned", "lm loss plain"})
+
+
+def test_the_header_holds_all_borders_of_a_micro_batch() -> None:
+    from megatron_meco.training.batch import pack_header
+
+    header = pack_header(make_samples(), LENGTH, 5).tolist()
+    assert header[:9] == [0, 3, 9, 16, 16, 32, 32, 32, 32]
+    assert header[9:11] == [4, 0]
+    assert header[11:] == [1, 0]
+
+
+def test_the_header_refuses_a_pack_that_no_plan_holds() -> None:
+    from megatron_meco.training.batch import pack_header
+
+    assert pack_header(make_samples(), LENGTH, 4)[:7].tolist() == [0, 3, 9, 16, 32, 32, 32]
+    with pytest.raises(RuntimeError, match="more documents than the 1 of the largest pack"):
+        pack_header(make_samples(), LENGTH, 3)
+
+
+def test_samples_of_a_baseline_have_one_view() -> None:
+    from megatron_meco.training.batch import pack_header
+
+    samples = make_samples()
+    del samples["meco_view"]
+    assert pack_header(samples, LENGTH, 5)[11:].tolist() == [0, 0]
