@@ -5,7 +5,7 @@
 #
 # One call starts one node with torchrun; slurm/train_llama.sbatch makes the calls under Slurm.
 # --dry-run prints the full command and an estimate of the memory of a GPU, and starts nothing.
-# MORE_FLAGS go to examples/pretrain_gpt.py last, so they win; layouts are better changed by the
+# MORE_FLAGS go to the training script last, so they win; layouts are better changed by the
 # variables, which keep the flags that follow from them right. Every variable has a default:
 #
 #   MECO=1                  1: metadata conditioning; 0: the matched baseline (the same packing,
@@ -28,6 +28,7 @@
 #   TRANSFORMER_IMPL        transformer_engine; local runs without it, also on a CPU
 #   FP8=0                   1: matrix products in FP8 (hybrid, FP8_RECIPE=delayed)
 #   PYTHON                  the repository's .venv/bin/python, else python3
+#   TRAIN_SCRIPT            examples/pretrain_gpt.py; a script of yours that takes the same flags
 #
 # The defaults of the layout are meant for 8 GPUs of 80 GB, and with NNODES=4 for 32. What the paper
 # does not give (Adam's epsilon, the clip at 1, the seed) is Megatron's own default.
@@ -48,7 +49,7 @@ TEMPLATE=${TEMPLATE-'URL: {url.host}\n\n'}
 : "${SEQ_LENGTH:=8192}" "${GLOBAL_BATCH_SIZE:=512}" "${TRAIN_ITERS:=40000}"
 : "${LR:=3e-3}" "${LR_WARMUP_FRACTION:=0.05}" "${WEIGHT_DECAY:=0.033}" "${SEED:=1234}"
 : "${NUM_WORKERS:=2}" "${SAVE_INTERVAL:=4000}" "${EVAL_INTERVAL:=2000}" "${EVAL_ITERS:=20}"
-: "${LOG_INTERVAL:=10}" "${NNODES:=1}" "${NODE_RANK:=0}" "${GPUS_PER_NODE:=8}"
+: "${TRAIN_SCRIPT:=$root/examples/pretrain_gpt.py}" "${LOG_INTERVAL:=10}" "${NNODES:=1}" "${NODE_RANK:=0}" "${GPUS_PER_NODE:=8}"
 : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${TP:=1}" "${PP:=1}" "${MICRO_BATCH_SIZE:=1}"
 : "${TRANSFORMER_IMPL:=transformer_engine}" "${FP8:=0}" "${FP8_RECIPE:=delayed}"
 
@@ -161,7 +162,7 @@ print_command() {
     local word
     printf '%q' "$1"
     for word in "${@:2}"; do
-        if [[ $word == --* || $word == "$root"/examples/*.py ]]; then printf ' \\\n   '; fi
+        if [[ $word == --* || $word == "$TRAIN_SCRIPT" ]]; then printf ' \\\n   '; fi
         printf ' %q' "$word"
     done
     printf '\n'
@@ -199,7 +200,7 @@ make_command "$@"
 
 # Megatron asks for it with tensor parallelism on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-command=("${launch[@]}" "$root/examples/pretrain_gpt.py" "${flags[@]}")
+command=("${launch[@]}" "$TRAIN_SCRIPT" "${flags[@]}")
 if [[ $dry_run ]]; then
     print_command "${command[@]}"
     exec "$PYTHON" "$root/examples/estimate_memory.py" --gpus "$((NNODES * GPUS_PER_NODE))" \

@@ -120,6 +120,14 @@ class Schedule:
     switch_iteration: int
     switch_sample: int
 
+    def describe(self) -> str:
+        """The whole run in one line."""
+        return (
+            f"iterations 1 to {self.switch_iteration} conditioned, "
+            f"{self.switch_iteration + 1} to {self.num_iterations} cooldown "
+            f"(switch at sample {self.switch_sample} of {self.num_samples})"
+        )
+
     def phase_of_sample(self, index: int) -> str:
         """The phase of a global sample index."""
         return CONDITIONED if index < self.switch_sample else COOLDOWN

@@ -99,7 +99,7 @@ def parse_and_validate_args(
         _end(error)
     _apply(args)
     if args.dataloader_inter_document_masking and _is_rank_0():
-        print(f"> MeCo: {_kernels(args, on_cpu).describe()}", flush=True)
+        print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args
 
 
@@ -207,7 +207,7 @@ def _engine_error(engine: EngineState) -> FlagError:
     )
 
 
-def _kernels(args: argparse.Namespace, on_cpu: bool) -> Kernels:
+def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     """What the run will use, from its validated flags and from what Megatron has imported."""
     from megatron_meco.training.attention import PACKED_LOCAL_SPEC, varlen_serves
     from megatron_meco.training.compat import optimizer_library

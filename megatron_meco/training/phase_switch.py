@@ -52,15 +52,6 @@ class PhaseSwitch:
         self.saves = saves
         self._last_step: int | None = None
 
-    def describe(self) -> str:
-        """One line on the whole run, for its first log lines."""
-        s = self.schedule
-        return (
-            f"> MeCo: iterations 1 to {s.switch_iteration} conditioned, "
-            f"{s.switch_iteration + 1} to {s.num_iterations} cooldown "
-            f"(switch at sample {s.switch_sample} of {s.num_samples})"
-        )
-
     def before_step(
         self, iteration: int, writer: Any | None, wandb_writer: Any | None = None
     ) -> str | None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,14 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_tensorboard_writer, get_timers, print_rank_0
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    get_timers,
+    get_tokenizer,
+    print_rank_0,
+)
 from megatron.training.global_vars import get_wandb_writer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -39,9 +45,45 @@ from megatron_meco.training.batch import Batch, meco_batch, stock_batch
 from megatron_meco.training.compat import check_version
 from megatron_meco.training.phase_switch import PhaseSwitch
 
-_switch: PhaseSwitch | None = None
-# Length of a sample's cu_seqlens on the device, the same for all packs of a run and on all ranks.
-_num_bounds = 0
+
+@dataclass
+class RunState:
+    """What the training step needs to know of the datasets.
+
+    Attributes:
+        switch: Announces and checks the phases.
+        num_bounds: Length of a sample's `cu_seqlens` on the device, the same for all packs of the
+            run and on all ranks.
+    """
+
+    switch: PhaseSwitch
+    num_bounds: int
+
+
+_state: RunState | None = None
+
+
+def begin_run(run: Run, args: argparse.Namespace) -> RunState:
+    """Have `forward_step` train on these datasets; a call for all ranks.
+
+    `train_valid_test_datasets_provider` does it for its own.
+
+    Args:
+        run: Datasets (None on ranks that hold none) and schedule.
+        args: Megatron's arguments.
+    """
+    global _state
+    most = torch.tensor(most_documents(run), device="cuda")
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    # A zero, the end of each document, and that of the padding.
+    num_bounds = min(int(most) + 2, args.seq_length + 1)
+    _state = RunState(PhaseSwitch(run.schedule, saves=bool(args.save)), num_bounds)
+    return _state
+
+
+def _state_of_run() -> RunState:
+    assert _state is not None, "the datasets come from another provider: call begin_run"
+    return _state
 
 
 def train_valid_test_datasets_provider(
@@ -59,14 +101,12 @@ def train_valid_test_datasets_provider(
     args = get_args()
     if not args.meco:
         return _stock_datasets(args, train_val_test_num_samples, vp_stage)
-    global _switch, _num_bounds
     warning = check_version()
     if warning:
         print_rank_0(warning)
     _share_fingerprint(args)
     schedule = schedule_from_args(args)
-    _switch = PhaseSwitch(schedule, saves=bool(args.save))
-    print_rank_0(_switch.describe())
+    print_rank_0(f"> MeCo: {schedule.describe()}")
     try:
         config = MeCoGPTDatasetConfig(**dataset_options(args), meco=MeCoConfig.from_args(args))
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
@@ -82,7 +122,7 @@ def train_valid_test_datasets_provider(
         print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     run = Run(schedule, *datasets)
-    _num_bounds = _agree_on_bounds(run, args.seq_length)
+    begin_run(run, args)
     if datasets[0] is not None and args.consumed_train_samples >= len(datasets[0]):
         # A finished run, started again: Megatron's loader wants a sample, though none is trained.
         datasets[0].num_spare = 1
@@ -103,14 +143,6 @@ def _share_fingerprint(args: argparse.Namespace) -> None:
     args.meco_fingerprint = shared[0]
 
 
-def _agree_on_bounds(run: Run, sequence_length: int) -> int:
-    """Length of `cu_seqlens` for the largest pack of all plans; a call for all ranks."""
-    most = torch.tensor(most_documents(run), device="cuda")
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    # A zero, the end of each document, and that of the padding.
-    return min(int(most) + 2, sequence_length + 1)
-
-
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of Megatron's `GPTDatasetConfig`, from its parsed flags."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -129,7 +161,7 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_dataset_builder_threads": args.num_dataset_builder_threads,
         "path_to_cache": args.data_cache_path,
         "mmap_bin_files": args.mmap_bin_files,
-        "tokenizer": build_tokenizer(args),
+        "tokenizer": get_tokenizer(),
         "reset_position_ids": args.reset_position_ids,
         "reset_attention_mask": args.reset_attention_mask,
         "eod_mask_loss": args.eod_mask_loss,
@@ -184,14 +216,14 @@ def _next_batch(
 ) -> Batch:
     if not args.meco:
         return stock_batch(args, data_iterator, vp_stage, training=training)
-    assert _switch is not None
+    state = _state_of_run()
 
     def check(num_prefix_tokens: int) -> None:
         if training:
-            _switch.check_batch(args.curr_iteration, num_prefix_tokens)
+            state.switch.check_batch(args.curr_iteration, num_prefix_tokens)
 
     return meco_batch(
-        args, data_iterator, vp_stage, training=training, num_bounds=_num_bounds, check=check
+        args, data_iterator, vp_stage, training=training, num_bounds=state.num_bounds, check=check
     )
 
 
@@ -268,9 +300,8 @@ def _packed_seq_params(
 
 
 def _announce(args: argparse.Namespace) -> None:
-    assert _switch is not None
     writers = get_tensorboard_writer(), get_wandb_writer()
-    text = _switch.before_step(args.curr_iteration, *writers)
+    text = _state_of_run().switch.before_step(args.curr_iteration, *writers)
     if text:
         print_rank_0(text)
 

@@ -22,7 +22,7 @@ ARGS = Namespace(
 
 
 def described(on_cpu: bool = False, **changes: object) -> kernels.Kernels:
-    return arguments._kernels(Namespace(**{**vars(ARGS), **changes}), on_cpu)
+    return arguments.kernels_of(Namespace(**{**vars(ARGS), **changes}), on_cpu)
 
 
 def test_flags_decide_attention_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
