@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_meco"
 
 # Each room and the rooms that it may import, itself included.
-BASE = {"errors", "config"}
+BASE = {"errors", "config", "whole_file"}
 DATA = BASE | {"source", "core", "data"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
+    "whole_file": {"errors"},
     "core": set(),
     "source": BASE | {"source"},
     "corpus": BASE | {"source", "corpus"},
@@ -35,6 +36,7 @@ TOP = {"cli", "doctor", "__main__"}
 WITHOUT_TORCH = [
     "errors",
     "config",
+    "whole_file",
     "cli",
     "doctor.command",
     "doctor.facts",
