@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from runs import write_gpu_libraries
 
 from megatron_meco import cli
 from megatron_meco.doctor import command
@@ -152,6 +154,28 @@ def test_failing_import_of_transformer_engine_is_a_warning():
     assert check(facts, "Transformer Engine").verdict == "warning"
 
 
+@pytest.mark.parametrize(
+    "state",
+    [{"loads": True}, {"error": "libx", "error_type": "OSError"}, {"error": "libx"}],
+    ids=["loads", "breaks Megatron", "cannot be imported"],
+)
+def test_gpu_libraries_without_a_gpu_are_not_used(state):
+    facts = change(
+        CPU_HOST,
+        transformer_engine={"version": "2.20.2", **state},
+        apex={"version": "0.1", "real": True, **state},
+    )
+    diagnosis = diagnose(facts)
+    assert diagnosis.can_train
+    assert diagnosis.optimizer == "torch AdamW"
+    assert "Transformer Engine" not in diagnosis.layers
+    for name in ("Transformer Engine", "apex"):
+        assert check(facts, name).verdict == "note"
+        assert check(facts, name).found.endswith("not used without a GPU")
+    # PyPI's apex misleads the GPU nodes that share the environment.
+    assert check(change(CPU_HOST, apex={"version": "0.9", "real": False}), "apex").remedy
+
+
 def test_nothing_is_known():
     empty = Facts(python="3.12.1", system="Linux", requirements=())
     assert not diagnose(empty).can_train
@@ -203,6 +227,30 @@ def test_probe_finds_the_impostor_of_apex(tmp_path, monkeypatch):
     (tmp_path / "apex" / "__init__.py").write_text("import pyramid", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert doctor_facts._run_probe("apex") == {"version": "unknown", "real": False}
+
+
+def test_gpu_libraries_on_a_host_without_a_gpu(tmp_path):
+    """The whole report agrees with a run, which hides them from Megatron."""
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_meco", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(write_gpu_libraries(tmp_path)),
+            "CUDA_VISIBLE_DEVICES": "-1",
+        },
+        timeout=240,
+    )
+    report = json.loads(result.stdout)
+    assert report["can_train"], [c for c in report["checks"] if c["verdict"] == "problem"]
+    assert report["optimizer"] == "torch AdamW"
+    found = {c["name"]: c["found"] for c in report["checks"]}
+    assert found["Transformer Engine"] == "2.20.2, not used without a GPU"
+    assert found["apex"] == "unknown, not used without a GPU"
+    assert found["megatron-core"].startswith("0.")
+    assert "cannot be imported" not in found["megatron-core"]
 
 
 def test_extension_passes_its_self_test():

@@ -123,6 +123,10 @@ def _probe_megatron() -> Items:
         helpers = Path(spec.origin).parent / "datasets"
         yield "helpers", any(helpers.glob("helpers_cpp*.so"))
     yield "training", importlib.util.find_spec("megatron.training") is not None
+    # Imported as a run here imports it.
+    cpu = importlib.import_module("megatron_meco.training.cpu")
+    if cpu.should_use_cpu():
+        cpu.hide_gpu_libraries()
     importlib.import_module("megatron.core.parallel_state")
     yield "imported", True
 

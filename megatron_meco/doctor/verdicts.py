@@ -83,12 +83,14 @@ def diagnose(facts: Facts) -> Diagnosis:
 
 
 def _kernels(facts: Facts) -> Kernels:
+    gpu = bool(facts.torch.get("gpus"))
     engine = bool(facts.transformer_engine.get("loads"))
+    apex = bool(facts.apex.get("loads"))
     return choose_kernels(
-        gpu=bool(facts.torch.get("gpus")),
+        gpu=gpu,
         engine_layers=engine,
         varlen=bool(facts.torch.get("varlen")),
-        optimizer=first_optimizer(engine_loads=engine, apex_loads=bool(facts.apex.get("loads"))),
+        optimizer=first_optimizer(gpu=gpu, engine_loads=engine, apex_loads=apex),
     )
 
 
@@ -228,6 +230,9 @@ def _check_transformer_engine(facts: Facts) -> Check:
             return Check(name, "not installed", "warning", remedy)
         return Check(name, "not installed, not needed without a GPU", "note")
     version = found.get("version", "unknown")
+    if not has_gpu:
+        # Hidden from a run on the CPU, so that a broken one harms nobody here.
+        return Check(name, f"{version}, not used without a GPU", "note")
     if found.get("loads"):
         return Check(name, version)
     what = f"{version}; cannot be loaded: {found.get('error', 'FusedAdam is missing')}"
@@ -249,6 +254,8 @@ def _check_apex(facts: Facts) -> Check:
     if not found.get("real"):
         what = f"{version}, which is not NVIDIA's"
         return Check("apex", what, "warning", "remove it, it misleads: pip uninstall apex")
+    if not facts.torch.get("gpus"):
+        return Check("apex", f"{version}, not used without a GPU", "note")
     if found.get("loads"):
         return Check("apex", version)
     what = f"{version}; its kernels cannot be loaded: {found.get('error', 'FusedAdam is missing')}"
