@@ -144,7 +144,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         summary="check this installation and say what a run here will really use",
-        module="megatron_meco.doctor",
+        module="megatron_meco.doctor.command",
         example="""\
   meco doctor
   meco doctor --json""",

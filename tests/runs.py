@@ -72,6 +72,26 @@ def write_pages(path: Path, num_documents: int = 300) -> Path:
     return path
 
 
+def write_gpu_libraries(folder: Path) -> Path:
+    """Transformer Engine and apex as they look installed, in a state that no import survives."""
+    error = 'raise RuntimeError("{} used on a CPU")\n'
+    for name, content in {
+        "transformer_engine/__init__.py": "__version__ = '2.20.2'\n",
+        "transformer_engine/pytorch/__init__.py": error.format("Transformer Engine"),
+        "transformer_engine-2.20.2.dist-info/METADATA": (
+            "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n"
+        ),
+        "apex/__init__.py": "",
+        "apex/optimizers/__init__.py": error.format("apex"),
+        "apex/multi_tensor_apply/__init__.py": error.format("apex"),
+        "apex/normalization/__init__.py": error.format("apex"),
+        "amp_C.py": "",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
 @dataclass
 class Result:
     """What a run printed."""
@@ -135,9 +155,9 @@ def start(
     )
 
 
-def launch(command: list[str], ranks: int, timeout: int = 240) -> Result:
+def launch(command: list[str], ranks: int, timeout: int = 240, **variables: str) -> Result:
     """Run a script under torchrun and wait; its output comes back whatever happens."""
-    process = start(command, ranks)
+    process = start(command, ranks, **variables)
     try:
         log, _ = process.communicate(timeout=timeout)
     finally:

@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from runs import write_gpu_libraries
 
-from megatron_meco import cli, doctor
+from megatron_meco import cli
+from megatron_meco.doctor import command
+from megatron_meco.doctor import facts as doctor_facts
+from megatron_meco.doctor.facts import Facts
+from megatron_meco.doctor.verdicts import diagnose
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CPU_HOST = doctor.Facts(
+CPU_HOST = Facts(
     python="3.12.1",
     system="Linux",
     requirements=(("megatron-core", ">=0.19.2,<0.20", "0.19.2"), ("torch", ">=2.10", "2.13.0")),
@@ -46,7 +52,7 @@ GPU_HOST = dataclasses.replace(
 
 
 def check(facts, name):
-    return next(c for c in doctor.diagnose(facts).checks if c.name == name)
+    return next(c for c in diagnose(facts).checks if c.name == name)
 
 
 def change(facts, **fields):
@@ -58,7 +64,7 @@ def change(facts, **fields):
 
 
 def test_cpu_host_can_train():
-    diagnosis = doctor.diagnose(CPU_HOST)
+    diagnosis = diagnose(CPU_HOST)
     assert diagnosis.can_train
     assert diagnosis.device == "cpu"
     assert "scaled_dot_product_attention" in diagnosis.attention
@@ -69,7 +75,7 @@ def test_cpu_host_can_train():
 
 
 def test_gpu_host_can_train():
-    diagnosis = doctor.diagnose(GPU_HOST)
+    diagnosis = diagnose(GPU_HOST)
     assert diagnosis.can_train
     assert diagnosis.device == "cuda"
     assert "THD" in diagnosis.attention
@@ -82,22 +88,22 @@ def test_gpu_host_can_train():
 
 def test_gpu_without_transformer_engine():
     facts = change(GPU_HOST, transformer_engine={})
-    diagnosis = doctor.diagnose(facts)
+    diagnosis = diagnose(facts)
     assert diagnosis.can_train
     assert "varlen" in diagnosis.attention
     assert diagnosis.optimizer == "torch AdamW"
     assert "[gpu]" in check(facts, "Transformer Engine").remedy
     old_torch = change(facts, torch={"varlen": False})
-    assert "scaled_dot_product_attention" in doctor.diagnose(old_torch).attention
+    assert "scaled_dot_product_attention" in diagnose(old_torch).attention
     with_apex = change(facts, apex={"version": "0.1", "real": True, "loads": True})
-    assert doctor.diagnose(with_apex).optimizer == "apex FusedAdam"
+    assert diagnose(with_apex).optimizer == "apex FusedAdam"
 
 
 def test_apex_of_pypi_is_told_apart():
     facts = change(GPU_HOST, apex={"version": "0.9.10.dev0", "real": False})
     assert check(facts, "apex").verdict == "warning"
     assert "pip uninstall apex" in check(facts, "apex").remedy
-    assert doctor.diagnose(facts).optimizer != "apex FusedAdam"
+    assert diagnose(facts).optimizer != "apex FusedAdam"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_apex_of_pypi_is_told_apart():
     ],
 )
 def test_each_problem_is_named_with_a_remedy(facts, name):
-    diagnosis = doctor.diagnose(facts)
+    diagnosis = diagnose(facts)
     problems = [c for c in diagnosis.checks if c.verdict == "problem"]
     assert not diagnosis.can_train
     assert name in [c.name for c in problems]
@@ -144,19 +150,41 @@ def test_each_problem_is_named_with_a_remedy(facts, name):
 def test_failing_import_of_transformer_engine_is_a_warning():
     te = {"loads": False, "error": "no libx", "error_type": "ImportError"}
     facts = change(GPU_HOST, transformer_engine=te)
-    assert doctor.diagnose(facts).can_train
+    assert diagnose(facts).can_train
     assert check(facts, "Transformer Engine").verdict == "warning"
 
 
+@pytest.mark.parametrize(
+    "state",
+    [{"loads": True}, {"error": "libx", "error_type": "OSError"}, {"error": "libx"}],
+    ids=["loads", "breaks Megatron", "cannot be imported"],
+)
+def test_gpu_libraries_without_a_gpu_are_not_used(state):
+    facts = change(
+        CPU_HOST,
+        transformer_engine={"version": "2.20.2", **state},
+        apex={"version": "0.1", "real": True, **state},
+    )
+    diagnosis = diagnose(facts)
+    assert diagnosis.can_train
+    assert diagnosis.optimizer == "torch AdamW"
+    assert "Transformer Engine" not in diagnosis.layers
+    for name in ("Transformer Engine", "apex"):
+        assert check(facts, name).verdict == "note"
+        assert check(facts, name).found.endswith("not used without a GPU")
+    # PyPI's apex misleads the GPU nodes that share the environment.
+    assert check(change(CPU_HOST, apex={"version": "0.9", "real": False}), "apex").remedy
+
+
 def test_nothing_is_known():
-    empty = doctor.Facts(python="3.12.1", system="Linux", requirements=())
-    assert not doctor.diagnose(empty).can_train
+    empty = Facts(python="3.12.1", system="Linux", requirements=())
+    assert not diagnose(empty).can_train
 
 
 @pytest.mark.parametrize("style", ["table", "json"])
 def test_report(style, capsys, monkeypatch):
     broken = change(CPU_HOST, extension={"self_test": "[bold]a plan loses documents[/nonsense]"})
-    monkeypatch.setattr(doctor, "collect_facts", lambda: broken)
+    monkeypatch.setattr(command, "collect_facts", lambda: broken)
     assert cli.main(["doctor", *(["--json"] if style == "json" else [])]) == 1
     out, err = capsys.readouterr()
     assert err == ""
@@ -180,7 +208,7 @@ def test_report(style, capsys, monkeypatch):
 def test_probe_survives_a_broken_library(module, expected, tmp_path, monkeypatch):
     (tmp_path / "flash_attn.py").write_text(module, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = doctor._run_probe("flash_attention")
+    result = doctor_facts._run_probe("flash_attention")
     assert expected in result["error"]
     assert "\n" not in result["error"]
 
@@ -188,9 +216,9 @@ def test_probe_survives_a_broken_library(module, expected, tmp_path, monkeypatch
 def test_probe_that_hangs_is_ended(tmp_path, monkeypatch):
     (tmp_path / "flash_attn.py").write_text("import time; time.sleep(60)", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 2)
+    monkeypatch.setattr(doctor_facts, "_PROBE_SECONDS", 2)
     begin = time.monotonic()
-    assert "did not finish" in doctor._run_probe("flash_attention")["error"]
+    assert "did not finish" in doctor_facts._run_probe("flash_attention")["error"]
     assert time.monotonic() - begin < 30
 
 
@@ -198,11 +226,35 @@ def test_probe_finds_the_impostor_of_apex(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("import pyramid", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert doctor._run_probe("apex") == {"version": "unknown", "real": False}
+    assert doctor_facts._run_probe("apex") == {"version": "unknown", "real": False}
+
+
+def test_gpu_libraries_on_a_host_without_a_gpu(tmp_path):
+    """The whole report agrees with a run, which hides them from Megatron."""
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_meco", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(write_gpu_libraries(tmp_path)),
+            "CUDA_VISIBLE_DEVICES": "-1",
+        },
+        timeout=240,
+    )
+    report = json.loads(result.stdout)
+    assert report["can_train"], [c for c in report["checks"] if c["verdict"] == "problem"]
+    assert report["optimizer"] == "torch AdamW"
+    found = {c["name"]: c["found"] for c in report["checks"]}
+    assert found["Transformer Engine"] == "2.20.2, not used without a GPU"
+    assert found["apex"] == "unknown, not used without a GPU"
+    assert found["megatron-core"].startswith("0.")
+    assert "cannot be imported" not in found["megatron-core"]
 
 
 def test_extension_passes_its_self_test():
-    result = doctor._run_probe("extension")
+    result = doctor_facts._run_probe("extension")
     assert "error" not in result, result
     assert result["self_test"] == ""
     assert Path(result["path"]).name.startswith("_core")

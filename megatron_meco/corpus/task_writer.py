@@ -27,6 +27,7 @@ from megatron_meco.corpus.documents import RejectedRecords
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
 from megatron_meco.corpus.records import Rejected, metadata_of
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file
 
 _BATCH_DOCUMENTS = 2048
 _BATCH_CHARACTERS = 4 << 20
@@ -350,23 +351,28 @@ class TaskFiles:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a small file that is there whole or not at all.
+
+    Args:
+        path: The file.
+        text: All that it holds.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    with whole_file(path, lambda reason: _refusal(reason, path)) as file:
+        file.write(text.encode())
 
 
 def cannot_write(error: OSError, path: Path) -> DataError:
     """Return what is told of a disk that is full or may not be written."""
+    return _refusal(error.strerror or str(error), error.filename or path)
+
+
+def _refusal(reason: str, path: str | Path) -> DataError:
     return DataError(
-        f"cannot be written ({error.strerror or error})",
-        where=str(error.filename or path),
+        f"cannot be written ({reason})",
+        where=str(path),
         remedy="Free space, or choose another --output; finished work is kept.",
     )
 

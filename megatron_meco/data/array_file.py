@@ -2,22 +2,19 @@
 
 The cache format of prefix tables and plans: a magic line, a JSON header with its own checksum, then
 the arrays at 64-byte borders. Opening reads the header only, checks it and the file's size, and
-maps the rest, whatever its size. Writers make a temporary file in the same folder, sync it and
-rename it, so a reader sees a whole file or none; of several writers the last one wins with an equal
-file. What was given up: a checksum of the arrays themselves, which would cost a full read at each
-start; the C++ side checks every number that it takes from them.
+maps the rest, whatever its size. Of several writers the last one wins with an equal file. What was
+given up: a checksum of the arrays themselves, which would cost a full read at each start; the C++
+side checks every number that it takes from them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import unfinished_files, whole_file
 
 _MAGIC = b"MECO-ARRAYS 1\n"
 _ALIGNMENT = 64
@@ -73,17 +71,21 @@ def load_or_build(
                 header, arrays = build()
                 write_arrays(path, kind, header, arrays)
     except OSError as error:
-        raise DataError(
-            f"cannot write the {kind} to {path} ({error.strerror})",
-            where="--data-cache-path",
-            remedy="Give a folder that this user can write to, with room enough.",
-        ) from error
+        raise _cannot_write(path, kind, error.strerror or str(error)) from error
     return open_arrays(path, kind)
+
+
+def _cannot_write(path: Path, kind: str, reason: str) -> DataError:
+    return DataError(
+        f"cannot write the {kind} to {path} ({reason})",
+        where="--data-cache-path",
+        remedy="Give a folder that this user can write to, with room enough.",
+    )
 
 
 def _remove_abandoned(path: Path) -> None:
     """Delete what killed builders of this file left, not what a busy one may be writing."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    for temporary in unfinished_files(path):
         with contextlib.suppress(OSError):
             if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER:
                 temporary.unlink()
@@ -92,7 +94,17 @@ def _remove_abandoned(path: Path) -> None:
 def write_arrays(
     path: Path, kind: str, header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write arrays to `path` atomically. Raises OSError when the file system does."""
+    """Write arrays to a file that is there whole or not at all.
+
+    Args:
+        path: The file.
+        kind: What it holds.
+        header: What else belongs to it; JSON-serialisable.
+        arrays: The arrays by name.
+
+    Raises:
+        DataError: When it cannot be written.
+    """
     table = {}
     offset = 0
     for name, array in arrays.items():
@@ -105,21 +117,11 @@ def write_arrays(
     head = _MAGIC + checksum + b" " + str(len(body)).encode() + b"\n" + body
     head += b" " * (-len(head) % _ALIGNMENT)
 
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(head)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-                file.write(b"\0" * (-array.nbytes % _ALIGNMENT))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with whole_file(path, lambda reason: _cannot_write(path, kind, reason)) as file:
+        file.write(head)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
+            file.write(b"\0" * (-array.nbytes % _ALIGNMENT))
 
 
 def open_arrays(path: Path, kind: str) -> ArrayFile:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meco.errors import FlagError
+from megatron_meco.whole_file import whole_file
 
 
 def check_writable(path: Path, flag: str = "--output") -> None:
@@ -40,21 +41,16 @@ def write_json(path: Path, value: Any, flag: str = "--output") -> None:
         FlagError: When it cannot be written.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise FlagError(
-            f"cannot be written ({error})",
+
+    def refuse(reason: str) -> FlagError:
+        return FlagError(
+            f"cannot be written ({reason})",
             where=f"{flag} {path}",
             remedy="Name a file with enough space that you may write.",
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        )
+
+    with whole_file(path, refuse) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager

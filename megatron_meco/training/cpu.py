@@ -3,8 +3,9 @@
 Megatron-Core has no CPU path, but nearly all of it is plain PyTorch that names the device "cuda".
 `enable_cpu_platform` therefore makes `torch.cuda` answer for one device, and that device is the
 CPU: streams and events do nothing, the CUDA generator is the default generator, memory statistics
-are zero, and every `device="cuda"` becomes the CPU. Collectives go over Gloo. `CPU_DEFAULTS` turns
-off the fused kernels that exist for GPUs only, and `impossible_flags` names what cannot be had.
+are zero, and every `device="cuda"` becomes the CPU. Collectives go over Gloo. Transformer Engine
+and apex count as not installed, `CPU_DEFAULTS` turns off the other fused kernels that exist for
+GPUs only, and `impossible_flags` names what cannot be had.
 
 What it costs: five to ten microseconds of Python per torch call, and torch is changed for the whole
 process, for good. What was given up: speed (this is for tests, demos and debugging), Transformer
@@ -95,6 +96,19 @@ def impossible_flags(args: Namespace) -> list[tuple[str, str]]:
     return found
 
 
+def hide_gpu_libraries() -> None:
+    """Let Transformer Engine and apex count as not installed in this process.
+
+    Where they are installed, as in an environment that GPU nodes share with a login node, Megatron
+    takes their optimizer and norms without asking for a GPU. Call it before `megatron` is imported;
+    a library that is in use already stays.
+    """
+    for name in ("transformer_engine", "apex"):
+        # Python's own way to say that a module cannot be imported: an ImportError, which Megatron
+        # answers with PyTorch's kernels.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
 @functools.cache
 def enable_cpu_platform() -> None:
     """Make `torch.cuda` answer for a single device that is the CPU.
@@ -102,6 +116,7 @@ def enable_cpu_platform() -> None:
     Call it once, before `megatron` is imported, in the main thread, and only where
     `should_use_cpu()` holds. A second call does nothing.
     """
+    hide_gpu_libraries()
     # Megatron decorates functions with torch.compile at import: without a GPU that only means
     # minutes in a C++ compiler. The variable is read at each decoration, not when torch starts.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

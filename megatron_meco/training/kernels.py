@@ -67,11 +67,17 @@ def choose_kernels(
     return Kernels(attention=attention, layers=layers, optimizer=_OPTIMIZERS[optimizer])
 
 
-def first_optimizer(*, engine_loads: bool, apex_loads: bool) -> OptimizerLibrary:
-    """Megatron-Core's own order: the first that can be imported."""
-    if engine_loads:
+def first_optimizer(*, gpu: bool, engine_loads: bool, apex_loads: bool) -> OptimizerLibrary:
+    """Say where Megatron-Core takes its Adam from: the first that can be imported.
+
+    Args:
+        gpu: Whether the run is on CUDA; the CPU platform hides both libraries.
+        engine_loads: Whether Transformer Engine can be imported.
+        apex_loads: Whether NVIDIA's apex can.
+    """
+    if gpu and engine_loads:
         return "transformer_engine"
-    return "apex" if apex_loads else "torch"
+    return "apex" if gpu and apex_loads else "torch"
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,17 @@ def test_a_failing_builder_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_killed_builders_left_goes_after_an_hour(tmp_path: Path) -> None:
+    old, busy, other = (tmp_path / name for name in (".x.meco.1a", ".x.meco.2b", ".y.meco.3c"))
+    for path in (old, busy, other):
+        path.write_text("")
+    for path, hours in ((old, 1.1), (busy, 0.9), (other, 1.1)):
+        then = time.time() - hours * 3600
+        os.utime(path, (then, then))
+    load_or_build(tmp_path / "x.meco", "thing", lambda: ({}, ARRAYS))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [busy.name, other.name, "x.meco"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from runs import ROOT, command, launch, write_gpu_libraries
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
@@ -193,6 +196,42 @@ def test_distributed_optimizer_resumes_with_the_step_it_was_saved_at() -> None:
         """
     )
     assert out.endswith("fine\n")
+
+
+def test_gpu_libraries_are_hidden_unless_they_are_in_use(tmp_path: Path) -> None:
+    out = run_python(
+        f"""
+        import importlib.util
+        import sys
+        sys.path.insert(0, {str(write_gpu_libraries(tmp_path))!r})
+        import apex
+        from megatron_meco.training import cpu
+
+        assert importlib.util.find_spec("transformer_engine") is not None
+        cpu.hide_gpu_libraries()
+        assert importlib.util.find_spec("transformer_engine") is None
+        try:
+            import transformer_engine.pytorch
+        except ImportError:
+            print("hidden")
+        assert sys.modules["apex"] is apex
+        """
+    )
+    assert out == "hidden\n"
+
+
+@pytest.mark.distributed
+def test_a_run_uses_no_gpu_library(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """As on the login node of a cluster, with the environment of its GPU nodes."""
+    flags = "--meco --meco-cooldown-fraction 0.5 --train-iters 2 --eval-iters 0 --save-interval 2"
+    result = launch(
+        command(corpus, tokenizer_folder, *flags.split(), "--save", f"{tmp_path}/checkpoints"),
+        ranks=1,
+        PYTHONPATH=os.pathsep.join([str(write_gpu_libraries(tmp_path / "site")), str(ROOT)]),
+    )
+    assert result.status == 0, result.log[-3000:]
+    assert "optimizer: torch AdamW" in result.log
+    assert sorted(result.losses) == [1, 2]
 
 
 def megatron_args(*flags: str) -> argparse.Namespace:

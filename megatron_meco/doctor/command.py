@@ -1,0 +1,72 @@
+"""`meco doctor` as a command: the report as a table or as JSON, and the exit status.
+
+Costs what collecting the facts costs. What was given up: a choice of what to look at; a report is
+there to be pasted whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from megatron_meco.doctor.facts import collect_facts
+from megatron_meco.doctor.verdicts import Diagnosis, Verdict, diagnose
+
+_COLOURS: dict[Verdict, str] = {
+    "ok": "green",
+    "note": "cyan",
+    "warning": "yellow",
+    "problem": "bold red",
+}
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meco doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print the report.
+
+    Returns:
+        0 where training can run, 1 where it cannot.
+    """
+    diagnosis = diagnose(collect_facts())
+    if args.json:
+        print(json.dumps(asdict(diagnosis), indent=2))
+    else:
+        _print(diagnosis)
+    return 0 if diagnosis.can_train else 1
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in diagnosis.checks:
+        found = Text(check.found)
+        if check.remedy:
+            found.append(f"\n-> {check.remedy}", style="dim" if check.verdict == "note" else "")
+        table.add_row(Text(check.verdict, style=_COLOURS[check.verdict]), Text(check.name), found)
+    console.print(table)
+    console.print()
+    plain = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    plain.add_row("A run here uses", Text("CUDA" if diagnosis.device == "cuda" else "the CPU"))
+    plain.add_row("attention", Text(diagnosis.attention))
+    plain.add_row("layers", Text(diagnosis.layers))
+    plain.add_row("optimizer", Text(diagnosis.optimizer))
+    console.print(plain)
+    console.print()
+    problems = sum(check.verdict == "problem" for check in diagnosis.checks)
+    if diagnosis.can_train:
+        console.print(Text("Training can run here.", style="bold green"))
+    else:
+        noun = "problem keeps" if problems == 1 else "problems keep"
+        console.print(Text(f"{problems} {noun} training from running here.", style="bold red"))

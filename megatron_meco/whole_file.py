@@ -1,0 +1,60 @@
+"""A file that stands under its name whole or not at all.
+
+It is written under a hidden temporary name in the same folder, put on the disk and renamed, so a
+reader sees the earlier file or the new one; of several writers, also on several nodes, the last one
+wins. Its permissions follow the umask. Costs one fsync and one rename. What was given up: putting
+the rename itself on the disk, so a power cut may bring the earlier file back, whole; and cleaning
+up after a killed writer, whose temporary file `unfinished_files` finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_meco.errors import MeCoError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when the block ends, and is gone when the block raises.
+
+    Args:
+        path: The file, in a folder that exists; an earlier one of that name is replaced.
+        refuse: Makes what is raised where the file system says no, from its reason.
+
+    Yields:
+        The file under its temporary name, for bytes. The block only writes: every OSError out of
+        it counts as one of this file.
+
+    Raises:
+        MeCoError: What `refuse` made.
+    """
+    # Process numbers repeat between the nodes that share a folder.
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+    try:
+        # Not tempfile's: those can be read by nobody else, whatever the umask says.
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise refuse(error.strerror or str(error)) from error
+        raise
+
+
+def unfinished_files(path: Path) -> list[Path]:
+    """Return the temporary files of writers of `path`, busy or killed.
+
+    Args:
+        path: What was given to `whole_file`.
+    """
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
