@@ -26,6 +26,7 @@ def commands(quick: bool) -> list[list[str]]:
         for length in (8192, 2048)
     ]
     samples = [["bench_samples.py", "--sequence-length", str(length)] for length in (8192, 2048)]
+    samples += [["bench_loader.py", "--sequence-length", str(length)] for length in (8192, 2048)]
     billion = [["bench_billion.py", "--documents", "1e7" if quick else "1e9"]]
     prepare = [["bench_prepare.py", "--rounds", "1" if quick else "3"]]
     return [*plans, *samples, *billion, *prepare]

@@ -1,12 +1,13 @@
-"""One micro-batch on its device, on the ranks and pipeline stages that need it.
+"""One micro-batch, from a loader's worker to the device of each rank.
 
-`meco_batch` serves MeCo's datasets. All that the host knows of a micro-batch (document borders,
-prefix tokens, views) travels in one small vector whose length is the same throughout the run, so no
-rank ever waits for its device: Megatron's own functions look for the end of `cu_seqlens` on the
-device, twice for each sample, and send its length ahead to the other tensor-parallel ranks.
-`stock_batch` is those functions, for runs without `--meco`. Costs the copies, one broadcast for
-each tensor within the tensor-parallel group, and nothing for what a stage does not use. What was
-given up: a dense attention mask and context parallelism.
+`CompactSamples` makes each sample of MeCo's datasets one vector, and `meco_batch` takes it apart on
+the device. A loader hands over one tensor where Megatron's keys would be eight, each with a file
+descriptor of its own; one copy goes to the device, and one broadcast to the other tensor-parallel
+ranks. Borders of documents have the same length throughout a run, so no rank ever waits for its
+device: Megatron's own functions look there for the end of `cu_seqlens`, twice for each sample, and
+send its length ahead to the other ranks. `stock_batch` is those functions, for runs without
+`--meco`. Costs a copy of each sample in a worker and a few kernels on the device. What was given
+up: a dense attention mask and context parallelism.
 """
 
 from __future__ import annotations
@@ -32,9 +33,62 @@ _KEYS = (
     "position_ids",
     "tokens",
 )
-# What the embedding needs, and what the loss needs, with the dtypes of samples.
-_INPUTS = {"tokens": torch.int64, "position_ids": torch.int64}
-_TARGETS = {"labels": torch.int64, "loss_mask": torch.float32}
+# Behind the borders of documents: prefix tokens, and whether a validation sample shows them.
+_NUM_FACTS = 2
+_VECTOR = "meco_sample"
+
+
+class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """MeCo's samples, each as one vector: borders, facts, tokens, positions, loss mask.
+
+    Args:
+        dataset: Samples with Megatron's keys, as `MeCoGPTDataset` has them.
+        sequence_length: Of each sample.
+        num_bounds: Length of a sample's `cu_seqlens` that holds every pack of the run.
+    """
+
+    def __init__(self, dataset: Any, sequence_length: int, num_bounds: int) -> None:
+        self.dataset = dataset
+        self.sequence_length = sequence_length
+        self.num_bounds = num_bounds
+        # Megatron's loader asks for it, under one of two names.
+        self.split = dataset.split if hasattr(dataset, "split") else dataset.index_split
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """One sample.
+
+        Args:
+            idx: As the dataset takes it.
+
+        Returns:
+            meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
+                float32 bit by bit.
+
+        Raises:
+            RuntimeError: When the pack has more borders than that: the run must not go on.
+        """
+        sample = self.dataset[idx]
+        bounds = sample["cu_seqlens"][: self.num_bounds]
+        if bounds[-1] != self.sequence_length:
+            raise RuntimeError(
+                f"a pack holds more documents than the {self.num_bounds - 2} of the largest pack "
+                "of all plans: the data cache changed under the run"
+            )
+        parts = (
+            bounds,
+            sample["meco_prefix_tokens"].view(1),
+            # A baseline's samples have no view; all are plain.
+            sample.get("meco_view", torch.zeros(1)).view(1),
+            # Labels are the tokens from the second on, and one more.
+            sample["tokens"],
+            sample["labels"][-1:],
+            sample["position_ids"],
+        )
+        mask = sample["loss_mask"].view(torch.int32)
+        return {_VECTOR: torch.cat([*(part.int() for part in parts), mask])}
 
 
 def meco_batch(
@@ -46,19 +100,19 @@ def meco_batch(
     num_bounds: int,
     check: Callable[[int], None],
 ) -> Batch:
-    """The next micro-batch of MeCo's datasets.
+    """The next micro-batch of `CompactSamples`.
 
     Args:
         args: Megatron's arguments.
         data_iterator: Gives batches on tensor-parallel rank 0; not used elsewhere.
         vp_stage: Virtual pipeline stage, or None.
         training: Whether this is a training step.
-        num_bounds: Length of a sample's `cu_seqlens` that holds every pack of the run.
+        num_bounds: That of the samples.
         check: Called with the number of prefix tokens, on tensor-parallel rank 0.
 
     Returns:
-        tokens, position_ids, labels: (1, micro-batch * sequence), int64; None where the stage does
-            not need them.
+        tokens, position_ids, labels: (1, micro-batch * sequence), int64; None at a pipeline stage
+            that needs none of these and no loss mask.
         loss_mask: Likewise, float32.
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
@@ -67,69 +121,44 @@ def meco_batch(
         The rest of Megatron's keys: None.
     """
     size = int(args.micro_batch_size if training else args.eval_micro_batch_size)
-    num_borders = size * (num_bounds - 1) + 1
-    loaded: Batch | None = None
+    length = args.seq_length
+    head = num_bounds + _NUM_FACTS
+    # Stages in the middle need the borders alone.
+    edge = is_first_or_last_pipeline_stage(vp_stage)
+    width = head + 3 * length + 1 if edge else head
+    vectors: torch.Tensor | None = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
-        loaded = next(data_iterator)
-        check(int(loaded["meco_prefix_tokens"].sum()))
-    header = None if loaded is None else pack_header(loaded, args.seq_length, num_bounds)
-    header = _on_all_ranks(header, (num_borders + 2 * size,), torch.int32)
+        vectors = next(data_iterator)[_VECTOR]
+        check(int(vectors[:, num_bounds].sum()))
+        vectors = vectors[:, :width].contiguous()
+    vectors = _on_all_ranks(vectors, (size, width))
     batch: Batch = dict.fromkeys(_KEYS)
-    batch["cu_seqlens"] = header[:num_borders]
-    batch["facts"] = header[num_borders:].view(2, size)
-    for key, dtype in _needed(vp_stage).items():
-        tensor = None if loaded is None else loaded[key]
-        batch[key] = _on_all_ranks(tensor, (size, args.seq_length), dtype).reshape(1, -1)
+    batch["cu_seqlens"] = _merge(vectors[:, :num_bounds], length)
+    batch["facts"] = vectors[:, num_bounds:head].T
+    if edge:
+        tokens, position_ids, loss_mask = vectors[:, head:].split([length + 1, length, length], 1)
+        batch["tokens"] = tokens[:, :-1].long().view(1, -1)
+        batch["labels"] = tokens[:, 1:].long().view(1, -1)
+        batch["position_ids"] = position_ids.long().view(1, -1)
+        batch["loss_mask"] = loss_mask.view(torch.float32).reshape(1, -1)
     return batch
 
 
-def pack_header(loaded: Batch, sequence_length: int, num_bounds: int) -> torch.Tensor:
-    """What the host knows of a micro-batch, in one vector.
-
-    Args:
-        loaded: The collated samples, on the host.
-        sequence_length: Of each sample.
-        num_bounds: Length of a sample's `cu_seqlens` that holds every pack of the run.
-
-    Returns:
-        (micro-batch * (num_bounds - 1) + 1 + 2 * micro-batch,), int32, pinned where the samples
-        are: borders of the documents in the flat micro-batch, prefix tokens, views.
-
-    Raises:
-        RuntimeError: When a sample has more borders than that: the run must not go on.
-    """
-    rows = loaded["cu_seqlens"][:, :num_bounds]
-    if not (rows[:, -1] == sequence_length).all():
-        raise RuntimeError(
-            f"a pack holds more documents than the {num_bounds - 2} of the largest pack of all "
-            "plans: the data cache changed under the run"
-        )
-    offsets = torch.arange(len(rows), dtype=torch.int32)[:, None] * sequence_length
-    prefix_tokens = loaded["meco_prefix_tokens"].int()
-    # A baseline's samples have no view; all are plain.
-    views = loaded["meco_view"].int() if "meco_view" in loaded else torch.zeros_like(prefix_tokens)
-    borders = (rows[:, 1:] + offsets).reshape(-1)
-    header = torch.cat([torch.zeros(1, dtype=torch.int32), borders, prefix_tokens, views])
-    return header.pin_memory() if loaded["tokens"].is_pinned() else header
+def _merge(bounds: torch.Tensor, length: int) -> torch.Tensor:
+    """Borders of documents in the flat micro-batch, from those in each sample."""
+    if len(bounds) == 1:
+        return bounds[0]
+    begins = length * torch.arange(len(bounds), dtype=torch.int32, device=bounds.device)
+    return torch.cat([bounds[0, :1], (bounds[:, 1:] + begins[:, None]).reshape(-1)])
 
 
-def _needed(vp_stage: int | None) -> dict[str, torch.dtype]:
-    if mpu.get_pipeline_model_parallel_world_size() == 1:
-        return _INPUTS | _TARGETS
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return {}
-    return _INPUTS if mpu.is_pipeline_first_stage() else _TARGETS
-
-
-def _on_all_ranks(
-    tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
-    """The tensor of tensor-parallel rank 0, on the device of each."""
-    if tensor is None:
-        on_device = torch.empty(shape, dtype=dtype, device="cuda")
+def _on_all_ranks(vectors: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+    """What tensor-parallel rank 0 has, on the device of each."""
+    if vectors is None:
+        on_device = torch.empty(shape, dtype=torch.int32, device="cuda")
     else:
-        on_device = tensor.cuda(non_blocking=True)
+        on_device = vectors.cuda(non_blocking=True)
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             on_device,

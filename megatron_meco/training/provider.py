@@ -41,7 +41,7 @@ from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
 from megatron_meco.data.report import Run, most_documents, plan_report, summary_lines
 from megatron_meco.errors import MeCoError
 from megatron_meco.training.arguments import cooldown_blend, schedule_from_args
-from megatron_meco.training.batch import Batch, meco_batch, stock_batch
+from megatron_meco.training.batch import Batch, CompactSamples, meco_batch, stock_batch
 from megatron_meco.training.compat import check_version
 from megatron_meco.training.phase_switch import PhaseSwitch
 
@@ -66,7 +66,8 @@ _state: RunState | None = None
 def begin_run(run: Run, args: argparse.Namespace) -> RunState:
     """Have `forward_step` train on these datasets; a call for all ranks.
 
-    `train_valid_test_datasets_provider` does it for its own.
+    `train_valid_test_datasets_provider` does it for its own. Megatron's loader is to be given
+    `CompactSamples` of them.
 
     Args:
         run: Datasets (None on ranks that hold none) and schedule.
@@ -122,14 +123,18 @@ def train_valid_test_datasets_provider(
         print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     run = Run(schedule, *datasets)
-    begin_run(run, args)
+    state = begin_run(run, args)
     if datasets[0] is not None and args.consumed_train_samples >= len(datasets[0]):
         # A finished run, started again: Megatron's loader wants a sample, though none is trained.
         datasets[0].num_spare = 1
     if datasets[0] is not None and not vp_stage:
         for line in summary_lines(plan_report(run), args.seq_length):
             print_rank_0(f"> MeCo: {line}")
-    return datasets
+    train, valid, test = (
+        None if dataset is None else CompactSamples(dataset, args.seq_length, state.num_bounds)
+        for dataset in datasets
+    )
+    return train, valid, test
 
 
 # Megatron calls a provider with this mark on every rank, and lets it decide where to build.

@@ -68,26 +68,54 @@ def args() -> Namespace:
     )
 
 
-def make_samples() -> dict[str, Any]:
-    """Two samples, of three documents and of one, as they are collated."""
-    bounds = torch.full((SIZE, LENGTH + 1), LENGTH, dtype=torch.int32)
-    bounds[:, 0] = 0
-    bounds[0, 1:3] = torch.tensor([3, 9])
-    return {
-        "tokens": torch.arange(SIZE * LENGTH).view(SIZE, LENGTH),
-        "labels": torch.arange(SIZE * LENGTH).view(SIZE, LENGTH) + 1,
-        "loss_mask": torch.ones(SIZE, LENGTH),
-        "position_ids": torch.zeros(SIZE, LENGTH, dtype=torch.int64),
-        "cu_seqlens": bounds,
-        "max_seqlen": torch.tensor([7, LENGTH], dtype=torch.int32),
-        "meco_prefix_tokens": torch.tensor([4, 0]),
-        "meco_view": torch.tensor([1, 0]),
-    }
+class TwoSamples(torch.utils.data.Dataset):
+    """Samples of three documents and of one, with Megatron's keys."""
+
+    split = "valid"
+
+    def __init__(self, baseline: bool = False) -> None:
+        self.baseline = baseline
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        bounds = torch.full((LENGTH + 1,), LENGTH, dtype=torch.int32)
+        bounds[0] = 0
+        if idx == 0:
+            bounds[1:3] = torch.tensor([3, 9])
+        ids = torch.arange(LENGTH + 1) + 1000 * idx
+        sample = {
+            "tokens": ids[:-1],
+            "labels": ids[1:],
+            "loss_mask": torch.arange(LENGTH) % 2 + 0.0,
+            "position_ids": torch.arange(LENGTH) % 5,
+            "cu_seqlens": bounds,
+            "max_seqlen": torch.tensor(7, dtype=torch.int32),
+            "meco_prefix_tokens": torch.tensor(4 if idx == 0 else 0),
+        }
+        return sample if self.baseline else {**sample, "meco_view": torch.tensor(1 - idx)}
+
+
+def loaded(num_bounds: int, **options: bool) -> dict[str, Any]:
+    """A micro-batch of both, as a loader hands it over."""
+    from megatron_meco.training.batch import CompactSamples
+
+    samples = CompactSamples(TwoSamples(**options), LENGTH, num_bounds)
+    (batch,) = torch.utils.data.DataLoader(samples, batch_size=SIZE)
+    assert set(batch) == {"meco_sample"}
+    return batch
 
 
 def next_batch(batch: Any, args: Namespace, num_bounds: int, **options: Any) -> Any:
-    options = {"training": False, "check": lambda _: None, **options}
-    return batch.meco_batch(args, iter([make_samples()]), None, num_bounds=num_bounds, **options)
+    return batch.meco_batch(
+        args,
+        iter([loaded(num_bounds, **options)]),
+        None,
+        training=False,
+        num_bounds=num_bounds,
+        check=lambda _: None,
+    )
 
 
 def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespace) -> None:
@@ -102,8 +130,9 @@ def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespac
 def test_the_same_check_sees_the_wait_in_megatrons_own_batches(
     one_rank: Any, args: Namespace
 ) -> None:
+    (batch,) = torch.utils.data.DataLoader(TwoSamples(), batch_size=SIZE)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        one_rank.stock_batch(args, iter([make_samples()]), None, training=False)
+        one_rank.stock_batch(args, iter([batch]), None, training=False)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -125,26 +154,37 @@ def test_the_loss_is_reported_without_a_wait(
     assert set(report) == (expected if training else {"lm loss conditioned", "lm loss plain"})
 
 
-def test_the_header_holds_all_borders_of_a_micro_batch() -> None:
-    from megatron_meco.training.batch import pack_header
+def test_a_batch_is_what_megatrons_own_functions_make_of_the_samples(
+    one_rank: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    found = next_batch(one_rank, args, 5)
+    (batch,) = torch.utils.data.DataLoader(TwoSamples(), batch_size=SIZE)
+    stock = one_rank.stock_batch(args, iter([batch]), None, training=False)
+    for key in ("tokens", "labels", "position_ids", "loss_mask"):
+        assert torch.equal(found[key], stock[key]), key
+        assert found[key].dtype == stock[key].dtype
+    # The same borders, and empty documents.
+    assert found["cu_seqlens"].tolist() == [0, 3, 9, 16, 16, 32, 32, 32, 32]
+    assert stock["cu_seqlens"].tolist() == [0, 3, 9, 16, 32]
+    assert found["facts"].tolist() == [[4, 0], [1, 0]]
+    assert next_batch(one_rank, args, 5, baseline=True)["facts"].tolist() == [[4, 0], [0, 0]]
 
-    header = pack_header(make_samples(), LENGTH, 5).tolist()
-    assert header[:9] == [0, 3, 9, 16, 16, 32, 32, 32, 32]
-    assert header[9:11] == [4, 0]
-    assert header[11:] == [1, 0]
+
+def test_a_stage_in_the_middle_gets_the_borders_alone(
+    one_rank: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: copied.append(self.shape) or self)
+    monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: False)
+    found = next_batch(one_rank, args, 5)
+    assert copied == [(SIZE, 7)]
+    assert found["cu_seqlens"].tolist() == [0, 3, 9, 16, 16, 32, 32, 32, 32]
+    assert found["tokens"] is None
 
 
-def test_the_header_refuses_a_pack_that_no_plan_holds() -> None:
-    from megatron_meco.training.batch import pack_header
-
-    assert pack_header(make_samples(), LENGTH, 4)[:7].tolist() == [0, 3, 9, 16, 32, 32, 32]
+def test_a_pack_that_no_plan_holds_stops_the_run() -> None:
+    assert loaded(4)["meco_sample"][:, :4].tolist() == [[0, 3, 9, 16], [0, 16, 16, 16]]
     with pytest.raises(RuntimeError, match="more documents than the 1 of the largest pack"):
-        pack_header(make_samples(), LENGTH, 3)
-
-
-def test_samples_of_a_baseline_have_one_view() -> None:
-    from megatron_meco.training.batch import pack_header
-
-    samples = make_samples()
-    del samples["meco_view"]
-    assert pack_header(samples, LENGTH, 5)[11:].tolist() == [0, 0]
+        loaded(3)
