@@ -2,13 +2,13 @@
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with
 #   PYTEST_ARGS="-n 0 -k plan"   further arguments for pytest
-#   ARGS="..."                   further arguments for demo and bench
+#   ARGS="..."                   further arguments for demo, bench and gpu-check
 
 PYTEST_ARGS ?=
 ARGS ?=
 CXX ?= g++
 BIN := .venv/bin
-SHELL_FILES := $(wildcard examples/*.sh examples/slurm/*.sbatch tools/*.sh) .ci/run
+SHELL_FILES := $(wildcard examples/*.sh examples/slurm/*.sbatch tools/*.sh benchmarks/gpu/*.sh) .ci/run
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 
 # Compiled Python files are kept even where the caller's shell forbids it: Megatron and torch take
@@ -16,7 +16,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed bench check format sanitize clean
+.PHONY: help venv demo test test-distributed bench gpu-check check format sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test-distributed: venv ## Run every test that starts several ranks, the slow one
 
 bench: venv ## Run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+gpu-check: ## On a host with a GPU: run the GPU tests and measure, resumably (no network needed)
+	@PYTHON='$(PYTHON)' sh benchmarks/gpu/run.sh $(ARGS)
 
 check: venv ## Check formatting, lint, types, shell scripts and the direction of imports
 	$(BIN)/ruff format --check .

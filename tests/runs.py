@@ -165,10 +165,10 @@ def launch(command: list[str], ranks: int, timeout: int = 240, **variables: str)
     return Result.read(process.returncode, log)
 
 
-def kill_at(command: list[str], ranks: int, text: str) -> Result:
+def kill_at(command: list[str], ranks: int, text: str, **variables: str) -> Result:
     """Run a script under torchrun and SIGKILL every process of it once its log holds `text`."""
     mark = f"MECO_TEST_RUN={os.getpid()}-{time.monotonic_ns()}"
-    process = start(command, ranks, **dict([mark.split("=")]))
+    process = start(command, ranks, **dict([mark.split("=")]), **variables)
     assert process.stdout is not None
     log = ""
     for line in process.stdout:

@@ -1,0 +1,39 @@
+"""The real kernels keep documents apart; the CPU's twin is tests/training/test_leakage.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from gpu.conftest import REHEARSAL, needs_engine
+from runs import ROOT, report_of
+
+SCRIPT = ROOT / "tests" / "training" / "leakage.py"
+LAYERS = ["local", pytest.param("transformer_engine", marks=needs_engine)]
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    if REHEARSAL:
+        monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_changing_one_document_leaves_the_logits_of_the_others_bit_identical(
+    layers: str, tmp_path: Path
+) -> None:
+    rows = report_of(SCRIPT, tmp_path / "packed", "packed", layers)
+    assert rows == [{"others_identical": True, "own_changed": True}] * 4
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_the_same_check_sees_a_leak_where_there_is_one(layers: str, tmp_path: Path) -> None:
+    rows = report_of(SCRIPT, tmp_path / "causal", "causal", layers)
+    assert not rows[0]["others_identical"]
+
+
+def test_rotary_positions_restart_as_those_of_megatron_do(tmp_path: Path) -> None:
+    assert report_of(SCRIPT, tmp_path / "rotary", "rotary", "local") == {"equal": True}
