@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from megatron_meco import __version__
 from megatron_meco.errors import MeCoError
+from megatron_meco.training.kernels import hide_gpu_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,9 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     function = name.replace("-", "_")
     command = COMMANDS[name]
+    if name != "doctor":
+        # None of these trains; Megatron would import both and end where they cannot be loaded.
+        hide_gpu_libraries()
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
         prog=f"meco {name}",

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_meco.training.kernels import hide_gpu_libraries
+
 RESULT_MARK = "meco-doctor-result:"
 
 
@@ -126,7 +128,7 @@ def _probe_megatron() -> Items:
     # Imported as a run here imports it.
     cpu = importlib.import_module("megatron_meco.training.cpu")
     if cpu.should_use_cpu():
-        cpu.hide_gpu_libraries()
+        hide_gpu_libraries()
     importlib.import_module("megatron.core.parallel_state")
     yield "imported", True
 

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_meco.training.kernels import hide_gpu_libraries
+
 CPU_DEFAULTS: dict[str, object] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -94,19 +96,6 @@ def impossible_flags(args: Namespace) -> list[tuple[str, str]]:
         if is_impossible(value):
             found.append((flag.format(_spelling(value)), remedy))
     return found
-
-
-def hide_gpu_libraries() -> None:
-    """Let Transformer Engine and apex count as not installed in this process.
-
-    Where they are installed, as in an environment that GPU nodes share with a login node, Megatron
-    takes their optimizer and norms without asking for a GPU. Call it before `megatron` is imported;
-    a library that is in use already stays.
-    """
-    for name in ("transformer_engine", "apex"):
-        # Python's own way to say that a module cannot be imported: an ImportError, which Megatron
-        # answers with PyTorch's kernels.
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 @functools.cache

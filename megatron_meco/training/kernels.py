@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,3 +104,17 @@ def try_transformer_engine() -> EngineState:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         return EngineState(f"it cannot be loaded: {line}", not isinstance(error, ImportError))
     return EngineState()
+
+
+def hide_gpu_libraries() -> None:
+    """Let Transformer Engine and apex count as not installed in this process.
+
+    For runs without a GPU and for commands that train nothing. Where the libraries are installed,
+    as in an environment that GPU nodes share with a login node, Megatron-Core imports them without
+    asking for a GPU, takes their optimizer and norms, and fails where their import does. Call it
+    before `megatron` is imported; a library that is in use already stays.
+    """
+    for name in ("transformer_engine", "apex"):
+        # Python's own way to say that a module cannot be imported: an ImportError, which Megatron
+        # answers with PyTorch's kernels.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]

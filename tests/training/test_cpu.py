@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -205,10 +206,10 @@ def test_gpu_libraries_are_hidden_unless_they_are_in_use(tmp_path: Path) -> None
         import sys
         sys.path.insert(0, {str(write_gpu_libraries(tmp_path))!r})
         import apex
-        from megatron_meco.training import cpu
+        from megatron_meco.training import kernels
 
         assert importlib.util.find_spec("transformer_engine") is not None
-        cpu.hide_gpu_libraries()
+        kernels.hide_gpu_libraries()
         assert importlib.util.find_spec("transformer_engine") is None
         try:
             import transformer_engine.pytorch
@@ -303,3 +304,22 @@ def test_broken_gpu_setup_is_recognised(
     )
     found = cpu.looks_like_broken_gpu_setup()
     assert found is None if reason is None else found is not None and reason in found
+
+
+def test_commands_use_no_gpu_library(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    plan = "plan --seq-length 64 --train-iters 5 --global-batch-size 4 --eval-iters 0 --json"
+    data = ["--data-path", corpus, "--tokenizer-type", "HuggingFaceTokenizer"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-m", "megatron_meco", *plan.split(), *data),
+            *("--tokenizer-model", str(tokenizer_folder)),
+        ],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(write_gpu_libraries(tmp_path)), str(ROOT)]),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["num_iterations"] == 5
