@@ -83,11 +83,11 @@ def datasets(prefix: Path, length: int, strategy: str) -> tuple[Any, Any]:
     return ours, build(GPTDataset, GPTDatasetConfig(**shared, **flags))
 
 
-def bare_copy(prefix: Path, length: int) -> Callable[[int], Any]:
+def bare_copy(prefix: Path, length: int, num_bounds: int) -> Callable[[int], Any]:
     """The floor: the same output arrays from contiguous tokens, by numpy alone."""
     tokens = np.memmap(f"{prefix}.bin", np.uint16, "r")
     ones, count = np.ones(length, np.float32), np.arange(length)
-    bounds = np.full(length + 1, length, np.int32)
+    bounds = np.full(num_bounds, length, np.int32)
 
     def sample(index: int) -> dict[str, torch.Tensor]:
         part = tokens[index * length : (index + 1) * length]
@@ -122,7 +122,7 @@ def main() -> None:
         prefix = Path(folder, "corpus")
         write_corpus(prefix, args.documents)
         ours, theirs = datasets(prefix, length, args.strategy)
-        copy = bare_copy(prefix, length)
+        copy = bare_copy(prefix, length, len(ours[0]["cu_seqlens"]))
         num = min(len(ours), len(theirs), 2**22 // length)
         indices = list(range(num))
         times: dict[str, list[float]] = {"meco": [], "megatron": [], "copy": []}

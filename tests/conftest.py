@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from runs import write_pages, write_tokenizer
+
+_scratch = pytest.StashKey[str]()
 
 # One process must not take the cores of the others (torchrun ranks, parallel test workers).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the processes that tests start a temporary folder of their own, which goes with them.
+
+    Killed ranks leave files of torchrun and multiprocessing behind. Pytest's own folders stay where
+    they are: its choice is made by the first call.
+    """
+    config.stash[_scratch] = tempfile.mkdtemp(prefix="meco-tests-", dir=tempfile.gettempdir())
+    os.environ["TMPDIR"] = config.stash[_scratch]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_scratch], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ import numpy as np
 
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file
 
 if TYPE_CHECKING:
     from megatron_meco.corpus.punkt import SentenceSplitter
@@ -157,10 +157,20 @@ def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
     Args:
         folder: The folder.
         chosen: What `choose_encoder` returned, and anything else that belongs to it.
+
+    Raises:
+        DataError: The folder cannot be written to.
     """
-    unfinished = folder / f"{_FILE}.tmp-{os.getpid()}"
-    unfinished.write_text(json.dumps({**chosen, "compared_on": platform.node()}), encoding="utf-8")
-    os.replace(unfinished, folder / _FILE)
+
+    def refuse(reason: str) -> DataError:
+        return DataError(
+            f"cannot be written ({reason})",
+            where=str(folder / _FILE),
+            remedy="Free space, or choose another --output; finished work is kept.",
+        )
+
+    with whole_file(folder / _FILE, refuse) as file:
+        file.write(json.dumps({**chosen, "compared_on": platform.node()}).encode())
 
 
 def encoder_digest(chosen: dict[str, Any]) -> str:
