@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
+# A host may have its packages there as well.
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SEQ_LENGTH = 64
 
@@ -145,7 +147,7 @@ def start(
     command: list[str], ranks: int, nodes: tuple[int, int, int] | None = None, **variables: str
 ) -> subprocess.Popen[str]:
     """Start a script under torchrun, its output in one pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **variables}
     return subprocess.Popen(
         _torchrun(command, ranks, nodes),
         stdout=subprocess.PIPE,
@@ -191,7 +193,7 @@ def report_of(script: Path, *arguments: object) -> Any:
         [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,6 +47,10 @@ def engine_is_installed() -> bool:
 needs_engine = pytest.mark.skipif(
     not engine_is_installed(), reason="Transformer Engine is not installed, or there is no GPU"
 )
+LAYERS = [
+    pytest.param(LOCAL, id="local"),
+    pytest.param(ENGINE, id="transformer_engine", marks=needs_engine),
+]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU, or this is a rehearsal")
 
 

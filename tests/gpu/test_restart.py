@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu.conftest import BF16, ENGINE, LOCAL, REHEARSAL, SCHEDULE, SHAPE, needs_engine
+from gpu.conftest import BF16, LAYERS, REHEARSAL, SCHEDULE, SHAPE
 from runs import command, kill_at, launch
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("layers", [LOCAL, pytest.param(ENGINE, marks=needs_engine)])
+@pytest.mark.parametrize("layers", LAYERS)
 def test_a_killed_run_goes_on_across_the_switch(
     layers: str, gpu_corpus: str, gpu_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu.conftest import BF16, ENGINE, LOCAL, Run, needs_engine, needs_gpu
+from gpu.conftest import BF16, LAYERS, LOCAL, Run, needs_gpu
 from runs import Result
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
@@ -23,7 +23,7 @@ def waits_of(result: Result) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layers", [LOCAL, pytest.param(ENGINE, marks=needs_engine)])
+@pytest.mark.parametrize("layers", LAYERS)
 def test_no_wait_comes_from_here(run: Run, layers: str) -> None:
     flags = f"{layers} {BF16} --no-check-for-nan-in-loss-and-grad"
     waits = waits_of(run(flags, script=SCRIPT))["waits"]

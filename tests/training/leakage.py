@@ -74,7 +74,9 @@ def make_model(layers: str) -> GPTModel:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
-    return model.cuda().eval()
+    model = model.cuda().eval()
+    # As Megatron's Float16Module does to a model that it trains.
+    return model if ON_CPU else model.bfloat16()
 
 
 def parameters(longest: int = LENGTH) -> PackedSeqParams:
