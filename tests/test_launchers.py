@@ -194,7 +194,10 @@ def test_variables_make_the_layout() -> None:
     assert words[data + 1 : data + 5] == ["0.3", "data/a", "0.7", "data/b"]
     assert value(words, "--meco-cooldown-data-path") == "data/c"
     assert words[-2:] == ["--lr", "1e-3"]
+    own = printed("3b", TRAIN_SCRIPT="mine/train.py")
+    assert own[own.index("--master-port") + 2] == "mine/train.py"
     plain = printed("3b")
+    assert plain[plain.index("--master-port") + 2].endswith("examples/pretrain_gpt.py")
     for flag in ("--sequence-parallel", "--fp8-format", "--meco-cooldown-data-path"):
         assert flag not in plain
     for flag in (

@@ -50,7 +50,6 @@ fi
 case $chosen in /*) ;; *) chosen=$PWD/$chosen ;; esac
 
 mkdir -p "$state"
-if [ -d "$site" ]; then export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"; fi
 missing() {
     "$chosen" -W ignore - <<'END'
 import importlib.util
@@ -64,17 +63,20 @@ def there(name):
 print(" ".join(name for name in names if not there(name)))
 END
 }
-if [ -n "$(missing)" ]; then
-    if ! ls "$WHEELS"/*.whl >/dev/null 2>&1; then
-        refuse "$chosen lacks: $(missing). Bring their wheels in WHEELS=$WHEELS" \
-            "(benchmarks/gpu/README.md), or run 'make venv' where there is a network."
-    fi
+# Which wheels are there; the folder may have been filled up since the last time.
+listing=$(ls "$WHEELS"/*.whl 2>/dev/null || true)
+if [ -n "$listing" ] && [ "$listing" != "$(cat "$site.list" 2>/dev/null)" ]; then
     say "installing the wheels of $WHEELS into $state/site"
-    "$chosen" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" \
+    rm -rf "$site" "$site.list"
+    "$chosen" -m pip install -q --no-index --no-deps --no-compile --target "$site" \
         "$WHEELS"/*.whl >"$state/pip.log" 2>&1 ||
         refuse "pip failed: $(tail -n 1 "$state/pip.log") (see $state/pip.log)"
-    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
-    [ -z "$(missing)" ] || refuse "$chosen still lacks: $(missing). Bring their wheels in $WHEELS too."
+    printf '%s\n' "$listing" >"$site.list"
+fi
+if [ -d "$site" ]; then export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"; fi
+if [ -n "$(missing)" ]; then
+    refuse "$chosen lacks: $(missing). Bring their wheels in WHEELS=$WHEELS" \
+        "(benchmarks/gpu/README.md), or run 'make venv' where there is a network."
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 

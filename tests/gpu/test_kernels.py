@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,3 +38,14 @@ def test_the_same_check_sees_a_leak_where_there_is_one(layers: str, tmp_path: Pa
 
 def test_rotary_positions_restart_as_those_of_megatron_do(tmp_path: Path) -> None:
     assert report_of(SCRIPT, tmp_path / "rotary", "rotary", "local") == {"equal": True}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None,
+    reason="Transformer Engine is not installed",
+)
+def test_checkpoints_of_both_kinds_of_layers_hold_the_same_tensors(tmp_path: Path) -> None:
+    """So that either loads the other's, and `meco export` reads both; this needs no GPU."""
+    report = report_of(Path(__file__).parent / "checkpoint_names.py", tmp_path / "store")
+    assert report["transformer_engine"] == report["local"]
+    assert len(report["local"]) == 8
