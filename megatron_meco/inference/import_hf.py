@@ -308,14 +308,19 @@ def _run_args(
     )
 
 
+def state_names(num_layers: int) -> list[str]:
+    """Names of what modules may keep beside their weights: FP8 scales, say. Here it is empty."""
+    layers = [
+        f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
+        for name in _LAYER_STATES
+        for layer in range(num_layers)
+    ]
+    return layers + [f"{name}._extra_state/shard_0_1" for name in _OTHER_STATES]
+
+
 def _write(folder: Path, tensors: dict[str, torch.Tensor], args: Namespace) -> None:
     state: dict[str, Any] = dict(tensors)
-    for name in _LAYER_STATES:
-        for layer in range(args.num_layers):
-            key = f"decoder.layers.{name}._extra_state/shard_{layer}_{args.num_layers}"
-            state[key] = [None]
-    for name in _OTHER_STATES:
-        state[f"{name}._extra_state/shard_0_1"] = [None]
+    state |= {name: [None] for name in state_names(args.num_layers)}
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     state["common_state/shard_0_1"] = [common]
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Print the tensors that checkpoints of both kinds of layers hold, as JSON.
+"""Print what checkpoints of both kinds of layers hold, as JSON: tensors, and other state.
 
 Models are built on the meta device, so this needs Transformer Engine and no GPU: its modules want
 to be told of one and then compute nothing. Run as a script: `checkpoint_names.py RENDEZVOUS`.
@@ -20,7 +20,7 @@ torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
 )
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_with_transformer_engine_spec,
@@ -71,7 +71,10 @@ def main() -> None:
                 share_embeddings_and_output_weights=False,
             )
             held = model.sharded_state_dict().values()
-        report[name] = {x.key: list(x.global_shape) for x in held if isinstance(x, ShardedTensor)}
+        report[name] = {
+            "tensors": {x.key: list(x.global_shape) for x in held if isinstance(x, ShardedTensor)},
+            "state": sorted(x.unique_key for x in held if isinstance(x, ShardedObject)),
+        }
     print(json.dumps(report))
 
 
