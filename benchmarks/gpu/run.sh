@@ -2,7 +2,7 @@
 # What `make gpu-check` starts: find a Python whose torch sees the GPU, complete it, check.
 #
 # On a host without a network nothing is fetched: Python packages that are missing come as wheels
-# from WHEELS (benchmarks/gpu/wheels.txt lists them) and go into build/gpu-check/site, beside that
+# from WHEELS (collect_wheels.sh fetches them elsewhere) and go into build/gpu-check/site, beside that
 # Python and not into it; the C++ extension is compiled here. Arguments go to check.py.
 set -eu
 
