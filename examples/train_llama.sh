@@ -26,7 +26,7 @@
 #   NNODES=1  NODE_RANK=0  GPUS_PER_NODE=8  MASTER_ADDR=127.0.0.1  MASTER_PORT=29500
 #   TP=1 (8b: 2)  PP=1  MICRO_BATCH_SIZE=1
 #   TRANSFORMER_IMPL        transformer_engine; local runs without it, also on a CPU
-#   FP8=0                   1: matrix products in FP8 (hybrid, FP8_RECIPE=delayed)
+#   FP8=0                   1: matrix products in FP8 (hybrid, FP8_RECIPE=tensorwise)
 #   PYTHON                  the repository's .venv/bin/python, else python3
 #   TRAIN_SCRIPT            examples/pretrain_gpt.py; a script of yours that takes the same flags
 #
@@ -51,7 +51,7 @@ TEMPLATE=${TEMPLATE-'URL: {url.host}\n\n'}
 : "${NUM_WORKERS:=2}" "${SAVE_INTERVAL:=4000}" "${EVAL_INTERVAL:=2000}" "${EVAL_ITERS:=20}"
 : "${TRAIN_SCRIPT:=$root/examples/pretrain_gpt.py}" "${LOG_INTERVAL:=10}" "${NNODES:=1}" "${NODE_RANK:=0}" "${GPUS_PER_NODE:=8}"
 : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${TP:=1}" "${PP:=1}" "${MICRO_BATCH_SIZE:=1}"
-: "${TRANSFORMER_IMPL:=transformer_engine}" "${FP8:=0}" "${FP8_RECIPE:=delayed}"
+: "${TRANSFORMER_IMPL:=transformer_engine}" "${FP8:=0}" "${FP8_RECIPE:=tensorwise}"
 
 refuse() {
     printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
@@ -198,6 +198,11 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 make_command "$@"
 
+# The state of delayed scaling is pickled in checkpoints, which Transformer Engine from 2.18 on reads
+# when it is told to: else no run with it could go on. These checkpoints are the run's own.
+if ((FP8)) && [[ $FP8_RECIPE == delayed ]]; then
+    export NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE="${NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE:-1}"
+fi
 # Megatron asks for it with tensor parallelism on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 command=("${launch[@]}" "$TRAIN_SCRIPT" "${flags[@]}")

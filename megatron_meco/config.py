@@ -80,7 +80,10 @@ class MeCoConfig:
     """Whether a piece that continues a document has the document's prefix again."""
 
     max_documents_per_pack: int | None = None
-    """Cap on documents in one pack; None: one for 64 tokens, but no fewer than 128; 0: none."""
+    """Cap on documents in one pack; None: one for 64 tokens less one, no fewer than 127; 0: none.
+
+    With the padding that is a power of two at the usual sequence lengths, as attention kernels like
+    it."""
 
     max_prefix_tokens: int | None = None
     """Longest prefix that is used; None: half the sequence. Longer ones train plain, counted."""
@@ -140,7 +143,7 @@ class MeCoConfig:
         """Largest number of documents in a pack at this sequence length."""
         cap = self.max_documents_per_pack
         if cap is None:
-            cap = max(128, sequence_length // 64)
+            cap = max(127, sequence_length // 64 - 1)
         return min(cap or sequence_length, sequence_length)
 
     @classmethod
@@ -227,7 +230,7 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         type=int,
         metavar="N",
         help="Cap on the documents of one pack: all ranks wait for the one that has hundreds of "
-        "tiny ones. Default: one for 64 tokens, but no fewer than 128. 0: as many as fit.",
+        "tiny ones. Default: one for 64 tokens less one, no fewer than 127. 0: as many as fit.",
     )
     group.add_argument(
         "--meco-max-prefix-tokens",

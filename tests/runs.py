@@ -163,6 +163,10 @@ def launch(command: list[str], ranks: int, timeout: int = 240, **variables: str)
     try:
         log, _ = process.communicate(timeout=timeout)
     finally:
+        # torchrun ends its ranks, which are in sessions of their own, when it is asked to.
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
         process.kill()
     return Result.read(process.returncode, log)
 

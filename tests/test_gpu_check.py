@@ -118,17 +118,29 @@ def test_a_stage_that_fails_is_told_and_not_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "state").rglob("speed-600m.json"))
 
 
-def test_a_stage_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_a_stage_leaves_no_rank_behind(tmp_path: Path) -> None:
+    """torchrun puts its ranks into sessions of their own."""
     stages = module("check")
-    mark = tmp_path / "pid"
-    command = ["sh", "-c", f"sleep 600 & echo $! > {mark}; sleep 600"]
-    with pytest.raises(stages.StageFailed, match="not done after 1 seconds"):
-        stages.run_process(command, tmp_path / "log", 1)
-    child = Path(f"/proc/{mark.read_text().strip()}/stat")
-    deadline = time.monotonic() + 10
-    while child.exists() and child.read_text().split()[2] != "Z":
+    mark, script = tmp_path / "pid", tmp_path / "rank.py"
+    script.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    command += ["--master-port", str(stages.free_port()), str(script)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not mark.exists() or not mark.read_text():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.1)
+    assert os.getsid(int(mark.read_text())) != os.getsid(process.pid)
+    stages.end_group(process)
+    assert not Path(f"/proc/{mark.read_text()}").exists()
+
+
+def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(module("check").StageFailed, match="not done after 1 seconds"):
+        module("check").run_process(["sleep", "600"], tmp_path / "log", 1)
 
 
 class TestFlops:

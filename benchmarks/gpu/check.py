@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import shlex
@@ -36,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPARED = ["baseline", "conditioned", "cooldown", "split", "best-fit"]
 ALL_LANES = [*COMPARED, "one-document", "no-documents"]
-BORDERS = [f"borders-{n}" for n in (66, 130, 258, 514, 1026)]
+BORDERS = [f"borders-{n}" for n in (65, 129, 257, 513, 1025)]
 LEFT_OVER = 3
 
 # A model that a CPU trains in seconds, in the launchers' variables.
@@ -52,6 +53,12 @@ TOY = {
 
 _FACTS = """
 import importlib.metadata, json, platform, torch
+def engine():
+    try:
+        import transformer_engine.pytorch
+    except Exception:  # A broken one is as good as none.
+        return None
+    return version("transformer-engine") or version("transformer_engine_torch")
 def version(name):
     try:
         return importlib.metadata.version(name)
@@ -63,7 +70,7 @@ print(json.dumps({
     "memory_GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if gpu else 0,
     "cuda": torch.version.cuda,
     "torch": torch.__version__,
-    "transformer_engine": version("transformer-engine") or version("transformer_engine_torch"),
+    "transformer_engine": engine(),
     "megatron_core": version("megatron-core"),
     "python": platform.python_version(),
     "gpu": gpu,
@@ -129,10 +136,18 @@ def run_process(
         except subprocess.TimeoutExpired as error:
             raise StageFailed(f"not done after {seconds:.0f} seconds; see {log}") from error
         finally:
-            # The launcher's ranks are in its session; none may be left behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes], patience: float = 15) -> None:
+    """End a process and what it started, so that nothing stays on the device."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        # torchrun puts its ranks into sessions of their own, and ends them when it is asked to.
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def last_lines(log: Path, number: int = 15) -> str:
@@ -196,7 +211,11 @@ def speed_stage(
             "MASTER_PORT": str(free_port()),
         }
         if toy:
-            variables |= TOY | {"SEQ_LENGTH": "256" if "borders-66" not in lanes else "2048"}
+            variables |= (
+                TOY
+                | {"CUDA_VISIBLE_DEVICES": ""}
+                | {"SEQ_LENGTH": "256" if "borders-65" not in lanes else "2048"}
+            )
         more = f"--bench-rounds {num_rounds} --bench-output {output} --bench-lanes"
         command = ["bash", str(ROOT / "examples" / f"train_llama_{size}.sh"), "--"]
         command += ["--make-vocab-size-divisible-by", str(vocab_size), *shlex.split(flags)]
@@ -264,7 +283,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    facts["commit"] = commit()
+    facts |= {"commit": commit(), "sources": sources()}
     kind = "rehearsal" if args.rehearse else "gpu"
     context = Context(facts, args.state.resolve() / kind, args.rehearse)
     context.state.mkdir(parents=True, exist_ok=True)
@@ -358,6 +377,17 @@ def commit() -> str:
         check=False,
     )
     return done.stdout.strip() or os.environ.get("MECO_COMMIT", "unknown")
+
+
+def sources() -> str:
+    """A digest of all that is checked: a commit alone does not tell of changed files."""
+    digest = hashlib.sha256()
+    for folder in ("megatron_meco", "csrc", "examples", "benchmarks/gpu", "tests/gpu"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".sh", ".cpp", ".h"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def parse_arguments() -> argparse.Namespace:

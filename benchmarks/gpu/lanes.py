@@ -45,6 +45,6 @@ LANES = {
     ),
     **{
         f"borders-{n}": Lane(meaning=f"conditioned, cu_seqlens of {n}", num_bounds=n)
-        for n in (66, 130, 258, 514, 1026)
+        for n in (65, 129, 257, 513, 1025)
     },
 }

@@ -42,8 +42,8 @@ def summarise(result: dict[str, Any], device: str) -> dict[str, Any]:
     peak = peak_flops(device)
     lanes = {name: _lane(steps, shape, peak) for name, steps in by_lane.items()}
     pairs = list(_COMPARED)
-    if "borders-66" in names:
-        pairs += [(name, "borders-66") for name in names if name != "borders-66"]
+    if "borders-65" in names:
+        pairs += [(name, "borders-65") for name in names if name != "borders-65"]
     return {
         **{k: v for k, v in result.items() if k != "steps"},
         "rounds": len(kept) // len(names),

@@ -212,6 +212,12 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
 @contextlib.contextmanager
 def _datasets(args: argparse.Namespace, *, keep: bool) -> Iterator[Run]:
     """The datasets that the training script would build for these flags."""
+    if args.full_validation:
+        raise FlagError(
+            "no run accepts it: Megatron ends it at the first evaluation",
+            where="--full-validation",
+            remedy="Drop the flag and give --eval-iters.",
+        )
     meco = MeCoConfig.from_args(args)
     batch_size = _batch_size(args)
     schedule = make_schedule(
@@ -316,7 +322,7 @@ def _sizes(args: argparse.Namespace, schedule: Schedule, batch_size: BatchSize) 
     """Samples of the splits, as Megatron counts them."""
     last_batch = batch_size.steps[-1][1]
     evaluations = schedule.num_iterations // args.eval_interval + 1
-    valid = None if args.full_validation else evaluations * args.eval_iters * last_batch
+    valid = evaluations * args.eval_iters * last_batch
     return [schedule.num_samples, valid, args.eval_iters * last_batch]
 
 

@@ -266,6 +266,14 @@ def _check_apex(facts: Facts) -> Check:
 def _check_flash_attention(facts: Facts) -> Check:
     found = facts.flash_attention
     if not found:
+        gpus = facts.torch.get("gpus") or []
+        old = any(float(gpu["capability"]) < 9.0 for gpu in gpus)
+        if old and facts.transformer_engine.get("loads"):
+            remedy = (
+                "install it: before Hopper, Transformer Engine's own attention takes no packed "
+                "documents, and what it falls back to holds a score for every pair of tokens"
+            )
+            return Check("flash-attn", "not installed", "warning", remedy)
         return Check("flash-attn", "not installed, not needed", "note")
     if found.get("loads"):
         return Check("flash-attn", f"{found['version']} (used through Transformer Engine alone)")

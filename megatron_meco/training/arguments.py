@@ -250,6 +250,13 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
             "Drop the flag; packs are shuffled when they are planned.",
         ),
         (
+            bool(args.full_validation),
+            "--full-validation",
+            "Megatron ends the run at the first evaluation, unless there are several validation "
+            "sets",
+            "Drop the flag and give --eval-iters.",
+        ),
+        (
             bool(args.reset_attention_mask),
             "--reset-attention-mask",
             "Transformer Engine ignores it silently; MeCo separates documents by cu_seqlens",
@@ -382,7 +389,8 @@ def _apply(args: argparse.Namespace) -> None:
             switch = schedule_from_args(args).switch_iteration
             args.save_interval = SaveInterval(args.save_interval, also=switch)
     packed = args.dataloader_inter_document_masking
-    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+    largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+    if packed and args.pipeline_model_parallel_size > 1 and largest > 1:
         # A packed micro-batch travels as [mbs * s, 1, h], where the next stage expects [s, mbs, h];
         # this makes stages tell each other the shape. Megatron wants the second setting with it,
         # also without experts.

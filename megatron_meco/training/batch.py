@@ -130,8 +130,8 @@ def meco_batch(
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         vectors = next(data_iterator)[_VECTOR]
+        assert vectors.shape == (size, head + 3 * length + 1), "other samples than begin_run's"
         check(int(vectors[:, num_bounds].sum()))
-        vectors = vectors[:, :width].contiguous()
     vectors = _on_all_ranks(vectors, (size, width))
     batch: Batch = dict.fromkeys(_KEYS)
     batch["cu_seqlens"] = _merge(vectors[:, :num_bounds], length)
@@ -158,7 +158,8 @@ def _on_all_ranks(vectors: torch.Tensor | None, shape: tuple[int, int]) -> torch
     if vectors is None:
         on_device = torch.empty(shape, dtype=torch.int32, device="cuda")
     else:
-        on_device = vectors.cuda(non_blocking=True)
+        # Cut on the device: on the host the part would be a copy that is not pinned.
+        on_device = vectors.cuda(non_blocking=True)[:, : shape[1]].contiguous()
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             on_device,

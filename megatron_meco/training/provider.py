@@ -2,8 +2,9 @@
 
 With `--meco` the datasets are MeCo's and the step reports two validation losses, on conditioned and
 on plain documents; without it both are what Megatron's own `pretrain_gpt.py` does. How batches
-travel is in `batch.py`. Costs no wait for the device but Megatron's own check for NaN, one for each
-micro-batch (`--no-check-for-nan-in-loss-and-grad` takes it away). What was given up: Megatron's
+travel is in `batch.py`. Costs no wait for the device within a micro-batch but Megatron's own check
+for NaN (`--no-check-for-nan-in-loss-and-grad` takes it away), and at the end of a step the sum of
+document lengths that Megatron's FLOPs account asks of all ranks. What was given up: Megatron's
 paths for SFT, distillation, multi-token prediction and context parallelism.
 """
 
@@ -293,13 +294,17 @@ def _packed_seq_params(
     if cu_seqlens is None:
         return None
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # Megatron's FLOPs account
+    # An upper bound serves the kernels, and costs no wait for the device.
+    longest = args.seq_length
+    if args.meco and args.transformer_impl != "local" and not args.apply_rope_fusion:
+        # Megatron's own RoPE counts on through a pack that is as long as its table of angles.
+        longest += 1
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        # An upper bound serves the kernels, and costs no wait for the device.
-        max_seqlen_q=args.seq_length,
-        max_seqlen_kv=args.seq_length,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
         tokens_per_sample=args.seq_length,
     )
 

@@ -105,7 +105,7 @@ def test_settings_without_effect_are_refused(field: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("given", "length", "cap"),
-    [(None, 64, 64), (None, 2048, 128), (None, 32768, 512), (0, 2048, 2048), (7, 2048, 7)],
+    [(None, 64, 64), (None, 2048, 127), (None, 32768, 511), (0, 2048, 2048), (7, 2048, 7)],
 )
 def test_cap_on_documents_per_pack(given: int | None, length: int, cap: int) -> None:
     assert MeCoConfig(max_documents_per_pack=given).documents_cap(length) == cap

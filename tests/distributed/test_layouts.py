@@ -25,6 +25,10 @@ SLOW = {
     "TP 2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
     "PP 2, micro-batch 4": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 4"),
+    "PP 2, micro-batch 2 in evaluation": (
+        2,
+        "--pipeline-model-parallel-size 2 --eval-micro-batch-size 2",
+    ),
     "PP 2, VPP 2": (
         2,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",

@@ -45,7 +45,7 @@ def test_rotary_positions_restart_as_those_of_megatron_do(tmp_path: Path) -> Non
     reason="Transformer Engine is not installed",
 )
 def test_checkpoints_of_both_kinds_of_layers_hold_the_same_tensors(tmp_path: Path) -> None:
-    """So that either loads the other's, and `meco export` reads both; this needs no GPU."""
+    """So that `meco export` reads both, and either loads the other's weights; needs no GPU."""
     from megatron_meco.inference.import_hf import state_names
 
     report = report_of(Path(__file__).parent / "checkpoint_names.py", tmp_path / "store")

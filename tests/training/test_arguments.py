@@ -48,6 +48,7 @@ def test_a_good_command_line_passes(check) -> None:
         ("--phase-transition-iterations 5", "--phase-transition-iterations"),
         ("--rampup-batch-size 2 2 8", r"--rampup-batch-size.*--step-batch-size-schedule"),
         ("--multiple-validation-sets", "--multiple-validation-sets"),
+        ("--full-validation", "--full-validation.*first evaluation"),
         ("--sft", "--sft"),
         ("--mock-data", "--mock-data"),
         ("--dataloader-fast-cache-load", "--dataloader-fast-cache-load"),

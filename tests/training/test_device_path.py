@@ -179,13 +179,22 @@ def test_a_batch_is_what_megatrons_own_functions_make_of_the_samples(
 def test_a_stage_in_the_middle_gets_the_borders_alone(
     one_rank: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = []
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: copied.append(self.shape) or self)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    sent = []
+    monkeypatch.setattr(one_rank.mpu, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, *_, **__: sent.append(x.shape))
     monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: False)
     found = next_batch(one_rank, args, 5)
-    assert copied == [(SIZE, 7)]
+    assert sent == [(SIZE, 7)]
     assert found["cu_seqlens"].tolist() == [0, 3, 9, 16, 16, 32, 32, 32, 32]
     assert found["tokens"] is None
+
+
+def test_samples_of_another_run_stop_the_run(one_rank: Any, args: Namespace) -> None:
+    """Else tokens and mask would be shifted against each other in silence."""
+    batches = iter([loaded(6)])
+    with pytest.raises(AssertionError, match="other samples"):
+        one_rank.meco_batch(args, batches, None, training=False, num_bounds=5, check=lambda _: None)
 
 
 def test_a_pack_that_no_plan_holds_stops_the_run() -> None:
