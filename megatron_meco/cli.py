@@ -163,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status; nothing that a user can cause is raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] != ["doctor"]:
+        # A process of ours, which trains nothing: Megatron would import both libraries, and end
+        # where they cannot be loaded.
+        hide_gpu_libraries()
     try:
         status = _run(arguments)
         # Here and not at exit, where a closed pipe could no longer be answered quietly.
@@ -199,9 +203,6 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     function = name.replace("-", "_")
     command = COMMANDS[name]
-    if name != "doctor":
-        # None of these trains; Megatron would import both and end where they cannot be loaded.
-        hide_gpu_libraries()
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
         prog=f"meco {name}",

@@ -23,14 +23,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the processes that tests start a temporary folder of their own, which goes with them.
 
     Killed ranks leave files of torchrun and multiprocessing behind. Pytest's own folders stay where
-    they are: its choice is made by the first call.
+    they are: its choice is made by the first call. The name is short, because sockets' names are.
     """
-    config.stash[_scratch] = tempfile.mkdtemp(prefix="meco-tests-", dir=tempfile.gettempdir())
-    os.environ["TMPDIR"] = config.stash[_scratch]
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.stash[_scratch] = tempfile.mkdtemp(prefix="meco-", dir=tempfile.gettempdir())
+        os.environ["TMPDIR"] = config.stash[_scratch]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(config.stash[_scratch], ignore_errors=True)
+    if _scratch in config.stash:
+        shutil.rmtree(config.stash[_scratch], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
