@@ -5,7 +5,7 @@
 
 Stages: `tests` (tests/gpu), `speed-SIZE` (lanes.py, in the launchers' own configuration on one
 GPU), `borders` (what empty places in cu_seqlens cost). Each is a process of its own, is kept in
---state when it is done, and is not run again for the same commit and machine. A report of all
+--state when it is done, and is not run again for the same files and machine. A report of all
 finished stages is written to --output as JSON and Markdown after each.
 
 Ends with 0 when all is done and passed, 1 when something failed, 3 when stages are left over.
@@ -399,7 +399,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these")
     parser.add_argument(
-        "--minutes", type=float, default=60, help="begin no stage that would not end by then"
+        "--minutes", type=float, default=60, help="end by then; default: 60"
     )
     parser.add_argument("--again", action="store_true", help="also what was done before")
     parser.add_argument("--rehearse", action="store_true", help="at toy size on the CPU")

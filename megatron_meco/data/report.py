@@ -25,7 +25,7 @@ from rich.text import Text
 
 from megatron_meco.config import CONDITIONED, COOLDOWN, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
-from megatron_meco.data.packing import Plan, PlanCounts
+from megatron_meco.data.packing import PlanCounts
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError
@@ -154,7 +154,8 @@ def plan_report(run: Run) -> dict[str, Any]:
 
 def most_documents(run: Run) -> int:
     """Pieces in the largest pack of all plans of a run; 0 on a rank that holds no datasets."""
-    plans = [plan for split in (run.train, run.valid, run.test) for plan in _plans(split)]
+    splits = (run.train, run.valid, run.test)
+    plans = [corpus.plan for split in splits for corpus in _corpora(split)]
     return max((int(p.counts.documents_per_pack["max"]) for p in plans if len(p)), default=0)
 
 
@@ -363,20 +364,13 @@ def _counts_json(counts: PlanCounts) -> dict[str, Any]:
 
 
 def _corpora(dataset: Any | None) -> list[Any]:
-    """The `MeCoGPTDataset`s behind a phase: one, or those of a blend."""
-    if dataset is None:
-        return []
-    return list(getattr(dataset, "datasets", [dataset]))
-
-
-def _plans(dataset: Any | None) -> list[Plan]:
-    """All plans behind a split: its phases or views, and the corpora of their blends."""
+    """The `MeCoGPTDataset`s behind a split, a phase or a view: one, or those of blends."""
     if dataset is None:
         return []
     for name in ("parts", "datasets"):
         if hasattr(dataset, name):
-            return [plan for part in getattr(dataset, name) for plan in _plans(part)]
-    return [dataset.plan]
+            return [corpus for part in getattr(dataset, name) for corpus in _corpora(part)]
+    return [dataset]
 
 
 def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:

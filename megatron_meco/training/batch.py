@@ -36,6 +36,8 @@ _KEYS = (
 # Behind the borders of documents: prefix tokens, and whether a validation sample shows them.
 _NUM_FACTS = 2
 _VECTOR = "meco_sample"
+# A baseline's samples have no view; all are plain.
+_PLAIN = torch.tensor(0)
 
 
 class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -80,8 +82,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
         parts = (
             bounds,
             sample["meco_prefix_tokens"].view(1),
-            # A baseline's samples have no view; all are plain.
-            sample.get("meco_view", torch.zeros(1)).view(1),
+            sample.get("meco_view", _PLAIN).view(1),
             # Labels are the tokens from the second on, and one more.
             sample["tokens"],
             sample["labels"][-1:],
