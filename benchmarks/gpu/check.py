@@ -398,9 +398,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these")
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="end by then; default: 60"
-    )
+    parser.add_argument("--minutes", type=float, default=60, help="end by then; default: 60")
     parser.add_argument("--again", action="store_true", help="also what was done before")
     parser.add_argument("--rehearse", action="store_true", help="at toy size on the CPU")
     parser.add_argument(

@@ -48,7 +48,7 @@ def test_checkpoints_of_both_kinds_of_layers_hold_the_same_tensors(tmp_path: Pat
     """So that `meco export` reads both, and either loads the other's weights; needs no GPU."""
     from megatron_meco.inference.import_hf import state_names
 
-    report = report_of(Path(__file__).parent / "checkpoint_names.py", tmp_path / "store")
+    report = report_of(SCRIPT.with_name("checkpoint_names.py"), tmp_path / "store")
     assert report["transformer_engine"]["tensors"] == report["local"]["tensors"]
     assert len(report["local"]["tensors"]) == 8
     # What Transformer Engine wants to find beside them, `meco import` writes, empty.

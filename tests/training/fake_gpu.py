@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,50 +17,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 torch.cuda.current_device = lambda: torch.device("cuda", 0)
 
+import tiny_llama  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_meco.training import attention  # noqa: E402
 
 LENGTH, VOCAB_SIZE = 256, 128
-
-
-def make_model(stock_rope: bool) -> GPTModel:
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=64,
-        ffn_hidden_size=128,
-        num_attention_heads=4,
-        num_query_groups=2,
-        use_cpu_initialization=True,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    spec = attention.packed_local_layer_spec(SimpleNamespace(transformer=config))
-    if stock_rope:
-        spec.layer_specs[0].submodules.self_attention.module = SelfAttention
-    return GPTModel(
-        config,
-        spec,
-        VOCAB_SIZE,
-        LENGTH,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
 
 
 def count_kernels() -> list[Any]:
@@ -93,7 +55,16 @@ def main() -> None:
     calls = count_kernels()
     report: dict[str, Any] = {}
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
-        model = make_model(stock_rope=sys.argv[2] == "stock-rope")
+        model = tiny_llama.make_model(
+            sys.argv[2],
+            vocab_size=VOCAB_SIZE,
+            length=LENGTH,
+            # What the test knows of shapes.
+            hidden_size=64,
+            use_cpu_initialization=True,
+            params_dtype=torch.bfloat16,
+            bf16=True,
+        )
         bounds = torch.zeros(12, dtype=torch.int32)
         params = PackedSeqParams(
             qkv_format="thd",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 from megatron_meco.training.cpu import enable_cpu_platform, should_use_cpu
@@ -19,60 +18,20 @@ ON_CPU = should_use_cpu()
 if ON_CPU:
     enable_cpu_platform()
 
+import tiny_llama  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-from megatron_meco.training.attention import packed_local_layer_spec  # noqa: E402
 
 LENGTH, BOUNDS, VOCAB_SIZE = 48, [0, 13, 14, 30, 48], 100
 
 
-def make_model(layers: str) -> GPTModel:
-    """`layers`: local, transformer_engine, or local with Megatron's own RoPE: stock-rope."""
-    # Heads of 64: flash kernels have no smaller ones in every version.
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=256,
-        ffn_hidden_size=512,
-        num_attention_heads=4,
-        num_query_groups=2,
-        use_cpu_initialization=True,
-        bf16=not ON_CPU,
-        params_dtype=torch.float32 if ON_CPU else torch.bfloat16,
-        gradient_accumulation_fusion=False,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-    )
-    if layers == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = packed_local_layer_spec(SimpleNamespace(transformer=config))
-    if layers == "stock-rope":
-        spec.layer_specs[0].submodules.self_attention.module = SelfAttention
+def make_model(layers: str) -> Any:
+    precision = {} if ON_CPU else {"bf16": True, "params_dtype": torch.bfloat16}
     torch.manual_seed(1)
-    model = GPTModel(
-        config,
-        spec,
-        VOCAB_SIZE,
-        LENGTH,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+    model = tiny_llama.make_model(
+        layers, vocab_size=VOCAB_SIZE, length=LENGTH, use_cpu_initialization=True, **precision
     )
     model = model.cuda().eval()
     # As Megatron's Float16Module does to a model that it trains.
@@ -92,7 +51,7 @@ def parameters(longest: int = LENGTH) -> PackedSeqParams:
     )
 
 
-def logits_of(model: GPTModel, tokens: torch.Tensor, params: PackedSeqParams | None) -> Any:
+def logits_of(model: Any, tokens: torch.Tensor, params: PackedSeqParams | None) -> Any:
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(BOUNDS)]).cuda()
     with torch.no_grad():
         return model(tokens, positions[None], None, packed_seq_params=params)[0]
@@ -106,7 +65,7 @@ def compare_rotary(tokens: torch.Tensor) -> dict[str, bool]:
 
 
 def change_documents(
-    model: GPTModel, tokens: torch.Tensor, params: PackedSeqParams | None
+    model: Any, tokens: torch.Tensor, params: PackedSeqParams | None
 ) -> list[dict[str, bool]]:
     before = logits_of(model, tokens, params)
     report = []

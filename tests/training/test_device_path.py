@@ -22,7 +22,7 @@ LENGTH, SIZE = 16, 2
 
 
 def test_local_layers_run_on_cuda_without_a_wait_for_the_device(tmp_path: Path) -> None:
-    report = report_of(SCRIPT, tmp_path / "store", "ours")
+    report = report_of(SCRIPT, tmp_path / "store", "local")
     assert report["logits"] == [1, 256, 128]
     assert report["device"] == "cuda"
     # One call for all documents of the pack in each layer, with the fixed number of borders.

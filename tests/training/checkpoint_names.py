@@ -19,15 +19,9 @@ torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
     name="", major=9, minor=0, multi_processor_count=1, total_memory=0
 )
 
+import tiny_llama  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-from megatron_meco.training.attention import packed_local_layer_spec  # noqa: E402
 
 
 def main() -> None:
@@ -35,40 +29,17 @@ def main() -> None:
         "gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=256,
-        ffn_hidden_size=512,
-        num_attention_heads=4,
-        num_query_groups=2,
-        init_model_with_meta_device=True,
-        perform_initialization=False,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    specs = {
-        "transformer_engine": get_gpt_layer_with_transformer_engine_spec(),
-        "local": packed_local_layer_spec(SimpleNamespace(transformer=config)),
-    }
     report = {}
-    for name, spec in specs.items():
+    for name in ("transformer_engine", "local"):
         with torch.device("meta"):
-            model = GPTModel(
-                config,
-                spec,
-                128,
-                256,
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=False,
+            model = tiny_llama.make_model(
+                name,
+                vocab_size=128,
+                length=256,
+                init_model_with_meta_device=True,
+                perform_initialization=False,
+                params_dtype=torch.bfloat16,
+                bf16=True,
             )
             held = model.sharded_state_dict().values()
         report[name] = {
