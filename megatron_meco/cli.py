@@ -30,8 +30,8 @@ class Command:
         module: Where it lives. The module has `add_NAME_arguments(parser)` and
             `run_NAME(args) -> int`, NAME being the name of the sub-command, `_` for `-`.
         example: Shown at the end of its help.
-        takes_training_flags: Whether flags of a training command that it has no use for are passed
-            over, so that such a command can be pasted.
+        takes_training_flags: Whether the flags that its own parser does not know are those of a
+            training command; they reach it as `args.training_flags`.
     """
 
     summary: str
@@ -84,7 +84,7 @@ COMMANDS = {
     ),
     "plan": Command(
         summary="show what a run will train on, without training",
-        module="megatron_meco.data.report",
+        module="megatron_meco.training.plan",
         takes_training_flags=True,
         example="""\
   meco plan --data-path data/web --split 99,1,0 --seq-length 8192 \\
@@ -93,7 +93,7 @@ COMMANDS = {
     ),
     "inspect": Command(
         summary="show one training sample: prefixes, document borders, loss mask",
-        module="megatron_meco.data.report",
+        module="megatron_meco.training.plan",
         takes_training_flags=True,
         example="""\
   meco inspect --data-path data/web --split 99,1,0 --seq-length 8192 \\
@@ -213,17 +213,11 @@ def _run(arguments: list[str]) -> int:
     )
     getattr(module, f"add_{function}_arguments")(parser)
     args, unknown = parser.parse_known_args(arguments[1:])
-    flags = [word for word in unknown if word.startswith("--")]
-    if unknown and (not command.takes_training_flags or _is_mistyped(flags)):
+    if command.takes_training_flags:
+        args.training_flags = unknown
+    elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if flags:
-        print(f"meco {name}: not needed here, passed over: {' '.join(flags)}", file=sys.stderr)
     return int(getattr(module, f"run_{function}")(args))
-
-
-def _is_mistyped(flags: list[str]) -> bool:
-    """Whether what is unknown cannot be a flag of Megatron's: one of ours, or no flag at all."""
-    return not flags or any(flag.startswith("--meco") for flag in flags)
 
 
 def _top_parser() -> argparse.ArgumentParser:

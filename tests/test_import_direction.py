@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_meco"
 
 # Each room and the rooms that it may import, itself included.
-BASE = {"errors", "config", "whole_file"}
+BASE = {"errors", "config", "whole_file", "megatron_flags", "refusals"}
 DATA = BASE | {"source", "core", "data"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "whole_file": {"errors"},
+    "megatron_flags": set(),
+    "refusals": {"errors", "megatron_flags"},
     "core": set(),
     "source": BASE | {"source"},
     "corpus": BASE | {"source", "corpus"},
@@ -37,6 +39,8 @@ WITHOUT_TORCH = [
     "errors",
     "config",
     "whole_file",
+    "megatron_flags",
+    "refusals",
     "cli",
     "doctor.command",
     "doctor.facts",

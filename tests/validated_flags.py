@@ -18,9 +18,9 @@ enable_cpu_platform()
 from megatron.core import utils  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.arguments import validate_args  # noqa: E402
 
-from megatron_meco.training.arguments import add_arguments, check_arguments  # noqa: E402
+from megatron_meco.training.arguments import CommandLine, check_arguments  # noqa: E402
 
 SHOWN = (
     "data_parallel_size",
@@ -39,8 +39,9 @@ def main() -> None:
     for world_size, flags in json.load(sys.stdin):
         os.environ.update(WORLD_SIZE=str(world_size), RANK="0", LOCAL_RANK="0")
         sys.argv = ["pretrain_gpt.py", *flags]
-        args = parse_args(lambda parser: add_arguments(parser, on_cpu=False))
-        check_arguments(args)
+        line = CommandLine(None, on_cpu=False)
+        args = line.parse()
+        check_arguments(args, line.flags)
         validated = validate_args(args)
         # Megatron's configuration of the model has checks of its own; the tokenizer would say this.
         validated.padded_vocab_size = 128_256

@@ -35,6 +35,7 @@ from megatron_meco.data.phases import Schedule
 from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
 from megatron_meco.data.template import Template
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.refusals import refusal, shown
 
 _MAX_DOCUMENTS = np.iinfo(np.int32).max
 _EOD_CHECKS = 1000
@@ -467,7 +468,29 @@ def build_datasets(
         hidden = build(pairs, split, hide_prefixes=True)
         return None if shown is None else PairedDataset(shown, hidden, split)
 
-    return train, build_evaluation(Split.valid), build_evaluation(Split.test)
+    valid, test = build_evaluation(Split.valid), build_evaluation(Split.test)
+    _check_enough(conditioned, schedule.switch_sample, "the conditioned phase", "--data-path")
+    path = "--meco-cooldown-data-path" if cooldown_blend else "--data-path"
+    _check_enough(cooldown, num_cooldown, "the cooldown", path)
+    for dataset, split in ((valid, Split.valid), (test, Split.test)):
+        _check_enough(dataset, sizes[split.value], f"the {split.name} split", "--data-path")
+    return train, valid, test
+
+
+def _check_enough(dataset: Any | None, needed: int | None, what: str, flag: str) -> None:
+    """Refuse a run that would end for want of samples.
+
+    Megatron repeats the documents of a single corpus and of a blend with weights as often as it
+    takes, and those of a blend without weights not at all.
+    """
+    if dataset is None or needed is None or len(dataset) >= needed:
+        return
+    raise DataError(
+        f"the corpora give {len(dataset):,} samples to {what}, which needs {needed:,}; a blend "
+        "without weights shows each document once",
+        where=flag,
+        remedy="Give a weight before each corpus (0.5 A 0.5 B), add documents, or shorten the run.",
+    )
 
 
 def _build_split(
@@ -493,48 +516,31 @@ def _build_split(
     return builder.build()[split.value]
 
 
+# Options of Megatron's dataset configuration, and the flags (argparse's `dest`) behind them.
+_STOCK_OPTIONS = {
+    "reset_attention_mask": "reset_attention_mask",
+    "reset_position_ids": "reset_position_ids",
+    "eod_mask_loss": "eod_mask_loss",
+    "create_attention_mask": "create_attention_mask",
+    "fast_cache_load": "dataloader_fast_cache_load",
+    "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
+    "multiple_validation_sets": "multiple_validation_sets",
+    "context_parallel_size": "context_parallel_size",
+}
+
+
 def _refuse_stock_options(config: MeCoGPTDatasetConfig) -> None:
-    """Stock options that would undo what MeCo relies on."""
-    refusals = {
-        "reset_attention_mask": (
-            "--reset-attention-mask",
-            "Transformer Engine ignores it silently, and MeCo separates documents by cu_seqlens",
-        ),
-        "reset_position_ids": (
-            "--reset-position-ids",
-            "it finds documents by the EOD token; MeCo restarts positions at each document",
-        ),
-        "eod_mask_loss": (
-            "--eod-mask-loss",
-            "it masks by token id; MeCo trains EOD and masks borders by position",
-        ),
-        "create_attention_mask": (
-            "--create-attention-mask-in-dataloader",
-            "MeCo separates documents by cu_seqlens, without a dense mask",
-        ),
-        "fast_cache_load": (
-            "--dataloader-fast-cache-load",
-            "MeCo's plan is opened without a scan anyhow",
-        ),
-        "defer_npy_index_mmap": (
-            "--dataloader-defer-npy-index-mmap",
-            "MeCo has no .npy index",
-        ),
-        "multiple_validation_sets": (
-            "--multiple-validation-sets",
-            "MeCo reports its two validation losses from one set",
-        ),
-    }
-    for name, (flag, reason) in refusals.items():
-        if getattr(config, name):
-            raise FlagError(f"does not go with MeCo: {reason}", where=flag, remedy="Drop the flag.")
-    if (config.context_parallel_size or 1) > 1:
-        raise FlagError(
-            f"{config.context_parallel_size} does not go with MeCo: packed documents are not "
-            "padded to 2 * CP, so attention would leak across documents",
-            where="--context-parallel-size",
-            remedy="Use 1; tensor and pipeline parallelism work.",
-        )
+    """Refuse stock options that would undo what MeCo relies on."""
+    for option, dest in _STOCK_OPTIONS.items():
+        value = getattr(config, option)
+        # 1 is a context parallel size that is honoured.
+        if (value and value != 1) or value is True:
+            reason, remedy = refusal(dest)
+            raise FlagError(
+                f"does not go with MeCo: {reason}",
+                where=shown(f"--{dest.replace('_', '-')}", value),
+                remedy=remedy,
+            )
 
 
 def tokenizer_identity(tokenizer: Any) -> list[Any]:

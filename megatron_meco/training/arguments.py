@@ -1,18 +1,22 @@
-"""The command line of a training run: MeCo's flags, the platform, and every refusal.
+"""The command line of a training run: MeCo's flags, the platform, and what is refused.
 
-`parse_and_validate_args` stands in for Megatron's function of that name. It picks the platform,
-adds the `--meco*` flags, checks everything that can be checked before the first collective call,
-and lets Megatron validate the rest. Costs one more pass of argparse. What was given up: changing
-what Megatron's own flags mean; where one contradicts MeCo the run stops and names it.
+`parse_and_validate_args` stands in for Megatron's function of that name. With `--meco` it checks
+everything that can be checked before the first collective call and lets Megatron validate the rest;
+without, the command line is Megatron's alone. `parse_run` does the same for `meco plan` and `meco
+inspect`, on any host.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.util
+import io
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -20,7 +24,17 @@ from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_argument
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
-from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.errors import FlagError, MeCoError, show_refusals_in_one_line
+from megatron_meco.refusals import (
+    Flag,
+    check_flags,
+    check_launcher,
+    check_run,
+    closest,
+    flags_of,
+    refusal,
+    shown,
+)
 from megatron_meco.training.branch import add_branch_arguments, apply_learning_rate, expand_branch
 from megatron_meco.training.cpu import (
     CPU_DEFAULTS,
@@ -41,6 +55,75 @@ from megatron_meco.training.run_fingerprint import check_resume, fingerprint
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
+# What `meco plan` fills in where a command line says nothing of the model or of evaluation.
+_STAND_INS: dict[str, Any] = {
+    "num_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 1,
+    "max_position_embeddings": None,  # the sequence length
+    "micro_batch_size": 1,
+    "eval_interval": 1000,
+    "lr": 1e-4,
+}
+_MODEL_FLAGS = ("num_layers", "encoder_num_layers", "hybrid_layer_pattern", "hidden_size")
+
+
+class CommandLine:
+    """Megatron's parser with MeCo's flags, and what it was asked to parse.
+
+    Args:
+        extra_args_provider: The script's own flags, or None.
+        on_cpu: Whether to set the defaults that a CPU needs.
+        ignore_unknown_args: As Megatron's function takes it.
+
+    Attributes:
+        flags: Megatron's, with the defaults of this host; filled by parsing.
+        own_flags: MeCo's, likewise.
+    """
+
+    def __init__(
+        self,
+        extra_args_provider: ArgsProvider | None,
+        *,
+        on_cpu: bool,
+        ignore_unknown_args: bool = False,
+    ) -> None:
+        self.flags: dict[str, Flag] = {}
+        self.own_flags: dict[str, Flag] = {}
+        self._extra = extra_args_provider
+        self._on_cpu = on_cpu
+        self._ignore_unknown = ignore_unknown_args
+
+    def provide(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add the script's flags and MeCo's to Megatron's parser."""
+        names = flags_of(parser).keys()
+        if "--meco" in sys.argv:
+            parser.error = functools.partial(_usage_error, parser)  # type: ignore[method-assign]
+        if self._extra is not None:
+            parser = self._extra(parser)
+        parser = add_arguments(parser, self._on_cpu)
+        # With the defaults that hold now.
+        known = flags_of(parser)
+        self.flags = {name: flag for name, flag in known.items() if name in names}
+        self.own_flags = {n: f for n, f in known.items() if n.startswith("meco_")}
+        return parser
+
+    def parse(self) -> argparse.Namespace:
+        """Parse `sys.argv` by Megatron's own parser.
+
+        Arguments that `--use-checkpoint-args` takes from a checkpoint are filled in.
+        """
+        from megatron.training.arguments import parse_args
+
+        args: argparse.Namespace = parse_args(self.provide, self._ignore_unknown)
+        if args.meco and args.use_checkpoint_args and (args.load or args.pretrained_checkpoint):
+            from megatron.training.checkpointing import load_args_from_checkpoint
+
+            with contextlib.redirect_stdout(io.StringIO()):
+                load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+                load_args_from_checkpoint(args)
+        return args
+
 
 def parse_and_validate_args(
     extra_args_provider: ArgsProvider | None = None,
@@ -59,58 +142,221 @@ def parse_and_validate_args(
     Returns:
         Megatron's validated arguments, with MeCo's beside them.
     """
+    show_refusals_in_one_line()
     on_cpu = should_use_cpu()
-    if on_cpu:
-        enable_cpu_platform()
-    else:
-        engine = try_transformer_engine()
-        if engine.breaks_megatron:
-            _end(_engine_error(engine))
-        skip_helper_compilation()
-        if engine.reason:
-            let_distributed_optimizer_resume()
-    from megatron.training import arguments as megatron_arguments
-
-    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        if extra_args_provider is not None:
-            parser = extra_args_provider(parser)
-        return add_arguments(parser, on_cpu)
-
     try:
-        # Parsed twice: our refusals must come before Megatron's validation stumbles on the flags.
-        unknown = megatron_options.get("ignore_unknown_args")
-        early = megatron_arguments.parse_args(provider, unknown)
+        _prepare_platform(on_cpu)
+        line = CommandLine(
+            extra_args_provider,
+            on_cpu=on_cpu,
+            ignore_unknown_args=bool(megatron_options.get("ignore_unknown_args")),
+        )
+        if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
+            return _parse_yaml(line, args_defaults, megatron_options)
+        # Parsed once ahead of Megatron's own function: our refusals come before its assertions.
+        early = line.parse()
         _check_platform(early, on_cpu)
         branch = expand_branch(early)
         if branch is not None:
             sys.argv += branch.flags
-            early = megatron_arguments.parse_args(provider, unknown)
+            early = line.parse()
+        _check_without_meco(early, line.own_flags)
         if early.meco:
-            check_arguments(early)
-        args = megatron_arguments.parse_and_validate_args(
-            provider, args_defaults=args_defaults or {}, **megatron_options
-        )
+            check_launcher()
+            check_run(early)
+            check_arguments(early, line.flags)
+        from megatron.training.arguments import parse_and_validate_args as stock
+
+        with _megatron_errors(early.meco):
+            args: argparse.Namespace = stock(
+                line.provide, args_defaults=args_defaults or {}, **megatron_options
+            )
         if branch is not None:
             apply_learning_rate(args, branch)
             if _is_rank_0():
                 print(branch.describe(), flush=True)
         _check_samples(args)
+        _check_skipped_iterations(args)
     except MeCoError as error:
         _end(error)
-    _apply(args)
+    apply_meco(args)
     if args.dataloader_inter_document_masking and _is_rank_0():
         print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args
 
 
+def _parse_yaml(
+    line: CommandLine, args_defaults: dict[str, Any] | None, megatron_options: dict[str, Any]
+) -> argparse.Namespace:
+    """Leave a run that is described by YAML to Megatron, which reads no flags beside it."""
+    if any(word.startswith("--meco") for word in sys.argv):
+        reason, remedy = refusal("yaml_cfg")
+        raise FlagError(f"does not go with --meco: {reason}", where="--yaml-cfg", remedy=remedy)
+    from megatron.training.arguments import parse_and_validate_args as stock
+
+    args: argparse.Namespace = stock(
+        line.provide, args_defaults=args_defaults or {}, **megatron_options
+    )
+    args.meco = False
+    return args
+
+
+def _check_without_meco(args: argparse.Namespace, own_flags: Mapping[str, Flag]) -> None:
+    """Refuse flags of MeCo's that have no effect because `--meco` is missing."""
+    # A run that goes on without MeCo names that change, and may insist on a GPU.
+    without = ("meco_allow_changes", "meco_require_gpu")
+    for name, flag in own_flags.items():
+        value = getattr(args, name)
+        if not args.meco and name not in without and value != flag.default:
+            raise FlagError(
+                "has no effect without --meco",
+                where=shown(flag.spelling, value),
+                remedy="Add --meco, or drop the flag.",
+            )
+
+
+def parse_run(
+    argv: Sequence[str], add_own: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse and validate the flags of a training run without starting one.
+
+    The parser, the checks and the validation are those of `parse_and_validate_args`. The number of
+    ranks is the launcher's, or else the smallest that holds the layout. Flags of the model may be
+    left out altogether; stand-ins then take their place.
+
+    Args:
+        argv: The flags.
+        add_own: Adds further flags.
+
+    Returns:
+        Megatron's validated arguments, and notes on what was not checked.
+
+    Raises:
+        MeCoError: When the run would not start.
+    """
+    on_cpu = should_use_cpu()
+    _prepare_platform(on_cpu)
+
+    def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        if add_own is not None:
+            add_own(parser)
+        return parser
+
+    notes: list[str] = []
+    with _command_line(["--meco", *argv]):
+        line = CommandLine(provide, on_cpu=on_cpu)
+        args = line.parse()
+        branch = expand_branch(args)
+        if branch is not None:
+            sys.argv += branch.flags
+            args = line.parse()
+        if args.tokenizer_type is None:
+            raise FlagError(
+                "missing", where="--tokenizer-type", remedy="Give the tokenizer of the corpus."
+            )
+        if all(getattr(args, name, None) is None for name in _MODEL_FLAGS):
+            missing = _fill_stand_ins(args, line.flags)
+            if missing:
+                notes.append(f"checked the data alone; a run also needs {', '.join(missing)}")
+        if on_cpu:
+            notes += [
+                f"this host has no CUDA device: the run would be refused here for {flag}"
+                for flag, _ in impossible_flags(args)
+            ]
+        if "WORLD_SIZE" not in os.environ:
+            args.world_size = (
+                args.tensor_model_parallel_size
+                * args.pipeline_model_parallel_size
+                * args.context_parallel_size
+            )
+        check_run(args)
+        check_arguments(args, line.flags)
+        _validate(args)
+    apply_meco(args)
+    return args, notes
+
+
+def _fill_stand_ins(args: argparse.Namespace, flags: dict[str, Flag]) -> list[str]:
+    """Fill in what a command line says nothing of; returns the flags, as a user types them."""
+    missing = [name for name in _STAND_INS if getattr(args, name) is None]
+    for name in missing:
+        value = _STAND_INS[name]
+        setattr(args, name, args.seq_length if value is None else value)
+    if args.global_batch_size is None and args.step_batch_size_schedule is None:
+        args.global_batch_size = args.micro_batch_size
+    return [flags[name].spelling for name in missing]
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Megatron's own validation of flags and of the model's configuration, unheard."""
+    from megatron.training.arguments import core_transformer_config_from_args, validate_args
+
+    with _megatron_errors(True), contextlib.redirect_stdout(io.StringIO()):
+        validate_args(args)
+        core_transformer_config_from_args(args)
+
+
+@contextlib.contextmanager
+def _command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Let Megatron's parser, which reads `sys.argv`, read these flags."""
+    stock = sys.argv
+    sys.argv = [stock[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = stock
+
+
+@contextlib.contextmanager
+def _megatron_errors(meco: bool) -> Iterator[None]:
+    """Turn what Megatron's validation raises into a refusal, where `--meco` is given."""
+    try:
+        yield
+    except MeCoError:
+        raise
+    except Exception as error:
+        if not meco:
+            raise
+        # Many of Megatron's assertions have no text; the line says which flag is meant.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split()) or (frame.line or type(error).__name__)
+        raise FlagError(
+            f"Megatron refuses these flags: {text}",
+            where=f"{os.path.basename(frame.filename)}, line {frame.lineno}",
+            remedy="Change the flag that it names.",
+        ) from error
+
+
+def _usage_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Print one line for a mistyped flag, where argparse prints all of Megatron's flags first."""
+    unknown = message.removeprefix("unrecognized arguments: ").split()
+    known = [option for action in parser._actions for option in action.option_strings]
+    hints = [closest(word.partition("=")[0], known) for word in unknown if word.startswith("--")]
+    if _is_rank_0():
+        print(f"meco: error: {message}.{''.join(hints[:1])}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def _end(error: MeCoError) -> NoReturn:
     if _is_rank_0():
-        print(f"meco: error: {error}", file=sys.stderr, flush=True)
+        print(f"meco: error: {error.original()}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 
 def _is_rank_0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _prepare_platform(on_cpu: bool) -> None:
+    if on_cpu:
+        enable_cpu_platform()
+        return
+    engine = try_transformer_engine()
+    if engine.breaks_megatron:
+        raise _engine_error(engine)
+    skip_helper_compilation()
+    if engine.reason:
+        let_distributed_optimizer_resume()
 
 
 def schedule_from_args(args: argparse.Namespace) -> Schedule:
@@ -128,18 +374,20 @@ def schedule_from_args(args: argparse.Namespace) -> Schedule:
     )
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
     """Refuse what does not go with MeCo, before anything is built.
 
     Args:
         args: Parsed flags, not yet validated by Megatron.
+        flags: Those of Megatron's parser.
 
     Raises:
         FlagError: Names the flag, its value and the remedy.
         DataError: When a corpus or its metadata is missing or does not fit the template.
     """
     config = MeCoConfig.from_args(args)
-    _refuse_contradictions(args)
+    local_layers = args.transformer_impl == "local" and args.spec is None
+    check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
         if not args.meco_cooldown_data_path:
@@ -172,11 +420,20 @@ def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.Arg
         help="Go on from a checkpoint although these differ from the run that made it (without "
         f"names: whatever differs): {', '.join(FINGERPRINT_KEYS)}.",
     )
+    parser.add_argument(
+        "--meco-allow-flags",
+        nargs="*",
+        metavar="NAME",
+        help="Let these flags of Megatron through although nobody has tried them with --meco "
+        "(names as in Python: num_layers).",
+    )
     add_branch_arguments(parser)
     add_meco_arguments(parser)
     if on_cpu:
         parser.set_defaults(**CPU_DEFAULTS)
-    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+    elif (
+        "--meco" in sys.argv and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
+    ):
         # On by default in Megatron, whose output layer then ends the run where apex's kernel is
         # missing, also with Transformer Engine.
         parser.set_defaults(gradient_accumulation_fusion=False)
@@ -241,88 +498,6 @@ def _check_cpu(args: argparse.Namespace) -> None:
         print("> MeCo: no CUDA device; training on the CPU over Gloo", flush=True)
 
 
-def _refuse_contradictions(args: argparse.Namespace) -> None:
-    refusals: list[tuple[bool, str, str, str]] = [
-        (
-            args.dataloader_type not in (None, "single"),
-            f"--dataloader-type {args.dataloader_type}",
-            "phases follow the order of the samples, which only the `single` loader keeps",
-            "Drop the flag; packs are shuffled when they are planned.",
-        ),
-        (
-            bool(args.full_validation),
-            "--full-validation",
-            "Megatron ends the run at the first evaluation, unless there are several validation "
-            "sets",
-            "Drop the flag and give --eval-iters.",
-        ),
-        (
-            bool(args.reset_attention_mask),
-            "--reset-attention-mask",
-            "Transformer Engine ignores it silently; MeCo separates documents by cu_seqlens",
-            "Drop the flag.",
-        ),
-        (
-            bool(args.reset_position_ids),
-            "--reset-position-ids",
-            "it finds documents by the EOD token; MeCo restarts positions at each document",
-            "Drop the flag.",
-        ),
-        (
-            bool(args.eod_mask_loss),
-            "--eod-mask-loss",
-            "it masks by token id; MeCo trains EOD and masks borders by position",
-            "Drop the flag.",
-        ),
-        (
-            (args.context_parallel_size or 1) > 1 or bool(args.hybrid_context_parallel),
-            f"--context-parallel-size {args.context_parallel_size}",
-            "packed documents are not padded to 2 * CP, so attention would leak across documents",
-            "Use 1; tensor and pipeline parallelism work.",
-        ),
-        (
-            bool(args.phase_transition_iterations),
-            "--phase-transition-iterations",
-            "it saves and ends the run; MeCo switches inside the run",
-            "Use --meco-cooldown-start-iteration.",
-        ),
-        (
-            getattr(args, "rampup_batch_size", None) is not None,
-            "--rampup-batch-size",
-            "this Megatron reads the flag and ignores it",
-            "Use --step-batch-size-schedule.",
-        ),
-        (
-            bool(args.multiple_validation_sets),
-            "--multiple-validation-sets",
-            "MeCo reports its two validation losses from one set",
-            "Drop the flag.",
-        ),
-        (bool(args.sft), "--sft", "it brings packed data of its own", "Drop --sft or --meco."),
-        (
-            bool(args.fim_data),
-            "--fim-data",
-            "it rearranges the tokens that MeCo masks by position",
-            "Drop --fim-data or --meco.",
-        ),
-        (
-            bool(args.mock_data),
-            "--mock-data",
-            "mock documents have no metadata",
-            "Give --data-path, or drop --meco.",
-        ),
-        (
-            bool(args.dataloader_fast_cache_load) or bool(args.dataloader_defer_npy_index_mmap),
-            "--dataloader-fast-cache-load / --dataloader-defer-npy-index-mmap",
-            "MeCo has no .npy index; its plan is mapped without a scan anyhow",
-            "Drop the flag.",
-        ),
-    ]
-    for applies, flag, reason, remedy in refusals:
-        if applies:
-            raise FlagError(f"does not go with --meco: {reason}", where=flag, remedy=remedy)
-
-
 def _check_samples(args: argparse.Namespace) -> None:
     """Work out the run's fingerprint and compare it with the checkpoint's, on rank 0.
 
@@ -378,26 +553,61 @@ def cooldown_blend(args: argparse.Namespace) -> tuple[list[str], list[float] | N
     return blend
 
 
-def _apply(args: argparse.Namespace) -> None:
-    """Set what follows from --meco, once Megatron has validated the rest."""
+def _check_skipped_iterations(args: argparse.Namespace) -> None:
+    """Refuse to skip the step after which the switch's checkpoint is written."""
+    if not args.meco or not args.save:
+        return
+    switch = schedule_from_args(args).switch_iteration
+    # Also those that --result-rejected-tracker-filename lists.
+    if switch in args.iterations_to_skip:
+        raise FlagError(
+            f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} is "
+            "the last one of the conditioned phase",
+            where="--iterations-to-skip",
+            remedy="Leave it out, or move the switch with --meco-cooldown-start-iteration.",
+        )
+
+
+def apply_meco(args: argparse.Namespace) -> None:
+    """Set what follows from `--meco`, and the layers that packed documents need.
+
+    Args:
+        args: Megatron's validated arguments; changed.
+    """
     if args.meco:
         from megatron_meco.training.phase_switch import SaveInterval
 
         args.dataloader_inter_document_masking = True
         args.create_attention_mask_in_dataloader = False
-        if args.save_interval:
-            switch = schedule_from_args(args).switch_iteration
-            args.save_interval = SaveInterval(args.save_interval, also=switch)
-    packed = args.dataloader_inter_document_masking
-    largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
-    if packed and args.pipeline_model_parallel_size > 1 and largest > 1:
-        # A packed micro-batch travels as [mbs * s, 1, h], where the next stage expects [s, mbs, h];
-        # this makes stages tell each other the shape. Megatron wants the second setting with it,
-        # also without experts.
-        args.variable_seq_lengths = True
-        args.moe_token_dispatcher_type = "alltoall"
-    if packed and args.transformer_impl == "local":
+        switch = schedule_from_args(args).switch_iteration
+        for name in ("save_interval", "save_retain_interval"):
+            if getattr(args, name):
+                setattr(args, name, SaveInterval(getattr(args, name), also=switch))
+        largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+        if args.pipeline_model_parallel_size > 1 and largest > 1:
+            # A packed micro-batch travels as [mbs * s, 1, h], where the next stage expects
+            # [s, mbs, h]; this makes stages tell each other the shape. Megatron wants the second
+            # setting with it, also without experts.
+            args.variable_seq_lengths = True
+            args.moe_token_dispatcher_type = "alltoall"
+    if args.dataloader_inter_document_masking and _uses_local_layers(args):
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 
         # Megatron's own local attention refuses packed documents.
-        args.spec = args.spec or PACKED_LOCAL_SPEC
+        args.spec = PACKED_LOCAL_SPEC
+
+
+def _uses_local_layers(args: argparse.Namespace) -> bool:
+    """Whether MeCo's layers take the place of Megatron's: nothing else chooses the layers."""
+    others = (
+        "spec",
+        "experimental_attention_variant",
+        "heterogeneous_layers_config_path",
+        "heterogeneous_layers_config_encoded_json",
+        "hybrid_layer_pattern",
+        "num_experts",
+        "multi_latent_attention",
+        "mtp_num_layers",
+    )
+    chosen = any(getattr(args, name, None) for name in others)
+    return args.transformer_impl == "local" and not chosen

@@ -5,9 +5,8 @@ the device. A loader hands over one tensor where Megatron's keys would be eight,
 descriptor of its own; one copy goes to the device, and one broadcast to the other tensor-parallel
 ranks. Borders of documents have the same length throughout a run, so no rank ever waits for its
 device: Megatron's own functions look there for the end of `cu_seqlens`, twice for each sample, and
-send its length ahead to the other ranks. `stock_batch` is those functions, for runs without
-`--meco`. Costs a copy of each sample in a worker and a few kernels on the device. What was given
-up: a dense attention mask and context parallelism.
+send its length ahead to the other ranks. Costs a copy of each sample in a worker and a few kernels
+on the device. There is no dense attention mask.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_tp_rank
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 Batch = dict[str, Any]
@@ -168,54 +166,3 @@ def _on_all_ranks(vectors: torch.Tensor | None, shape: tuple[int, int]) -> torch
             group=mpu.get_tensor_model_parallel_group(),
         )
     return on_device
-
-
-def stock_batch(
-    args: argparse.Namespace,
-    data_iterator: Iterator[Batch] | None,
-    vp_stage: int | None,
-    *,
-    training: bool,
-) -> Batch:
-    """The next micro-batch of Megatron's datasets, by its own functions; None for what is unused.
-
-    Args:
-        args: Megatron's arguments.
-        data_iterator: Gives batches on tensor-parallel rank 0; not used elsewhere.
-        vp_stage: Virtual pipeline stage, or None.
-        training: Whether this is a training step.
-    """
-    packed = args.dataloader_inter_document_masking
-    edge = is_first_or_last_pipeline_stage(vp_stage)
-    if not edge and not packed:
-        return dict.fromkeys(_KEYS)
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch: Batch = {}
-    if tp_rank == 0:
-        assert data_iterator is not None
-        loaded = next(data_iterator)
-        for key in _KEYS:
-            value = loaded.get(key)
-            batch[key] = None if value is None else value.cuda(non_blocking=True)
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=packed,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        cp_size=1,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = flatten_batch_for_packed_sequences(batch)
-    if not edge:
-        return {**dict.fromkeys(_KEYS), "cu_seqlens": batch["cu_seqlens"].squeeze(0)}
-    if packed:
-        batch["cu_seqlens"] = batch["cu_seqlens"].squeeze(0)
-    return batch

@@ -7,7 +7,6 @@ patching any version; the package uses subclasses, providers and `--spec` only.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -28,8 +27,9 @@ def check_version() -> str | None:
         MeCoError: When Megatron-Core, or the trainer in it, is not installed.
     """
     try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError as error:
+        # Not the wheel's metadata: another Megatron may come first on PYTHONPATH.
+        from megatron.core import __version__ as version
+    except ModuleNotFoundError as error:
         raise MeCoError(
             "not installed", where="megatron-core", remedy="pip install 'megatron-core[training]'."
         ) from error

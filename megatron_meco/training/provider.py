@@ -1,30 +1,25 @@
 """What `megatron.training.pretrain()` asks a script for: datasets and the training step.
 
 With `--meco` the datasets are MeCo's and the step reports two validation losses, on conditioned and
-on plain documents; without it both are what Megatron's own `pretrain_gpt.py` does. How batches
-travel is in `batch.py`. Costs no wait for the device within a micro-batch but Megatron's own check
-for NaN (`--no-check-for-nan-in-loss-and-grad` takes it away), and at the end of a step the sum of
-document lengths that Megatron's FLOPs account asks of all ranks. What was given up: Megatron's
-paths for SFT, distillation, multi-token prediction and context parallelism.
+on plain documents; without it both are stock ones (`stock.py`, or the script's own by `with_meco`).
+How batches travel is in `batch.py`. Within a micro-batch only Megatron's check for NaN waits for
+the device (`--no-check-for-nan-in-loss-and-grad` takes it away), and at the end of a step Megatron
+sums document lengths over all ranks for its FLOPs account.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import (
     get_args,
@@ -35,16 +30,20 @@ from megatron.training import (
 )
 from megatron.training.global_vars import get_wandb_writer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_meco.config import MeCoConfig
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
 from megatron_meco.data.report import Run, most_documents, plan_report, summary_lines
 from megatron_meco.errors import MeCoError
+from megatron_meco.training import stock
 from megatron_meco.training.arguments import cooldown_blend, schedule_from_args
-from megatron_meco.training.batch import Batch, CompactSamples, meco_batch, stock_batch
+from megatron_meco.training.batch import Batch, CompactSamples, meco_batch
 from megatron_meco.training.compat import check_version
+from megatron_meco.training.megatron_patches import skip_steps_without_reading_batches
 from megatron_meco.training.phase_switch import PhaseSwitch
+
+DatasetsProvider = Callable[..., Any]
+ForwardStep = Callable[..., Any]
 
 
 @dataclass
@@ -102,7 +101,7 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     if not args.meco:
-        return _stock_datasets(args, train_val_test_num_samples, vp_stage)
+        return stock.train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage)
     warning = check_version()
     if warning:
         print_rank_0(warning)
@@ -110,7 +109,9 @@ def train_valid_test_datasets_provider(
     schedule = schedule_from_args(args)
     print_rank_0(f"> MeCo: {schedule.describe()}")
     try:
-        config = MeCoGPTDatasetConfig(**dataset_options(args), meco=MeCoConfig.from_args(args))
+        config = MeCoGPTDatasetConfig(
+            **stock.dataset_options(args, get_tokenizer()), meco=MeCoConfig.from_args(args)
+        )
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
         datasets = build_datasets(
             train_val_test_num_samples,
@@ -123,6 +124,8 @@ def train_valid_test_datasets_provider(
         # Rank 0 builds first and the others wait for it, so this is printed once.
         print(f"meco: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    if args.iterations_to_skip:
+        skip_steps_without_reading_batches()
     run = Run(schedule, *datasets)
     state = begin_run(run, args)
     if datasets[0] is not None and args.consumed_train_samples >= len(datasets[0]):
@@ -149,79 +152,47 @@ def _share_fingerprint(args: argparse.Namespace) -> None:
     args.meco_fingerprint = shared[0]
 
 
-def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of Megatron's `GPTDatasetConfig`, from its parsed flags."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences_per_dataset = None
-    if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences_per_dataset = json.load(file)
-    return {
-        "random_seed": args.seed,
-        "sequence_length": args.seq_length,
-        "blend": blend,
-        "blend_per_split": blend_per_split,
-        "split": args.split,
-        "multiple_validation_sets": args.multiple_validation_sets,
-        "full_validation": args.full_validation,
-        "num_dataset_builder_threads": args.num_dataset_builder_threads,
-        "path_to_cache": args.data_cache_path,
-        "mmap_bin_files": args.mmap_bin_files,
-        "tokenizer": get_tokenizer(),
-        "reset_position_ids": args.reset_position_ids,
-        "reset_attention_mask": args.reset_attention_mask,
-        "eod_mask_loss": args.eod_mask_loss,
-        "create_attention_mask": args.create_attention_mask_in_dataloader,
-        "object_storage_cache_path": args.object_storage_cache_path,
-        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
-        "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
-        "fast_cache_load": args.dataloader_fast_cache_load,
-        "sequences_per_dataset": sequences_per_dataset,
-        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
-        "context_parallel_size": args.context_parallel_size,
-        "data_parallel_size": args.data_parallel_size,
-        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
-        "hybrid_context_parallel": args.hybrid_context_parallel,
-        "inter_document_masking": args.dataloader_inter_document_masking,
-    }
-
-
-def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
     """Megatron's forward step: one micro-batch through one model chunk.
 
     Args:
         data_iterator: Gives batches on tensor-parallel rank 0; not used elsewhere.
         model: The model chunk, wrapped as Megatron wraps it.
+        return_schedule_plan: As Megatron's own step takes it; without `--meco` only.
 
     Returns:
         The output tensor (per-token losses on the last stage) and the loss function.
     """
     args = get_args()
+    if not args.meco:
+        return stock.forward_step(data_iterator, model, return_schedule_plan)
     timers = get_timers()
-    if args.meco and model.training:
+    if model.training:
         _announce(args)
     timers("batch-generator", log_level=2).start()
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    batch = _next_batch(args, data_iterator, vp_stage, model.training)
+    with stock.straggler_timer(bdata=True):
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = _next_batch(args, data_iterator, vp_stage, model.training)
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=_packed_seq_params(args, batch["cu_seqlens"]),
-    )
-    return output, partial(
-        loss_func, batch["loss_mask"], facts=batch.get("facts"), training=model.training
+    with stock.straggler_timer:
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=_packed_seq_params(args, batch["cu_seqlens"], model.training),
+        )
+    return output, functools.partial(
+        loss_func, batch["loss_mask"], facts=batch["facts"], training=model.training
     )
 
 
 def _next_batch(
     args: argparse.Namespace, data_iterator: Iterator[Batch], vp_stage: int | None, training: bool
 ) -> Batch:
-    if not args.meco:
-        return stock_batch(args, data_iterator, vp_stage, training=training)
     state = _state_of_run()
 
     def check(num_prefix_tokens: int) -> None:
@@ -237,8 +208,8 @@ def loss_func(
     loss_mask: torch.Tensor,
     output_tensor: torch.Tensor,
     *,
-    facts: torch.Tensor | None = None,
-    training: bool = True,
+    facts: torch.Tensor,
+    training: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the losses inside the mask, and what to report of it.
 
@@ -246,7 +217,7 @@ def loss_func(
         loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
         output_tensor: Per-token losses, as many.
         facts: (2, micro-batch), int32: prefix tokens of each sample, and 1 for a validation sample
-            that shows them; None without MeCo.
+            that shows them.
         training: Whether this is a training step.
 
     Returns:
@@ -258,12 +229,12 @@ def loss_func(
     masked = losses * mask
     loss = masked.sum()
     num_tokens = mask.sum().detach().to(torch.int)
-    _check_finite(loss)
-    if facts is None or training:
+    # Megatron's script asks twice, for NaN and for infinity; each question waits for the device.
+    stock.check_for_nan(loss, _is_not_finite, "found NaN or Inf in local forward loss calculation")
+    stock.check_for_spike(loss)
+    if training:
         report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
-        if facts is not None:
-            report |= _token_counts(facts, num_tokens, mask.numel())
-        return loss, num_tokens, report
+        return loss, num_tokens, report | _token_counts(facts, num_tokens, mask.numel())
     views = facts[1]
     sums = masked.detach().view(len(views), -1).sum(1)
     counts = mask.view(len(views), -1).sum(1)
@@ -289,24 +260,44 @@ def _token_counts(
 
 
 def _packed_seq_params(
-    args: argparse.Namespace, cu_seqlens: torch.Tensor | None
-) -> PackedSeqParams | None:
-    if cu_seqlens is None:
-        return None
+    args: argparse.Namespace, cu_seqlens: torch.Tensor, training: bool
+) -> PackedSeqParams:
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # Megatron's FLOPs account
     # An upper bound serves the kernels, and costs no wait for the device.
     longest = args.seq_length
-    if args.meco and args.transformer_impl != "local" and not args.apply_rope_fusion:
+    if args.transformer_impl != "local" and not args.apply_rope_fusion:
         # Megatron's own RoPE counts on through a pack that is as long as its table of angles.
         longest += 1
+    seq_idx = None
+    if args.hybrid_layer_pattern:
+        size = args.micro_batch_size if training else args.eval_micro_batch_size
+        seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        seq_idx=seq_idx,
         tokens_per_sample=args.seq_length,
     )
+
+
+def document_numbers(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The document that each token of a pack belongs to, by which state-space layers restart.
+
+    Megatron's `PackedSeqParams` works it out from `total_tokens`, and waits for the device.
+
+    Args:
+        cu_seqlens: (documents + 1,), int32, from 0 to `num_tokens`; empty documents are allowed.
+        num_tokens: Tokens of the pack.
+
+    Returns:
+        (1, num_tokens), int32, rising.
+    """
+    places = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    numbers = torch.searchsorted(cu_seqlens, places, right=True, out_int32=True) - 1
+    return numbers.unsqueeze(0)
 
 
 def _announce(args: argparse.Namespace) -> None:
@@ -316,35 +307,32 @@ def _announce(args: argparse.Namespace) -> None:
         print_rank_0(text)
 
 
-def _check_finite(loss: torch.Tensor) -> None:
-    if not get_args().check_for_nan_in_loss_and_grad:
-        return
-    # Megatron's script asks twice, for NaN and for infinity; each question waits for the device.
-    get_rerun_state_machine().validate_result(
-        result=loss,
-        rejection_func=_is_not_finite,
-        message="found NaN or Inf in local forward loss calculation",
-        tolerance=0.0,
-        fatal=True,
-    )
-
-
 def _is_not_finite(loss: torch.Tensor) -> torch.Tensor:
     return ~torch.isfinite(loss)
 
 
-def _stock_datasets(
-    args: argparse.Namespace, sizes: Sequence[int | None], vp_stage: int | None
-) -> tuple[Any, Any, Any]:
-    """What Megatron's own script builds."""
+def with_meco(datasets_provider: DatasetsProvider, step: ForwardStep) -> tuple[Any, Any]:
+    """Add MeCo to the two functions that a training script hands to Megatron's `pretrain()`.
 
-    def built_here() -> bool:
-        everywhere = args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(
-            vp_stage
-        )
-        return mpu.get_tensor_model_parallel_rank() == 0 and everywhere
+    Args:
+        datasets_provider: The script's own.
+        step: The script's own forward step.
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    config = GPTDatasetConfig(**dataset_options(args))
-    train, valid, test = BlendedMegatronDatasetBuilder(kind, sizes, built_here, config).build()
-    return train, valid, test
+    Returns:
+        The same functions, which call the script's own without `--meco`, and MeCo's with it.
+    """
+
+    @functools.wraps(datasets_provider)
+    def provide(sizes: Sequence[int | None], vp_stage: int | None = None) -> Any:
+        if get_args().meco:
+            return train_valid_test_datasets_provider(sizes, vp_stage)
+        given = {} if vp_stage is None else {"vp_stage": vp_stage}
+        return datasets_provider(sizes, **given)
+
+    @functools.wraps(step)
+    def take_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = forward_step if get_args().meco else step
+        return chosen(data_iterator, model, *args, **kwargs)
+
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    return provide, take_step

@@ -127,14 +127,22 @@ def test_plan_build_makes_the_caches_that_a_run_opens(
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
 
 
-def test_flags_of_training_are_passed_over_and_mistyped_ones_are_not(
+def test_flags_of_training_are_taken_and_mistyped_ones_are_not(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, err = run(capsys, "plan", *flags, "--lr", "1e-3", "--bf16")
     assert status == 0
-    assert "passed over: --lr --bf16" in err
+    assert "checked the data alone; a run also needs --num-layers, --hidden-size" in err
+    assert "--lr" not in err
     assert "Switch after iteration 9" in out
-    assert run(capsys, "plan", *flags, "--meco-templte", "x")[0] == 2
+    status, _, err = run(capsys, "plan", *flags, "--meco-templte", "x")
+    assert status == 2
+    assert "Did you mean --meco-template?" in err
+    status, _, err = run(capsys, "plan", *flags, "--eval-intervall", "5")
+    assert status == 2
+    assert err.strip().splitlines() == [
+        "meco: error: unrecognized arguments: --eval-intervall 5. Did you mean --eval-interval?"
+    ]
 
 
 @pytest.mark.parametrize(

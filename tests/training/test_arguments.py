@@ -21,13 +21,13 @@ Parse = argparse.Namespace
 @pytest.fixture
 def check(corpus: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Parse a command line as a run does, and check it."""
-    from megatron.training.arguments import parse_args
 
     def run(flags: str, data: str = corpus) -> None:
         line = f"{MODEL} {RUN} --meco --data-path {data} --tokenizer-type HuggingFaceTokenizer "
         line += f"--tokenizer-model {tokenizer_folder}"
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line.split(), *flags.split()])
-        arguments.check_arguments(parse_args(lambda p: arguments.add_arguments(p, on_cpu=True)))
+        command_line = arguments.CommandLine(None, on_cpu=True)
+        arguments.check_arguments(command_line.parse(), command_line.flags)
 
     return run
 

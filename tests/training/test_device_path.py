@@ -42,7 +42,7 @@ def test_the_same_check_sees_the_wait_in_megatrons_own_rope(tmp_path: Path) -> N
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Megatron's parallel state for one rank, and a device whose tensors have no values."""
-    from megatron_meco.training import batch
+    from megatron_meco.training import batch, stock
 
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self.to("meta"))
     # Megatron's own function broadcasts within a group of one, too.
@@ -55,7 +55,11 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_group", lambda: None)
     for name in ("first", "last"):
         monkeypatch.setattr(batch.mpu, f"is_pipeline_{name}_stage", lambda: True)
-    monkeypatch.setattr(batch, "is_first_or_last_pipeline_stage", lambda _: True)
+    for module in (batch, stock):
+        monkeypatch.setattr(module, "is_first_or_last_pipeline_stage", lambda _: True)
+    monkeypatch.setattr(stock.parallel_state, "get_context_parallel_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_, **__: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_, **__: 1)
     return batch
 
 
@@ -69,7 +73,20 @@ def args() -> Namespace:
         create_attention_mask_in_dataloader=False,
         pipeline_model_parallel_size=1,
         check_for_nan_in_loss_and_grad=False,
+        check_for_spiky_loss=False,
+        context_parallel_size=1,
+        hybrid_context_parallel=False,
+        mtp_num_layers=None,
+        sft=False,
     )
+
+
+def stock_batch(args: Namespace, loaded: Any) -> Any:
+    """What a run without MeCo makes of Megatron's keys."""
+    from megatron_meco.training import stock
+
+    found = stock.get_batch(args, iter([loaded]), None)
+    return {**found, "cu_seqlens": found["cu_seqlens"].squeeze(0)}
 
 
 class TwoSamples(torch.utils.data.Dataset):
@@ -136,7 +153,7 @@ def test_the_same_check_sees_the_wait_in_megatrons_own_batches(
 ) -> None:
     (batch,) = torch.utils.data.DataLoader(TwoSamples(), batch_size=SIZE)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        one_rank.stock_batch(args, iter([batch]), None, training=False)
+        stock_batch(args, batch)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -147,6 +164,7 @@ def test_the_loss_is_reported_without_a_wait(
 
     args.meco_template = "URL: {url.host}\n\n"
     monkeypatch.setattr(provider, "get_args", lambda: args)
+    monkeypatch.setattr(provider.stock, "get_args", lambda: args)
     monkeypatch.setattr(provider, "get_num_microbatches", lambda: 1)
     monkeypatch.setattr(provider.mpu, "get_data_parallel_world_size", lambda: 1)
     found = next_batch(one_rank, args, 5)
@@ -165,7 +183,7 @@ def test_a_batch_is_what_megatrons_own_functions_make_of_the_samples(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     found = next_batch(one_rank, args, 5)
     (batch,) = torch.utils.data.DataLoader(TwoSamples(), batch_size=SIZE)
-    stock = one_rank.stock_batch(args, iter([batch]), None, training=False)
+    stock = stock_batch(args, batch)
     for key in ("tokens", "labels", "position_ids", "loss_mask"):
         assert torch.equal(found[key], stock[key]), key
         assert found[key].dtype == stock[key].dtype

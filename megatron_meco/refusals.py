@@ -1,0 +1,372 @@
+"""Every refusal of a Megatron flag under `--meco`, and the ranges of its numbers.
+
+`check_flags` goes through all parsed arguments before anything is built. A flag passes when it has
+Megatron's default, or when `megatron_meco.megatron_flags` says that it means the same with MeCo.
+The dataset's configuration, `meco plan`, `meco inspect` and the training script share this table.
+Needs neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_meco.errors import FlagError
+from megatron_meco.megatron_flags import (
+    COMPANIONS,
+    HONOURED,
+    OTHER_PROGRAMS,
+    REFUSED,
+    UNTESTED,
+    names_in,
+)
+
+_DROP = "Drop the flag."
+_LOCAL = (
+    "Drop it, or train on a GPU with Transformer Engine (--transformer-impl transformer_engine)."
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of Megatron's parser.
+
+    Attributes:
+        spelling: The option as a user types it, such as `--seq-length`.
+        default: What the parser fills in.
+    """
+
+    spelling: str
+    default: Any
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, Flag]:
+    """The flags of a parser by `dest`, with the defaults that hold now."""
+    found: dict[str, Flag] = {}
+    for action in parser._actions:  # argparse has no public list
+        if action.option_strings and action.dest not in ("help", *found):
+            default = action.default
+            # As argparse does it.
+            if isinstance(default, str) and callable(action.type):
+                default = action.type(default)
+            found[action.dest] = Flag(action.option_strings[0], default)
+    return found
+
+
+def refusal(name: str) -> tuple[str, str]:
+    """Why a flag in `REFUSED` is refused, and the remedy."""
+    reason, *remedy = REFUSED[name]
+    return reason, remedy[0] if remedy else _DROP
+
+
+def check_flags(
+    args: argparse.Namespace,
+    flags: Mapping[str, Flag],
+    *,
+    local_layers: bool,
+    allowed: Collection[str] = (),
+) -> None:
+    """Refuse each flag that MeCo does not honour.
+
+    Args:
+        args: Parsed flags, not yet validated by Megatron.
+        flags: Megatron's flags (`flags_of` its parser), without those of MeCo or of the script.
+        local_layers: Whether MeCo's layers for hosts without Transformer Engine are used.
+        allowed: Names (`dest`) that a user lets through although nobody has tried them.
+
+    Raises:
+        FlagError: Names the first such flag, its value and the remedy.
+    """
+    given = {n: f for n, f in flags.items() if _differs(getattr(args, n, f.default), f.default)}
+    for name, flag in given.items():
+        value = getattr(args, name)
+        _check_number(flag.spelling, name, value)
+        where = shown(flag.spelling, value)
+        if name in REFUSED and _VALUES_REFUSED.get(name, _any)(value):
+            reason, remedy = refusal(name)
+            raise FlagError(f"does not go with --meco: {reason}", where=where, remedy=remedy)
+        for program, names in OTHER_PROGRAMS.items():
+            if name in names:
+                raise FlagError(
+                    f"belongs to Megatron's code for {program} and has no effect here",
+                    where=where,
+                    remedy=_DROP,
+                )
+        for main, names in COMPANIONS.items():
+            if name in names and main not in given:
+                raise FlagError(
+                    f"has no effect without {flags[main].spelling}" if main in flags else "unused",
+                    where=where,
+                    remedy=_DROP,
+                )
+        if local_layers and name in _NOT_ON_LOCAL_LAYERS and _VALUES_LOCAL.get(name, _any)(value):
+            raise FlagError(
+                "the layers for hosts without Transformer Engine do not have it",
+                where=where,
+                remedy=_LOCAL,
+            )
+        known = name in HONOURED or name in REFUSED or any(name in c for c in COMPANIONS.values())
+        if not known and name not in allowed:
+            tried = "is not tested with --meco" if name in UNTESTED else "is not known to MeCo"
+            raise FlagError(
+                f"{tried}: it may change samples, layers or losses",
+                where=where,
+                remedy=f"Drop it, or let it through with --meco-allow-flags {name}.",
+            )
+    for rule in _RULES:
+        rule(args)
+
+
+def shown(spelling: str, value: Any) -> str:
+    """A flag as a user typed it: `--seq-length 64`, or the bare flag for a switch."""
+    if isinstance(value, bool) or value is None:
+        return spelling
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([spelling, *(str(getattr(v, "name", v)) for v in values)])
+
+
+def closest(word: str, known: Collection[str]) -> str:
+    """` Did you mean X?`, or nothing when no known word is close."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a start without a launcher, which would end in torch's own error minutes later.
+
+    Raises:
+        FlagError: Names the first missing variable.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise FlagError(
+                "not set: the script was started without a launcher",
+                where=f"environment variable {name}",
+                remedy="Start it with torchrun (--nproc-per-node 1 for a single process).",
+            )
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _differs(value: Any, default: Any) -> bool:
+    # NaN differs from everything, which is right here.
+    return type(value) is not type(default) or bool(value != default)
+
+
+# ------------------------------------------------------------------------------------- values
+# Flags of which only some values are refused.
+_VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
+    "context_parallel_size": lambda value: value != 1,
+    "dataloader_type": lambda value: value != "single",
+    "position_embedding_type": lambda value: value in ("mrope", "relative"),
+    "transformer_impl": lambda value: value == "inference_optimized",
+    "non_persistent_ckpt_type": lambda value: value == "local",
+    "ckpt_format": lambda value: value in ("fsdp_dtensor", "torch_dcp"),
+    # Megatron takes 0 for none.
+    "num_experts": bool,
+    "mtp_num_layers": bool,
+}
+
+_VALUES_LOCAL: dict[str, Callable[[Any], bool]] = {
+    "attention_backend": lambda value: value.name not in ("auto", "unfused", "local"),
+    "normalization": lambda value: value not in ("RMSNorm", "LayerNorm"),
+    "softmax_type": lambda value: value != "vanilla",
+    "cross_entropy_fusion_impl": lambda value: value != "native",
+}
+_NOT_ON_LOCAL_LAYERS = names_in(
+    """
+    attention_backend cross_entropy_fusion_impl flash_attention_version fp8 fp8_output_proj
+    fp8_param_gather hybrid_layer_pattern hybrid_override_pattern layernorm_zero_centered_gamma
+    log_max_attention_logit normalization qk_clip softmax_type tp_comm_overlap use_flash_attn
+    window_attn_skip_freq window_size
+    """
+)
+
+# ------------------------------------------------------------------------------------ numbers
+_POSITIVE = names_in(
+    """
+    adam_eps adlr_autoresume_interval check_weight_hash_across_dp_replicas_interval ddp_bucket_size
+    ddp_num_buckets dist_ckpt_workers distributed_timeout_minutes
+    distributed_timeout_seconds_after_init embedding_init_method_std encoder_num_layers
+    eval_global_batch_size eval_interval eval_micro_batch_size exit_duration_in_mins exit_interval
+    ffn_hidden_size flight_recorder_trace_buffer_size fp8_amax_history_len fp8_interval
+    global_batch_size gpu_sniff_test_interval hidden_size init_method_std initial_loss_scale
+    kv_channels layernorm_epsilon log_interval log_memory_interval loss_scale loss_scale_window lr
+    lr_decay_iters lr_decay_samples make_vocab_size_divisible_by max_position_embeddings
+    micro_batch_size microbatch_group_size_per_vp_stage non_persistent_save_interval
+    num_attention_heads num_dataset_builder_threads num_distributed_optimizer_instances num_layers
+    num_layers_per_virtual_pipeline_stage num_query_groups num_virtual_stages_per_pipeline_rank
+    padded_vocab_size pipeline_model_parallel_size recompute_num_layers rope_scaling_factor
+    rotary_base rotary_percent rotary_seq_len_interpolation_factor save_activations_interval
+    save_dgrads_interval save_interval save_params_interval save_retain_interval
+    save_wgrads_interval seed seq_length tensor_model_parallel_size tensorboard_log_interval
+    tensorboard_queue_size tiktoken_num_special_tokens train_iters train_samples
+    train_sync_interval vocab_size
+    """
+)
+_SHARES = names_in(
+    """
+    adam_beta1 adam_beta2 attention_dropout hidden_dropout lion_beta1 lion_beta2
+    lr_warmup_fraction muon_momentum optimizer_offload_fraction rotary_percent sgd_momentum
+    """
+)
+_ANY_SIGN = names_in("glu_linear_offset null_tokenizer_eod_id null_tokenizer_pad_id")
+# Megatron numbers samples with 64 bits and schedules with floats, numpy seeds with 32 bits.
+_LARGEST = {
+    **dict.fromkeys(
+        names_in(
+            """
+        eval_interval exit_interval log_interval lr_decay_iters lr_decay_samples lr_warmup_iters
+        lr_warmup_samples lr_wsd_decay_iters lr_wsd_decay_samples save_interval save_retain_interval
+        train_iters train_samples
+        """
+        ),
+        2**53,
+    ),
+    "seed": 4_000_000_000,
+    "num_workers": 10_000,
+    "num_dataset_builder_threads": 10_000,
+}
+_LARGEST_INTEGER = 2**31 - 1
+
+
+def _check_number(spelling: str, name: str, value: Any) -> None:
+    """Refuse a number that no run can mean.
+
+    Raises:
+        FlagError: For NaN, infinity, a wrong sign, or a size beyond what Megatron's arrays hold.
+    """
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        where = f"{spelling} {number}"
+        if not math.isfinite(number):
+            raise FlagError("not a finite number", where=where, remedy="Give a number.")
+        if name in _POSITIVE and number <= 0:
+            raise FlagError("must be above 0", where=where, remedy="Give a positive number.")
+        if name in HONOURED and name not in _ANY_SIGN and number < 0:
+            raise FlagError("must not be negative", where=where, remedy="Give 0 or more.")
+        if name in _SHARES and number > 1:
+            raise FlagError("must not be above 1", where=where, remedy="For 10 % write 0.1.")
+        if isinstance(number, int) and number > _LARGEST.get(name, _LARGEST_INTEGER):
+            largest = _LARGEST.get(name, _LARGEST_INTEGER)
+            raise FlagError("too large", where=where, remedy=f"Give a number up to {largest:,}.")
+
+
+# -------------------------------------------------------------------------------------- rules
+def _need(args: argparse.Namespace, name: str, spelling: str, what: str) -> None:
+    if getattr(args, name, None) is None:
+        raise FlagError(f"missing: {what}", where=spelling, remedy=f"Give {spelling} N.")
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Refuse a command line that lacks what a run needs, or whose numbers contradict each other.
+
+    Megatron finds these by bare assertions and type errors, some of them after the model is built.
+
+    Args:
+        args: Parsed flags of a whole training command, not yet validated by Megatron.
+
+    Raises:
+        FlagError: Names the flag and the remedy.
+    """
+    depths = ("num_layers", "encoder_num_layers", "hybrid_layer_pattern", "hybrid_override_pattern")
+    if all(getattr(args, name, None) is None for name in depths):
+        _need(args, "num_layers", "--num-layers", "the depth of the model")
+    _need(args, "hidden_size", "--hidden-size", "the width of the model")
+    _need(args, "num_attention_heads", "--num-attention-heads", "the model's attention heads")
+    _need(args, "seq_length", "--seq-length", "tokens in a sequence")
+    _need(args, "max_position_embeddings", "--max-position-embeddings", "positions of the model")
+    _need(args, "micro_batch_size", "--micro-batch-size", "sequences in a micro-batch")
+    if args.skip_train:
+        return
+    _need(
+        args, "eval_interval", "--eval-interval", "Megatron divides by it, also with --eval-iters 0"
+    )
+    _need(args, "lr", "--lr", "the learning rate")
+    if args.save is not None:
+        _need(args, "save_interval", "--save-interval", "training steps between checkpoints")
+    ranks = args.world_size
+    layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    layout *= args.context_parallel_size
+    if ranks % layout:
+        raise FlagError(
+            f"tensor x pipeline x context parallel sizes are {layout}, which does not divide the "
+            f"{ranks} ranks",
+            where=f"--tensor-model-parallel-size {args.tensor_model_parallel_size}",
+            remedy=f"Start a multiple of {layout} ranks, or change the layout.",
+        )
+    step = args.micro_batch_size * (ranks // layout)
+    if args.step_batch_size_schedule is None and (args.global_batch_size or step) % step:
+        raise FlagError(
+            f"not a multiple of {step}, which is --micro-batch-size times {ranks // layout} "
+            "data-parallel ranks",
+            where=f"--global-batch-size {args.global_batch_size}",
+            remedy=f"Give a multiple of {step}.",
+        )
+    if args.max_position_embeddings < args.seq_length:
+        raise FlagError(
+            f"smaller than --seq-length {args.seq_length}",
+            where=f"--max-position-embeddings {args.max_position_embeddings}",
+            remedy=f"Give {args.seq_length} or more.",
+        )
+    if args.min_lr > args.lr:
+        raise FlagError(
+            f"above --lr {args.lr}", where=f"--min-lr {args.min_lr}", remedy="Give a smaller one."
+        )
+
+
+def _check_data_sources(args: argparse.Namespace) -> None:
+    if args.data_path and args.data_args_path:
+        raise FlagError(
+            "given beside --data-path", where="--data-args-path", remedy="Give one of the two."
+        )
+
+
+def _check_batch_schedule(args: argparse.Namespace) -> None:
+    if args.step_batch_size_schedule is not None and args.global_batch_size is not None:
+        raise FlagError(
+            "given beside --step-batch-size-schedule",
+            where=f"--global-batch-size {args.global_batch_size}",
+            remedy="Give one of the two.",
+        )
+
+
+def _check_iterations_and_samples(args: argparse.Namespace) -> None:
+    by_samples = args.train_samples is not None
+    unit, other = ("iters", "samples")[:: -1 if by_samples else 1]
+    for stem in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        value = getattr(args, f"{stem}_{other}")
+        if value:
+            flag = stem.replace("_", "-")
+            raise FlagError(
+                f"the run is counted in {'samples' if by_samples else 'iterations'}",
+                where=f"--{flag}-{other} {value}",
+                remedy=f"Give --{flag}-{unit}.",
+            )
+
+
+def _check_micro_batch(args: argparse.Namespace) -> None:
+    for name in ("micro_batch_size", "eval_micro_batch_size"):
+        tokens = (getattr(args, name) or 0) * (args.seq_length or 0)
+        if tokens > _LARGEST_INTEGER:
+            raise FlagError(
+                f"a micro-batch of {tokens:,} tokens; document borders are 32-bit integers",
+                where=f"--{name.replace('_', '-')} {getattr(args, name)}",
+                remedy=f"Keep it times --seq-length below {_LARGEST_INTEGER:,}.",
+            )
+
+
+_RULES = (
+    _check_data_sources,
+    _check_batch_schedule,
+    _check_iterations_and_samples,
+    _check_micro_batch,
+)

@@ -1,0 +1,270 @@
+"""`meco plan` and `meco inspect`: what a run will train on, without training.
+
+Both take the flags of the training script, parse and validate them by Megatron's own parser
+(`parse_run`) and build the datasets by the function that the script calls (`build_datasets`), so
+what they show is what a run gets. Without `plan --build` the caches go to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_meco.config import MeCoConfig, add_meco_arguments
+from megatron_meco.data.phases import Schedule
+from megatron_meco.data.report import PER_PACK, Run, percent, plan_report, sample_report
+from megatron_meco.errors import FlagError
+
+_SPLITS = ("train", "valid", "test")
+_PREFIX_STYLE = "dim cyan"
+_BORDER_STYLE = "magenta"
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meco plan` that a training script does not have."""
+    _describe_flags(parser)
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="Write the plans and prefix tables to --data-cache-path, ahead of the job.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Run `meco plan`; `args.training_flags` are the flags of the run."""
+    with _datasets(args.training_flags, keep=args.build) as (run, flags):
+        report = plan_report(run)
+        if args.json:
+            print(json.dumps(report))
+        else:
+            _print_plan(report, flags)
+    return 0
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meco inspect` that a training script does not have."""
+    _describe_flags(parser)
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="Sample of the split.")
+    parser.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="train, valid or test: the split of the sample. Ratios such as 99,1,0 are Megatron's "
+        "flag of the same name.",
+    )
+    parser.add_argument(
+        "--max-characters",
+        type=int,
+        default=400,
+        metavar="N",
+        help="Text shown of each document. Default: %(default)s.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print the raw arrays as JSON.")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Run `meco inspect`; `args.training_flags` are the flags of the run."""
+    if args.max_characters < 0:
+        raise FlagError(
+            "must not be negative",
+            where=f"--max-characters {args.max_characters}",
+            remedy="Give 0 or more.",
+        )
+    name = ([s for s in args.split if s in _SPLITS] or ["train"])[-1]
+    ratios = [word for s in args.split if s not in _SPLITS for word in ("--split", s)]
+    with _datasets([*args.training_flags, *ratios], keep=False) as (run, _):
+        dataset = getattr(run, name)
+        if dataset is None:
+            raise FlagError(
+                f"the {name} split has no documents", where="--split", remedy="Choose another."
+            )
+        if not 0 <= args.sample < len(dataset):
+            raise FlagError(
+                f"{args.sample} is not among the {len(dataset)} samples of the {name} split",
+                where="--sample",
+                remedy=f"Give 0 to {len(dataset) - 1}.",
+            )
+        report, source = sample_report(dataset, args.sample)
+        if args.json:
+            print(json.dumps(report))
+        else:
+            _print_sample(report, source, name, args.max_characters)
+    return 0
+
+
+def _describe_flags(parser: argparse.ArgumentParser) -> None:
+    """Put the flags of a run into the help: they are parsed by Megatron's parser, not this one."""
+    flags = argparse.ArgumentParser(
+        add_help=False, usage=argparse.SUPPRESS, formatter_class=parser.formatter_class
+    )
+    add_meco_arguments(flags)
+    parser.usage = f"{parser.prog} [options] FLAGS_OF_THE_RUN"
+    parser.epilog = (
+        "FLAGS_OF_THE_RUN are those of the training script, Megatron's and MeCo's. Flags of the\n"
+        "model may be left out altogether.\n\n"
+        f"{flags.format_help().strip()}\n\n{parser.epilog or ''}"
+    )
+
+
+@contextlib.contextmanager
+def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
+    """The datasets that the training script would build for these flags, and the parsed flags."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        # Megatron logs its whole configuration, torch that this host compiles no CUDA code.
+        for name in ("megatron", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # Late: torch and Megatron take seconds, and `--help` should not wait for them.
+        from megatron_meco.training.arguments import (
+            cooldown_blend,
+            parse_run,
+            schedule_from_args,
+        )
+
+        args, notes = parse_run(flags)
+        for note in notes:
+            print(f"meco: note: {note}", file=sys.stderr)
+        from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
+        from megatron_meco.data import dataset
+        from megatron_meco.training.stock import dataset_options
+
+        if not keep:
+            args.data_cache_path = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="meco-plan-")
+            )
+        elif args.data_cache_path is None:
+            raise FlagError(
+                "missing", where="--data-cache-path", remedy="Name the folder that --build fills."
+            )
+        extra = {name: getattr(args, name) for name in TOKENIZER_DEFAULTS}
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, **extra)
+        schedule = schedule_from_args(args)
+        config = dataset.MeCoGPTDatasetConfig(
+            **dataset_options(args, tokenizer), meco=MeCoConfig.from_args(args)
+        )
+        sizes = _sizes(args, schedule)
+        built = dataset.build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args))
+        yield Run(schedule, *built), args
+
+
+def _sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | None]:
+    """Samples of the splits, as Megatron's `get_train_valid_test_num_samples` counts them."""
+    skipped = (args.start_eval_at_iter or 0) // args.eval_interval
+    evaluations = max(0, schedule.num_iterations // args.eval_interval + 1 - skipped)
+    each = args.eval_iters * args.eval_global_batch_size
+    return [schedule.num_samples, evaluations * each, each]
+
+
+def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
+    console = Console()
+    console.print(
+        f"[bold]{report['num_iterations']:,}[/] iterations, {report['num_samples']:,} samples of "
+        f"{args.seq_length:,} tokens. Switch after iteration "
+        f"[bold]{report['switch_iteration']:,}[/] (sample {report['switch_sample']:,})."
+    )
+    template = args.meco_template or "(none: the matched baseline)"
+    console.print(
+        f"Template {template}, packing {args.meco_packing}.", highlight=False, markup=False
+    )
+    columns = {**report["phases"], "total": report["total"]}
+    table = Table("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, show in _ROWS:
+        table.add_row(label, *(_cell(show, c, args.seq_length) for c in columns.values()))
+    console.print(table)
+    missing, long = report["documents_without_value"], report["documents_with_long_prefix"]
+    if missing:
+        console.print(f"[yellow]{missing:,} documents lack a value and train plain.[/]")
+    if long:
+        console.print(f"[yellow]{long:,} documents have too long a prefix and train plain.[/]")
+    epochs = max(c["num_epochs"] for c in report["phases"].values())
+    if epochs > 1:
+        console.print(f"[yellow]The documents do not suffice: up to {epochs} epochs.[/]")
+    console.print(
+        f"Validation: {report['valid_packs']:,} packs; test: {report['test_packs']:,} packs."
+    )
+
+
+def _cell(show: Callable[[dict[str, Any], int], str], counts: dict[str, Any], length: int) -> str:
+    return show(counts, length) if counts["packs"] else "-"
+
+
+_ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
+    ("documents", lambda c, _: f"{c['documents']:,}"),
+    ("packs", lambda c, _: f"{c['packs']:,}"),
+    ("body tokens", lambda c, _: f"{c['body_tokens']:,}"),
+    ("prefix tokens", lambda c, _: f"{c['prefix_tokens']:,}"),
+    ("  of all tokens", lambda c, n: percent(c["prefix_tokens"], c["packs"] * n)),
+    ("discarded tokens", lambda c, _: f"{c['discarded_tokens']:,}"),
+    (
+        "  of the documents' tokens",
+        lambda c, _: percent(c["discarded_tokens"], c["discarded_tokens"] + c["body_tokens"]),
+    ),
+    ("padding", lambda c, n: percent(c["padding_tokens"], c["packs"] * n)),
+    ("documents cut", lambda c, _: percent(c["documents_cut"], c["documents"])),
+    ("documents without prefix", lambda c, _: f"{c['documents_plain']:,}"),
+    ("empty documents skipped", lambda c, _: f"{c['documents_empty']:,}"),
+    (
+        "documents per pack",
+        lambda c, _: " / ".join(f"{c['documents_per_pack'][k]:.0f}" for k in PER_PACK),
+    ),
+)
+
+
+def _print_sample(report: dict[str, Any], source: Any, split: str, max_characters: int) -> None:
+    """Show a pack as a person wants to see it."""
+    console = Console()
+    tokenizer = source.config.tokenizer
+    length = len(report["tokens"])
+    trained = int(sum(report["loss_mask"]))
+    console.print(
+        f"[bold]Sample {report['sample']}[/] of {split} ([bold]{report['phase']}[/]): pack "
+        f"{report['pack']} of {report['corpus']}, {len(report['documents'])} documents, {trained} "
+        f"of {length} labels in the loss.",
+        highlight=False,
+    )
+    console.print(
+        Text.assemble(
+            ("BOS and prefix, not in the loss", _PREFIX_STYLE),
+            "   body, in the loss   ",
+            ("| document border, not in the loss", _BORDER_STYLE),
+        )
+    )
+    bounds = report["cu_seqlens"]
+    for document, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
+        body = document["body_end"] - document["body_begin"]
+        head = end - begin - body
+        in_loss = int(sum(report["loss_mask"][begin:end]))
+        console.rule(
+            Text(
+                f" document {document['document']} | tokens {begin} to {end} | body "
+                f"{document['body_begin']} to {document['body_end']} | {in_loss} in the loss ",
+                _BORDER_STYLE,
+            ),
+            align="left",
+            characters="-",
+        )
+        tokens = report["tokens"][begin:end]
+        text = tokenizer.detokenize(tokens[head:])
+        shown = text if len(text) <= max_characters else text[:max_characters] + " [...]"
+        console.print(
+            Text.assemble((tokenizer.detokenize(tokens[:head]), _PREFIX_STYLE), shown),
+            highlight=False,
+        )
+    padding = length - bounds[len(report["documents"])]
+    if padding:
+        console.rule(Text(f" {padding} tokens of padding ", _BORDER_STYLE), align="left")
