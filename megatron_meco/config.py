@@ -45,6 +45,9 @@ DEFAULT_TEMPLATE = r"URL: {url.host}\n\n"
 """The paper's template (section 2), as one types it in a shell: backslash escapes are read."""
 
 
+_LARGEST = 2**53
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeCoConfig:
     """Everything about metadata conditioning that a user can choose.
@@ -255,7 +258,11 @@ def _check_share(value: float, flag: str) -> None:
 
 
 def _check_at_least(value: int | None, least: int, flag: str) -> None:
-    if value is not None and value < least:
+    if value is None:
+        return
+    if value < least:
         raise FlagError(
             f"{value!r} is too small", where=flag, remedy=f"Give {least} or more, or drop the flag."
         )
+    if value > _LARGEST:
+        raise FlagError(f"{value!r} is too large", where=flag, remedy=f"Give up to {_LARGEST:,}.")

@@ -82,10 +82,10 @@ def check_flags(
     Raises:
         FlagError: Names the first such flag, its value and the remedy.
     """
+    check_numbers(args, flags)
     given = {n: f for n, f in flags.items() if _differs(getattr(args, n, f.default), f.default)}
     for name, flag in given.items():
         value = getattr(args, name)
-        _check_number(flag.spelling, name, value)
         where = shown(flag.spelling, value)
         if name in REFUSED and _VALUES_REFUSED.get(name, _any)(value):
             reason, remedy = refusal(name)
@@ -120,6 +120,22 @@ def check_flags(
             )
     for rule in _RULES:
         rule(args)
+
+
+def check_numbers(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
+    """Refuse numbers that no run can mean: NaN, infinite, of the wrong sign, or far too large.
+
+    Args:
+        args: Parsed flags.
+        flags: Megatron's flags.
+
+    Raises:
+        FlagError: Names the first such flag and its value.
+    """
+    for name, flag in flags.items():
+        value = getattr(args, name, flag.default)
+        if _differs(value, flag.default):
+            _check_number(flag.spelling, name, value)
 
 
 def shown(spelling: str, value: Any) -> str:
@@ -323,13 +339,6 @@ def check_run(args: argparse.Namespace) -> None:
         )
 
 
-def _check_data_sources(args: argparse.Namespace) -> None:
-    if args.data_path and args.data_args_path:
-        raise FlagError(
-            "given beside --data-path", where="--data-args-path", remedy="Give one of the two."
-        )
-
-
 def _check_batch_schedule(args: argparse.Namespace) -> None:
     if args.step_batch_size_schedule is not None and args.global_batch_size is not None:
         raise FlagError(
@@ -341,6 +350,12 @@ def _check_batch_schedule(args: argparse.Namespace) -> None:
 
 def _check_iterations_and_samples(args: argparse.Namespace) -> None:
     by_samples = args.train_samples is not None
+    if by_samples and args.train_iters is not None:
+        raise FlagError(
+            f"given beside --train-iters {args.train_iters}",
+            where=f"--train-samples {args.train_samples}",
+            remedy="Give one of the two.",
+        )
     unit, other = ("iters", "samples")[:: -1 if by_samples else 1]
     for stem in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         value = getattr(args, f"{stem}_{other}")
@@ -364,8 +379,22 @@ def _check_micro_batch(args: argparse.Namespace) -> None:
             )
 
 
+def _check_rotary(args: argparse.Namespace) -> None:
+    """RoPE rotates pairs of dimensions; with an odd number the model fails at its first step."""
+    heads, width = args.num_attention_heads, args.hidden_size
+    if args.position_embedding_type not in ("rope", "yarn") or not heads or not width:
+        return
+    rotary = int((args.kv_channels or width // heads) * args.rotary_percent)
+    if rotary % 2 or not rotary:
+        raise FlagError(
+            f"{rotary} rotary dimensions in a head; RoPE needs an even number",
+            where="--kv-channels / --rotary-percent",
+            remedy="Choose heads whose size times --rotary-percent is even.",
+        )
+
+
 _RULES = (
-    _check_data_sources,
+    _check_rotary,
     _check_batch_schedule,
     _check_iterations_and_samples,
     _check_micro_batch,

@@ -29,11 +29,18 @@ from megatron_meco.refusals import (
     Flag,
     check_flags,
     check_launcher,
+    check_numbers,
     check_run,
     closest,
     flags_of,
     refusal,
     shown,
+)
+from megatron_meco.training.blends import (
+    check_blends,
+    cooldown_blend,
+    corpus_prefixes,
+    training_blend,
 )
 from megatron_meco.training.branch import add_branch_arguments, apply_learning_rate, expand_branch
 from megatron_meco.training.cpu import (
@@ -151,7 +158,7 @@ def parse_and_validate_args(
             on_cpu=on_cpu,
             ignore_unknown_args=bool(megatron_options.get("ignore_unknown_args")),
         )
-        if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
+        if _takes_yaml():
             return _parse_yaml(line, args_defaults, megatron_options)
         # Parsed once ahead of Megatron's own function: our refusals come before its assertions.
         early = line.parse()
@@ -171,6 +178,10 @@ def parse_and_validate_args(
             args: argparse.Namespace = stock(
                 line.provide, args_defaults=args_defaults or {}, **megatron_options
             )
+            if args.meco and not args.skip_train:
+                from megatron_meco.training.learning_rate import learning_rate_schedule
+
+                learning_rate_schedule(args)
         if branch is not None:
             apply_learning_rate(args, branch)
             if _is_rank_0():
@@ -190,8 +201,7 @@ def _parse_yaml(
 ) -> argparse.Namespace:
     """Leave a run that is described by YAML to Megatron, which reads no flags beside it."""
     if any(word.startswith("--meco") for word in sys.argv):
-        reason, remedy = refusal("yaml_cfg")
-        raise FlagError(f"does not go with --meco: {reason}", where="--yaml-cfg", remedy=remedy)
+        raise _yaml_error()
     from megatron.training.arguments import parse_and_validate_args as stock
 
     args: argparse.Namespace = stock(
@@ -199,6 +209,15 @@ def _parse_yaml(
     )
     args.meco = False
     return args
+
+
+def _takes_yaml() -> bool:
+    return any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv)
+
+
+def _yaml_error() -> FlagError:
+    reason, remedy = refusal("yaml_cfg")
+    return FlagError(f"does not go with --meco: {reason}", where="--yaml-cfg", remedy=remedy)
 
 
 def _check_without_meco(args: argparse.Namespace, own_flags: Mapping[str, Flag]) -> None:
@@ -244,12 +263,15 @@ def parse_run(
 
     notes: list[str] = []
     with _command_line(["--meco", *argv]):
+        if _takes_yaml():
+            raise _yaml_error()
         line = CommandLine(provide, on_cpu=on_cpu)
         args = line.parse()
         branch = expand_branch(args)
         if branch is not None:
             sys.argv += branch.flags
             args = line.parse()
+        check_numbers(args, line.flags)
         if args.tokenizer_type is None:
             raise FlagError(
                 "missing", where="--tokenizer-type", remedy="Give the tokenizer of the corpus."
@@ -272,6 +294,7 @@ def parse_run(
         check_run(args)
         check_arguments(args, line.flags)
         _validate(args)
+        _check_skipped_iterations(args)
     apply_meco(args)
     return args, notes
 
@@ -291,9 +314,12 @@ def _validate(args: argparse.Namespace) -> None:
     """Megatron's own validation of flags and of the model's configuration, unheard."""
     from megatron.training.arguments import core_transformer_config_from_args, validate_args
 
+    from megatron_meco.training.learning_rate import learning_rate_schedule
+
     with _megatron_errors(True), contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
         core_transformer_config_from_args(args)
+        learning_rate_schedule(args)
 
 
 @contextlib.contextmanager
@@ -329,9 +355,9 @@ def _megatron_errors(meco: bool) -> Iterator[None]:
 
 def _usage_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Print one line for a mistyped flag, where argparse prints all of Megatron's flags first."""
-    unknown = message.removeprefix("unrecognized arguments: ").split()
+    _, _, words = message.partition("unrecognized arguments: ")
     known = [option for action in parser._actions for option in action.option_strings]
-    hints = [closest(word.partition("=")[0], known) for word in unknown if word.startswith("--")]
+    hints = [closest(w.partition("=")[0], known) for w in words.split() if w.startswith("--")]
     if _is_rank_0():
         print(f"meco: error: {message}.{''.join(hints[:1])}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -392,7 +418,8 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         schedule = schedule_from_args(args)
         if not args.meco_cooldown_data_path:
             schedule.documents_held_out(config)
-    check_corpora(_corpus_prefixes(args), Template.parse(config.template))
+    check_blends(args)
+    check_corpora(corpus_prefixes(args), Template.parse(config.template))
     cooldown = cooldown_blend(args)
     check_corpora(cooldown[0] if cooldown else [], None)
 
@@ -511,46 +538,11 @@ def _check_samples(args: argparse.Namespace) -> None:
         args.meco_fingerprint = fingerprint(
             args,
             schedule_from_args(args),
-            _training_blend(args),
+            training_blend(args),
             cooldown_blend(args),
             get_tokenizer(),
         )
     check_resume(args, getattr(args, "meco_fingerprint", None))
-
-
-def _training_blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    blend, per_split = get_blend_and_blend_per_split(args)
-    training = blend if blend is not None else per_split[0]
-    return training or ([], None)
-
-
-def _corpus_prefixes(args: argparse.Namespace) -> list[str]:
-    """Every corpus that the data flags name, once."""
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    sources = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
-    if not any(getattr(args, name) for name in sources):
-        raise FlagError(
-            "no corpus is given",
-            where="--data-path",
-            remedy="Give the path of a prepared corpus, without .bin or .idx.",
-        )
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(per_split or [])]
-    prefixes = [prefix for b in blends if b is not None for prefix in b[0]]
-    return list(dict.fromkeys(prefixes))
-
-
-def cooldown_blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None] | None:
-    """`--meco-cooldown-data-path` as a blend: paths, or weights and paths in turn."""
-    from megatron.core.datasets.utils import get_blend_from_list
-
-    if not args.meco_cooldown_data_path:
-        return None
-    blend: tuple[list[str], list[float] | None] = get_blend_from_list(args.meco_cooldown_data_path)
-    return blend
 
 
 def _check_skipped_iterations(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,28 +223,9 @@ def _check_parent(args: argparse.Namespace, parent: argparse.Namespace, iteratio
 
 def _learning_rate(parent: argparse.Namespace, iteration: int) -> float:
     """The learning rate of the last step before the branch, by Megatron's own schedule."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    # Late: Megatron must not be imported before the platform is chosen.
+    from megatron_meco.training.learning_rate import learning_rate_schedule
 
-    batch = parent.global_batch_size
-    decay_steps = (parent.lr_decay_iters or parent.train_iters) * batch
-    warmup_steps = parent.lr_warmup_iters * batch
-    if parent.lr_warmup_fraction is not None:
-        warmup_steps = parent.lr_warmup_fraction * decay_steps
-    wsd_iterations = parent.lr_wsd_decay_iters
-    scheduler = OptimizerParamScheduler(
-        types.SimpleNamespace(param_groups=[]),
-        init_lr=parent.lr_warmup_init,
-        max_lr=parent.lr,
-        min_lr=parent.min_lr,
-        lr_warmup_steps=warmup_steps,
-        lr_decay_steps=decay_steps,
-        lr_decay_style=parent.lr_decay_style,
-        start_wd=parent.start_weight_decay,
-        end_wd=parent.end_weight_decay,
-        wd_incr_steps=decay_steps,
-        wd_incr_style="constant",
-        wsd_decay_steps=None if wsd_iterations is None else wsd_iterations * batch,
-        lr_wsd_decay_style=parent.lr_wsd_decay_style,
-    )
-    scheduler.num_steps = iteration * batch
+    scheduler = learning_rate_schedule(parent)
+    scheduler.num_steps = iteration * parent.global_batch_size
     return float(scheduler.get_lr({}))

@@ -8,6 +8,7 @@ patching any version; the package uses subclasses, providers and `--spec` only.
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 from megatron_meco.errors import MeCoError
@@ -39,7 +40,8 @@ def check_version() -> str | None:
             where="megatron-core",
             remedy="pip install 'megatron-core[training]>=0.19.2,<0.20'.",
         )
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    # Such as 0.19.2+8206698 or 0.20.0rc0.
+    numbers = tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
     if OLDEST <= numbers < BELOW:
         return None
     oldest, below = (".".join(map(str, v)) for v in (OLDEST, BELOW))

@@ -128,11 +128,8 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
         for name in ("megatron", "torch.utils.cpp_extension"):
             logging.getLogger(name).setLevel(logging.ERROR)
         # Late: torch and Megatron take seconds, and `--help` should not wait for them.
-        from megatron_meco.training.arguments import (
-            cooldown_blend,
-            parse_run,
-            schedule_from_args,
-        )
+        from megatron_meco.training.arguments import parse_run, schedule_from_args
+        from megatron_meco.training.blends import cooldown_blend
 
         args, notes = parse_run(flags)
         for note in notes:

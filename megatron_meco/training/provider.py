@@ -36,8 +36,9 @@ from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
 from megatron_meco.data.report import Run, most_documents, plan_report, summary_lines
 from megatron_meco.errors import MeCoError
 from megatron_meco.training import stock
-from megatron_meco.training.arguments import cooldown_blend, schedule_from_args
+from megatron_meco.training.arguments import schedule_from_args
 from megatron_meco.training.batch import Batch, CompactSamples, meco_batch
+from megatron_meco.training.blends import cooldown_blend
 from megatron_meco.training.compat import check_version
 from megatron_meco.training.megatron_patches import skip_steps_without_reading_batches
 from megatron_meco.training.phase_switch import PhaseSwitch

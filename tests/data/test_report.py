@@ -140,9 +140,155 @@ def test_flags_of_training_are_taken_and_mistyped_ones_are_not(
     assert "Did you mean --meco-template?" in err
     status, _, err = run(capsys, "plan", *flags, "--eval-intervall", "5")
     assert status == 2
-    assert err.strip().splitlines() == [
+    assert err.strip() == (
         "meco: error: unrecognized arguments: --eval-intervall 5. Did you mean --eval-interval?"
-    ]
+    )
+
+
+MODEL = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "4",
+    "--max-position-embeddings",
+    "64",
+    "--position-embedding-type",
+    "rope",
+    "--micro-batch-size",
+    "1",
+    "--lr",
+    "1e-3",
+]
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    at = flags.index(name)
+    return flags[:at] + flags[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--max-position-embeddings",
+        "--micro-batch-size",
+        "--eval-interval",
+        "--lr",
+        "--seq-length",
+        "--train-iters",
+        "--data-path",
+        "--tokenizer-type",
+        "--tokenizer-model",
+    ],
+)
+def test_a_whole_command_needs_what_a_run_needs(
+    flags: list[str], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    status, _, err = run(capsys, "plan", *without([*flags, *MODEL], name))
+    assert status == 1
+    assert name in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--hidden-size 33", "hidden_size % args.num_attention_heads"),
+        ("--tensor-model-parallel-size 3", "num_attention_heads (4) must be a multiple"),
+        ("--lr-warmup-iters 10", "lr_warmup_steps < self.lr_decay_steps"),
+        ("--lr-decay-style WSD", "wsd_decay_steps is not None"),
+        ("--global-batch-size 3 --micro-batch-size 2", "--global-batch-size 3: not a multiple"),
+        ("--save ck", "--save-interval: missing"),
+        ("--save ck --save-interval 5 --iterations-to-skip 9", "--iterations-to-skip"),
+        ("--kv-channels 7", "even number"),
+        ("--train-samples 40", "--train-samples 40: given beside --train-iters 10"),
+        ("--yaml-cfg x.yaml", "--yaml-cfg"),
+        ("--min-lr 1", "--min-lr 1.0: above --lr"),
+        ("--num-experts 4", "--num-experts 4"),
+        ("--meco-branch-iters 3", "--meco-branch-iters 3"),
+    ],
+)
+def test_what_a_run_would_stumble_on_stops_the_plan(
+    flags: list[str], capsys: pytest.CaptureFixture[str], extra: str, message: str
+) -> None:
+    status, _, err = run(capsys, "plan", *flags, *MODEL, *extra.split())
+    assert status == 1
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--split 0,0,0", "--split 0,0,0: leaves no documents to train on"),
+        ("--split 0,1,0", "--split 0,1,0: leaves no documents to train on"),
+        ("--split a,b,c", "--split a,b,c: not ratios"),
+        ("--split nan,1,1", "--split nan,1,1: not ratios"),
+        ("--split=-1,2,3", "--split -1,2,3: not ratios"),
+        ("--split 1e400,1,1", "not ratios"),
+        ("--data-path nan A 1 A", "the weight nan is not a positive number"),
+        ("--data-path 0 A 1 A", "the weight 0 is not a positive number"),
+        ("--data-path -1 A 1 A", "the weight -1 is not"),
+        ("--data-path 1 A B A", "mixes weights and paths"),
+        ("--data-args-path nowhere", "--data-args-path nowhere: cannot be read"),
+        ("--per-split-data-args-path nowhere", "cannot be read"),
+        ("--meco-cooldown-data-path 0.5", "0.5 stands where a path is expected"),
+        ("--meco-max-prefix-tokens 99999999999999999999", "is too large"),
+    ],
+)
+def test_data_flags_that_megatron_would_misread(
+    flags: list[str], capsys: pytest.CaptureFixture[str], extra: str, message: str
+) -> None:
+    words = [flags[1] if word == "A" else word for word in extra.split()]
+    given = without(flags, "--data-path") if "args-path" in extra else flags
+    status, _, err = run(capsys, "plan", *given, *words)
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_data_lists_in_files(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = without(flags, "--data-path")
+    listed = tmp_path / "list.txt"
+    for content, message in (("", "names no corpus"), ("\xff", "not UTF-8")):
+        listed.write_bytes(content.encode("latin-1"))
+        status, _, err = run(capsys, "plan", *given, "--data-args-path", str(listed))
+        assert (status, message in err) == (1, True), err
+    splits = tmp_path / "splits.json"
+    for content, message in (
+        ("{broken", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "no list of corpora under 'train'"),
+        ('{"train": [1], "valid": null, "test": null}', "no list of corpora under 'train'"),
+    ):
+        splits.write_text(content)
+        status, _, err = run(capsys, "plan", *given, "--per-split-data-args-path", str(splits))
+        assert (status, message in err) == (1, True), err
+
+
+@pytest.mark.parametrize(
+    ("extra", "phase"),
+    [
+        ("--data-path A A --train-iters 200", "the conditioned phase"),
+        ("--meco-cooldown-data-path A A --train-iters 2000", "the cooldown"),
+        ("--data-path A A --eval-iters 100", "the valid split"),
+    ],
+)
+def test_a_blend_without_weights_that_runs_out_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str], extra: str, phase: str
+) -> None:
+    words = [flags[1] if word == "A" else word for word in extra.split()]
+    status, _, err = run(capsys, "plan", *flags, *words)
+    assert status == 1
+    assert phase in err
+    weighted = [word for w in words for word in (["0.5", w] if w == flags[1] else [w])]
+    assert run(capsys, "plan", *flags, *weighted)[0] == 0
 
 
 @pytest.mark.parametrize(

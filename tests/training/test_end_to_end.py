@@ -118,3 +118,23 @@ def test_a_refusal_is_one_line_and_no_trace(corpus: str, tokenizer_folder: Path)
     assert len(errors) == 1
     assert "--context-parallel-size 2:" in errors[0]
     assert 'pretrain_gpt.py", line' not in result.log  # torchrun prints a trace of its own
+
+
+@pytest.mark.distributed
+def test_skipped_steps_and_the_switch_checkpoint_under_tensor_parallelism(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Megatron's own skip would wait for ever, and its retention would delete the checkpoint."""
+    result = train(
+        corpus,
+        tokenizer_folder,
+        *["--meco", "--tensor-model-parallel-size", "2", "--iterations-to-skip", "2", "3"],
+        *f"--save {tmp_path} --save-interval 2 --save-retain-interval 4".split(),
+        *["--meco-cooldown-start-iteration", "5", "--check-for-spiky-loss"],
+        ranks=2,
+    )
+    assert result.status == 0, result.log[-3000:]
+    assert sorted(result.losses) == [1, 4, 5, 6, 7, 8, 9, 10]
+    assert "skipped samples:            8" in result.log
+    saved = sorted(p.name for p in tmp_path.glob("iter_*"))
+    assert saved == ["iter_0000004", "iter_0000005", "iter_0000008", "iter_0000010"]

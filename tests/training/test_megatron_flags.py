@@ -1,0 +1,162 @@
+"""Every flag of the installed Megatron is decided, and what is refused is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_meco.errors import FlagError
+from megatron_meco.megatron_flags import COMPANIONS, HONOURED, OTHER_PROGRAMS, REFUSED, UNTESTED
+from megatron_meco.refusals import Flag, check_flags, check_launcher, flags_of
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, Flag]:
+    from megatron_meco.training.cpu import enable_cpu_platform
+
+    enable_cpu_platform()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return flags_of(parser)
+
+
+def groups() -> list[frozenset[str]]:
+    others = [*OTHER_PROGRAMS.values(), *COMPANIONS.values()]
+    return [HONOURED, UNTESTED, frozenset(REFUSED), *others]
+
+
+def test_every_flag_of_this_megatron_is_decided(flags: dict[str, Flag]) -> None:
+    undecided = sorted(n for n in flags if not any(n in group for group in groups()))
+    assert not undecided, (
+        f"{len(undecided)} flags of this Megatron are in no list of megatron_flags.py; decide what "
+        f"--meco does with each: {undecided}"
+    )
+
+
+def test_no_flag_is_decided_twice() -> None:
+    # A flag may be refused for some of its values and honoured for the others.
+    counts = [name for group in groups() for name in group]
+    twice = {name for name in counts if counts.count(name) > 1}
+    both = {n for n in REFUSED if n in HONOURED}
+    assert twice == both
+    assert both == {
+        "ckpt_format",
+        "non_persistent_ckpt_type",
+        "position_embedding_type",
+        "transformer_impl",
+    }
+
+
+def parsed(flags: dict[str, Flag], **changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{name: flag.default for name, flag in flags.items()} | changes)
+
+
+def test_defaults_pass(flags: dict[str, Flag]) -> None:
+    check_flags(parsed(flags), flags, local_layers=False)
+    check_flags(parsed(flags, transformer_impl="local"), flags, local_layers=True)
+
+
+def test_every_refused_flag_is_refused_by_name(flags: dict[str, Flag]) -> None:
+    """Each flag that is not honoured, set to another value than its default."""
+    values = {
+        "ckpt_format": "fsdp_dtensor",
+        "position_embedding_type": "mrope",
+        "transformer_impl": "inference_optimized",
+        "non_persistent_ckpt_type": "local",
+    }
+    for name, flag in flags.items():
+        if name in HONOURED and name not in values:
+            continue
+        value = values.get(name, not flag.default if isinstance(flag.default, bool) else 7)
+        try:
+            check_flags(parsed(flags, **{name: value}), flags, local_layers=False)
+        except FlagError as error:
+            refused = error
+        else:
+            pytest.fail(f"{name} = {value!r} passes")
+        assert str(refused).startswith(flag.spelling), (name, str(refused))
+        assert refused.remedy
+
+
+def test_a_flag_of_a_newer_megatron_is_refused_until_it_is_decided(flags: dict[str, Flag]) -> None:
+    newer = {**flags, "shuffle_labels": Flag("--shuffle-labels", False)}
+    check_flags(parsed(newer), newer, local_layers=False)
+    args = parsed(newer, shuffle_labels=True)
+    with pytest.raises(
+        FlagError, match=r"--shuffle-labels: is not known to MeCo.*meco-allow-flags"
+    ):
+        check_flags(args, newer, local_layers=False)
+    check_flags(args, newer, local_layers=False, allowed=["shuffle_labels"])
+
+
+def test_what_contradicts_meco_cannot_be_let_through(flags: dict[str, Flag]) -> None:
+    args = parsed(flags, reset_attention_mask=True)
+    with pytest.raises(FlagError, match="Transformer Engine ignores it"):
+        check_flags(args, flags, local_layers=False, allowed=["reset_attention_mask"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window_size", (16, 0)),
+        ("softmax_type", "off-by-one"),
+        ("layernorm_zero_centered_gamma", True),
+        ("qk_clip", True),
+        ("hybrid_layer_pattern", "M*"),
+        ("attention_backend", SimpleNamespace(name="flash")),
+    ],
+)
+def test_the_layers_without_transformer_engine_have_fewer(
+    flags: dict[str, Flag], name: str, value: object
+) -> None:
+    args = parsed(flags, **{name: value})
+    check_flags(args, flags, local_layers=False)
+    with pytest.raises(FlagError, match="hosts without Transformer Engine"):
+        check_flags(args, flags, local_layers=True)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("micro_batch_size", 0, "--micro-batch-size 0: must be above 0"),
+        ("global_batch_size", -4, "--global-batch-size -4: must be above 0"),
+        ("train_iters", 0, "--train-iters 0: must be above 0"),
+        ("train_samples", 4611686018427387904, "--train-samples 4611686018427387904: too large"),
+        ("seq_length", 10**12, "--seq-length 1000000000000: too large"),
+        ("log_interval", 0, "--log-interval 0"),
+        ("eval_interval", 0, "--eval-interval 0"),
+        ("eval_iters", -1, "--eval-iters -1: must not be negative"),
+        ("num_workers", -1, "--num-workers -1"),
+        ("num_workers", 10**9, "--num-workers 1000000000: too large"),
+        ("lr", NAN, "--lr nan: not a finite number"),
+        ("clip_grad", INFINITE, "--clip-grad inf: not a finite number"),
+        ("mid_level_dataset_surplus", NAN, "--mid-level-dataset-surplus nan"),
+        ("hidden_dropout", 1.5, "--hidden-dropout 1.5: must not be above 1"),
+        ("seed", 0, "--seed 0"),
+        ("seed", 2**32, "--seed 4294967296: too large"),
+        ("iterations_to_skip", [3, -1], "--iterations-to-skip -1"),
+        ("tensorboard_log_interval", 0, "--tensorboard-log-interval 0"),
+    ],
+)
+def test_numbers_that_no_run_can_mean(
+    flags: dict[str, Flag], name: str, value: object, message: str
+) -> None:
+    with pytest.raises(FlagError) as caught:
+        check_flags(parsed(flags, **{name: value}), flags, local_layers=False)
+    assert message in str(caught.value)
+
+
+def test_a_missing_launcher() -> None:
+    there = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    check_launcher({**there, "MASTER_PORT": "29500"})
+    with pytest.raises(FlagError, match=r"MASTER_PORT: not set.*torchrun"):
+        check_launcher(there)
+    with pytest.raises(FlagError, match="environment variable RANK"):
+        check_launcher({})
