@@ -184,7 +184,7 @@ def forward_step(
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
-            packed_seq_params=_packed_seq_params(args, batch["cu_seqlens"], model.training),
+            packed_seq_params=packed_seq_params(args, batch["cu_seqlens"], model.training),
         )
     return output, functools.partial(
         loss_func, batch["loss_mask"], facts=batch["facts"], training=model.training
@@ -260,9 +260,16 @@ def _token_counts(
     }
 
 
-def _packed_seq_params(
+def packed_seq_params(
     args: argparse.Namespace, cu_seqlens: torch.Tensor, training: bool
 ) -> PackedSeqParams:
+    """What Megatron's layers are told of the documents of a micro-batch.
+
+    Args:
+        args: Megatron's arguments.
+        cu_seqlens: (documents + 1,), int32, from 0 to the micro-batch's tokens.
+        training: Whether this is a training step.
+    """
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # Megatron's FLOPs account
     # An upper bound serves the kernels, and costs no wait for the device.
     longest = args.seq_length

@@ -27,3 +27,18 @@ def test_the_same_check_sees_a_leak_where_there_is_one(tmp_path: Path) -> None:
 
 def test_rotary_positions_restart_as_those_of_megatron_do(tmp_path: Path) -> None:
     assert report_of(SCRIPT, tmp_path / "rotary", "rotary", "local") == {"equal": True}
+
+
+MAMBA = Path(__file__).parent / "mamba_leakage.py"
+
+
+def test_the_state_of_megatrons_mamba_mixer_restarts_at_each_document(tmp_path: Path) -> None:
+    report = report_of(MAMBA, tmp_path / "meco", "meco")
+    assert report["documents"] == [{"others_identical": True, "own_changed": True}] * 4
+    assert report["difference_to_documents_alone"] < 1e-6
+
+
+def test_the_same_check_sees_the_state_leak_without_document_numbers(tmp_path: Path) -> None:
+    report = report_of(MAMBA, tmp_path / "borders", "borders")
+    assert not report["documents"][0]["others_identical"]
+    assert report["difference_to_documents_alone"] > 1e-3
