@@ -47,16 +47,19 @@ from megatron_meco.training.cpu import (
     CPU_DEFAULTS,
     enable_cpu_platform,
     impossible_flags,
-    let_distributed_optimizer_resume,
     looks_like_broken_gpu_setup,
     should_use_cpu,
-    skip_helper_compilation,
 )
 from megatron_meco.training.kernels import (
     EngineState,
     Kernels,
     choose_kernels,
     try_transformer_engine,
+)
+from megatron_meco.training.megatron_patches import (
+    SaveInterval,
+    let_distributed_optimizer_resume,
+    skip_helper_compilation,
 )
 from megatron_meco.training.run_fingerprint import check_resume, fingerprint
 
@@ -381,8 +384,6 @@ def _prepare_platform(on_cpu: bool) -> None:
     if engine.breaks_megatron:
         raise _engine_error(engine)
     skip_helper_compilation()
-    if engine.reason:
-        let_distributed_optimizer_resume()
 
 
 def schedule_from_args(args: argparse.Namespace) -> Schedule:
@@ -494,7 +495,7 @@ def _engine_error(engine: EngineState) -> FlagError:
 def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     """What the run will use, from its validated flags and from what Megatron has imported."""
     from megatron_meco.training.attention import PACKED_LOCAL_SPEC, varlen_serves
-    from megatron_meco.training.compat import optimizer_library
+    from megatron_meco.training.versions import optimizer_library
 
     kernels = choose_kernels(
         gpu=not on_cpu,
@@ -567,7 +568,7 @@ def apply_meco(args: argparse.Namespace) -> None:
         args: Megatron's validated arguments; changed.
     """
     if args.meco:
-        from megatron_meco.training.phase_switch import SaveInterval
+        from megatron_meco.training.versions import optimizer_library
 
         args.dataloader_inter_document_masking = True
         args.create_attention_mask_in_dataloader = False
@@ -582,6 +583,8 @@ def apply_meco(args: argparse.Namespace) -> None:
             # setting with it, also without experts.
             args.variable_seq_lengths = True
             args.moe_token_dispatcher_type = "alltoall"
+        if args.use_distributed_optimizer and optimizer_library() == "torch":
+            let_distributed_optimizer_resume()
     if args.dataloader_inter_document_masking and _uses_local_layers(args):
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.training.compat import rotary_scale
+from megatron_meco.training.megatron_patches import rotary_scale
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
 import sys
 import time
@@ -34,6 +33,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_meco.training.kernels import hide_gpu_libraries
+from megatron_meco.training.megatron_patches import (
+    let_distributed_optimizer_resume,
+    skip_helper_compilation,
+)
 
 CPU_DEFAULTS: dict[str, object] = {
     "distributed_backend": "gloo",
@@ -123,71 +126,6 @@ def enable_cpu_platform() -> None:
     _CudaMeansCpu().__enter__()
     skip_helper_compilation()
     let_distributed_optimizer_resume()
-
-
-def skip_helper_compilation() -> None:
-    """Keep Megatron from running `make` for its dataset helpers where they are built already.
-
-    The wheel ships the compiled `helpers_cpp` and no Makefile, so Megatron's own call ends the
-    run. This is needed on GPU hosts as well; it imports megatron.core.
-    """
-    # Imported here: megatron.core must not be imported before torch.cuda has been replaced.
-    from megatron.core.datasets import utils
-
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        utils.compile_helpers = _do_nothing
-
-
-def let_distributed_optimizer_resume() -> None:
-    """Let the distributed optimizer resume exactly without Transformer Engine and Apex.
-
-    With torch's Adam, Megatron 0.19 asserts a common step count of all parameters also where no
-    step was made yet, loads one counter for all of them to share, and then copies over it what the
-    checkpoint's tensors hold under "step": another count, or nothing (a KeyError). In float32 it
-    cannot resume at all. This is needed on GPU hosts without Transformer Engine as well; it imports
-    megatron.core.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    stock_state_dict = DistributedOptimizer.state_dict
-    stock_load_state_dict = DistributedOptimizer.load_state_dict
-    # A private name: the only place that all formats of a checkpoint pass through.
-    stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    @functools.wraps(stock_state_dict)
-    def state_dict(self: Any) -> Any:
-        if _is_torch_adam(self.optimizer) and not self.optimizer.state:
-            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return stock_state_dict(self)
-
-    @functools.wraps(stock_load_state_dict)
-    def load_state_dict(self: Any, state: Any) -> None:
-        stock_load_state_dict(self, state)
-        if _is_torch_adam(self.optimizer):
-            for values in self.optimizer.state.values():
-                # One tensor each: Adam counts in place.
-                values["step"] = values["step"].clone()
-
-    @functools.wraps(stock_set)
-    def set_all_but_step(self: Any, model_param: Any, tensors: Any) -> None:
-        # The stock function skips what is not a tensor. In float32 it copies into views of the
-        # model's own parameters, which autograd forbids.
-        with torch.no_grad():
-            stock_set(self, model_param, {**tensors, "step": None})
-
-    DistributedOptimizer.state_dict = state_dict
-    DistributedOptimizer.load_state_dict = load_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_all_but_step
-
-
-def _is_torch_adam(optimizer: object) -> bool:
-    """Tell torch's Adam from the fused ones, which keep one step count per parameter group."""
-    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 def _is_true(value: object) -> bool:

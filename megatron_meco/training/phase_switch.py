@@ -3,9 +3,8 @@
 The switch itself is nothing but the sample index passing `Schedule.switch_sample` (see
 `megatron_meco.data.phases`); this module makes it visible and safe. `PhaseSwitch.before_step` runs
 at the first micro-batch of each training step; `check_batch` looks at what the loader delivered, on
-the host, before it goes to the device. `SaveInterval` makes Megatron's own `iteration %
-save_interval` come out zero at the switch too. Costs a few comparisons of integers for each
-micro-batch. What was given up: wrapping Megatron's training loop, which has no hooks.
+the host, before it goes to the device. The checkpoint itself is Megatron's, by
+`megatron_patches.SaveInterval`. Costs a few comparisons of integers for each micro-batch.
 """
 
 from __future__ import annotations
@@ -14,29 +13,6 @@ from typing import Any
 
 from megatron_meco.config import CONDITIONED, COOLDOWN
 from megatron_meco.data.phases import Schedule
-
-
-class SaveInterval(int):
-    """Megatron's `--save-interval` that is also due at one further iteration.
-
-    `iteration % interval` is 0 at each multiple and at `also`. It is pickled as a plain int, so a
-    checkpoint does not depend on this package.
-    """
-
-    also: int
-
-    def __new__(cls, interval: int, *, also: int) -> SaveInterval:
-        """Make an interval that is due at `also` too."""
-        value = super().__new__(cls, interval)
-        value.also = also
-        return value
-
-    def __rmod__(self, iteration: int) -> int:
-        # Python asks the right operand first, because its type derives from the left one's.
-        return 0 if iteration == self.also else int(iteration) % int(self)
-
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
 
 
 class PhaseSwitch:

@@ -39,9 +39,9 @@ from megatron_meco.training import stock
 from megatron_meco.training.arguments import schedule_from_args
 from megatron_meco.training.batch import Batch, CompactSamples, meco_batch
 from megatron_meco.training.blends import cooldown_blend
-from megatron_meco.training.compat import check_version
 from megatron_meco.training.megatron_patches import skip_steps_without_reading_batches
 from megatron_meco.training.phase_switch import PhaseSwitch
+from megatron_meco.training.versions import check_version
 
 DatasetsProvider = Callable[..., Any]
 ForwardStep = Callable[..., Any]

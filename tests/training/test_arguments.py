@@ -13,7 +13,8 @@ from runs import MODEL, RUN
 
 from megatron_meco.errors import DataError, FlagError, MeCoError
 from megatron_meco.training import arguments
-from megatron_meco.training.phase_switch import PhaseSwitch, SaveInterval
+from megatron_meco.training.megatron_patches import SaveInterval
+from megatron_meco.training.phase_switch import PhaseSwitch
 
 Parse = argparse.Namespace
 

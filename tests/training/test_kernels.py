@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_meco.errors import FlagError
-from megatron_meco.training import arguments, attention, compat, kernels
+from megatron_meco.training import arguments, attention, kernels, versions
 
 ARGS = Namespace(
     transformer_impl="transformer_engine",
@@ -52,7 +52,7 @@ def test_the_optimizer_is_the_one_that_megatron_holds(monkeypatch: pytest.Monkey
     ):
         monkeypatch.setattr(optimizer, "Adam", type("Adam", (), {"__module__": module}))
         assert described().optimizer == words
-    assert compat.optimizer_library() == "torch"
+    assert versions.optimizer_library() == "torch"
     assert described(optimizer="sgd").optimizer == "Megatron's sgd"
 
 

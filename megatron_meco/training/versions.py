@@ -1,15 +1,9 @@
-"""What is known of Megatron versions, in one place.
-
-`check_version` says so when the installed Megatron-Core was never tried, `optimizer_library` where
-its Adam comes from, `rotary_scale` what its attention multiplies RoPE with. What was given up:
-patching any version; the package uses subclasses, providers and `--spec` only.
-"""
+"""Which Megatron-Core is installed, and which library its optimizer comes from."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Any
 
 from megatron_meco.errors import MeCoError
 from megatron_meco.training.kernels import OptimizerLibrary
@@ -55,8 +49,3 @@ def optimizer_library() -> OptimizerLibrary:
     # Megatron-Core keeps the first of the three that it could import under this name.
     library = optimizer.Adam.__module__.partition(".")[0]
     return library if library in ("transformer_engine", "apex") else "torch"
-
-
-def rotary_scale(attention: Any) -> float:
-    """What Megatron-Core's attention multiplies cosines and sines with: 1, but for YaRN."""
-    return float(attention._yarn_concentration_factor)
