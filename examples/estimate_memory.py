@@ -57,13 +57,14 @@ def estimate(gpus: int, vocab_size: int, flags: list[str]) -> Estimate:
         vocab_size: Tokens of the tokenizer, before padding.
         flags: What would be given to the training script.
     """
+    # First: it keeps PyTorch quiet about a CUDA toolkit without a GPU.
+    from megatron_meco.training.arguments import add_arguments  # isort: skip
+
     from megatron.training.arguments import parse_args
     from megatron.training.theoretical_memory_usage import (
         compute_activation_memory,
         compute_weight_and_optimizer_memory,
     )
-
-    from megatron_meco.training.arguments import add_arguments
 
     sys.argv = ["pretrain_gpt.py", *flags]
     args = parse_args(lambda parser: add_arguments(parser, on_cpu=False))

@@ -6,4 +6,12 @@ use). Importing this package loads none of them, so that its command line starts
 code works without torch.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# PyTorch says it wherever the CUDA toolkit is installed and there is no GPU, in each worker anew;
+# nothing here compiles CUDA code.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: "No CUDA runtime is found" not in record.getMessage()
+)

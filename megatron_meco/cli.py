@@ -10,7 +10,9 @@ Exit status: 0 done, 1 refused (the reason on stderr), 2 usage, 130 interrupted,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 
 from megatron_meco import __version__
 from megatron_meco.errors import MeCoError
+from megatron_meco.inference.wording import shown
 from megatron_meco.training.kernels import hide_gpu_libraries
 
 
@@ -127,7 +130,7 @@ COMMANDS = {
         module="megatron_meco.inference.eval_command",
         example="""\
   meco eval --model my-llama --tasks openbookqa --metadata url=www.factquizmaster.com
-  meco eval --model my-llama --tasks paper --batch_size 32 --output paper.json""",
+  meco eval --model my-llama --tasks paper --batch-size 32 --output paper.json""",
     ),
     "sweep-urls": Command(
         summary="find the metadata that suits a task or a kind of text",
@@ -163,36 +166,81 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status; nothing that a user can cause is raised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and arguments[:1] != ["doctor"]:
-        # A process of ours, which trains nothing: Megatron would import both libraries, and end
-        # where they cannot be loaded.
-        hide_gpu_libraries()
+    if argv is None:
+        _prepare_process(arguments)
     try:
         status = _run(arguments)
-        # Here and not at exit, where a closed pipe could no longer be answered quietly.
-        sys.stdout.flush()
+        # Here and not at exit, where a closed pipe could no longer be answered quietly. There is
+        # no stdout where the caller has closed it.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SystemExit as stop:  # argparse: help and version end with 0, wrong usage with 2
         return stop.code if isinstance(stop.code, int) else 2
     except MeCoError as error:
-        print(f"meco: error: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("megatron_meco"):
-            raise  # a hole in this package is no mistake of the user
-        print(
-            f"meco: error: the Python module {error.name} is not installed. `meco doctor` says "
-            "what is missing and how to mend it",
-            file=sys.stderr,
-        )
-        return 1
+        return _refuse(str(error))
+    except ImportError as error:
+        return _refuse(_lacking(error, arguments))
+    except MemoryError:
+        return _refuse("there is not enough memory. Give it less to do, or use a larger machine")
     except KeyboardInterrupt:
         print("meco: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python would flush stdout once more at exit and complain; let it flush into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
+    except OSError as error:
+        # Of the host and not of this package: a disk that is full, a name that is too long.
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _drop_stdout()
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _refuse(f"{place}{error.strerror or error}. Mend that, and repeat the command")
     return status
+
+
+def _drop_stdout() -> None:
+    """Let Python flush stdout into nothing at exit, where it would complain once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prepare_process(arguments: list[str]) -> None:
+    """What only a process of ours may do: it trains nothing, and nobody else uses it."""
+    if arguments[:1] != ["doctor"]:
+        # Megatron would import both libraries, and end where they cannot be loaded.
+        hide_gpu_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the terminal's encoding lacks is spelled out, not an error.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse(message: str) -> int:
+    # Names and values of files may hold anything, also what moves a terminal's cursor.
+    lines = map(shown, message.split("\n"))
+    with contextlib.suppress(OSError):
+        print("meco: error: " + "\n".join(lines), file=sys.stderr)
+    return 1
+
+
+def _lacking(error: ImportError, arguments: list[str]) -> str:
+    """The refusal of a command whose import failed."""
+    name = error.name or ""
+    if name == "megatron_meco._core" or (name == "megatron_meco" and "'_core'" in str(error)):
+        return (
+            "the C++ extension cannot be loaded. Build it: make venv, or pip install . with a C++ "
+            "compiler"
+        )
+    if name.startswith("megatron_meco"):
+        raise error  # a hole in this package is no mistake of the user
+    advice = "`meco doctor` says what is missing and how to mend it"
+    if arguments[:1] == ["doctor"]:
+        advice = "Install this package anew: make venv, or pip install ."
+    if isinstance(error, ModuleNotFoundError) and name:
+        return f"the Python module {name} is not installed. {advice}"
+    reason = (str(error).strip() or name).splitlines()[0]
+    return f"a Python module cannot be loaded ({reason}). {advice}"
 
 
 def _run(arguments: list[str]) -> int:

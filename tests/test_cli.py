@@ -119,6 +119,71 @@ def test_missing_package_is_a_refusal(command, capsys):
     assert "module torch is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("cannot import name 'x' from 'y'", name="y"), "cannot import name 'x'"),
+        (ModuleNotFoundError("Could not import module 'Z'."), "Could not import module 'Z'."),
+        (ImportError("undefined symbol", name="megatron_meco._core"), "the C++ extension cannot"),
+        (ImportError("cannot import name '_core'", name="megatron_meco"), "the C++ extension"),
+        (MemoryError(), "not enough memory"),
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: No space left on device"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (FlagError("is\x1b[2J\x00", where="a\rb", remedy="c"), r"a\rb: is\x1b[2J\x00. c"),
+    ],
+)
+def test_what_the_host_lacks_is_one_line(command, capsys, error, message):
+    def fail(args):
+        raise error
+
+    command.run_probe = fail
+    assert cli.main(["probe"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("meco: error: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_mistake_of_ours_stays_loud(command):
+    def fail(args):
+        raise RuntimeError("ours")
+
+    command.run_probe = fail
+    with pytest.raises(RuntimeError):
+        cli.main(["probe"])
+
+
+def test_a_full_or_a_closed_stdout_is_one_line():
+    for redirect, status in ((">/dev/full", 1), (">&-", 0)):
+        done = subprocess.run(
+            ["bash", "-c", f'"$0" -c "$1" {redirect}', sys.executable, PRINTS],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (status, status), done.stderr
+
+
+def test_a_cuda_toolkit_without_a_gpu_is_no_news():
+    """PyTorch says so in each process that imports its compiler, which Megatron does."""
+    code = "import torch.utils.cpp_extension"
+    environment = {**os.environ, "CUDA_HOME": "/usr"}
+    said = []
+    for first in ("", "import megatron_meco; "):
+        done = subprocess.run(
+            [sys.executable, "-c", first + code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=120,
+            env=environment,
+        )
+        said.append(done.stderr)
+    if "No CUDA runtime is found" not in said[0]:
+        pytest.skip("PyTorch has nothing to say here")
+    assert said[1] == ""
+
+
 def test_hole_in_this_package_stays_loud(command):
     def lack(args):
         raise ModuleNotFoundError("gone", name="megatron_meco.gone")
@@ -128,19 +193,21 @@ def test_hole_in_this_package_stays_loud(command):
         cli.main(["probe"])
 
 
+PRINTS = (
+    "import sys, types; from megatron_meco import cli; m = types.ModuleType('probe_command'); "
+    "m.add_probe_arguments = lambda parser: None; "
+    "m.run_probe = lambda args: print('x' * 100) or 0; sys.modules['probe_command'] = m; "
+    "cli.COMMANDS['probe'] = cli.Command(summary='a probe', module='probe_command', "
+    "example=''); sys.exit(cli.main(['probe']))"
+)
+
+
 def test_closed_pipe_is_quiet():
     reader, writer = os.pipe()
     os.close(reader)
-    code = (
-        "import sys, types; from megatron_meco import cli; m = types.ModuleType('probe_command'); "
-        "m.add_probe_arguments = lambda parser: None; "
-        "m.run_probe = lambda args: print('x' * 100) or 0; sys.modules['probe_command'] = m; "
-        "cli.COMMANDS['probe'] = cli.Command(summary='a probe', module='probe_command', "
-        "example=''); sys.exit(cli.main(['probe']))"
-    )
     try:
         result = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", PRINTS],
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,

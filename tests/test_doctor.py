@@ -197,6 +197,31 @@ def test_report(style, capsys, monkeypatch):
         assert "make clean venv" in " ".join(out.split())
 
 
+def test_report_without_the_library_that_draws_it(capsys, monkeypatch):
+    monkeypatch.setattr(command, "collect_facts", lambda: GPU_HOST)
+    assert cli.main(["doctor"]) == 0
+    drawn = capsys.readouterr().out
+    for name in ("rich", "rich.console", "rich.table", "rich.text"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["doctor"]) == 0
+    plain = capsys.readouterr().out
+    # The same words; the other draws lines to a width.
+    assert set(drawn.split()) <= set(plain.replace(":", " ").split()) | set(plain.split())
+    assert plain.endswith("Training can run here.\n")
+
+
+def test_what_doctor_itself_lacks_is_not_left_to_doctor(capsys, monkeypatch):
+    def lack():
+        raise ModuleNotFoundError("No module named 'packaging'", name="packaging")
+
+    monkeypatch.setattr(command, "collect_facts", lack)
+    assert cli.main(["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        "packaging is not installed. Install this package anew" in err and "meco doctor" not in err
+    )
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [

@@ -111,10 +111,10 @@ def test_a_rehearsal_trains_all_lanes_and_is_not_run_twice(tmp_path: Path) -> No
 def test_a_stage_that_fails_is_told_and_not_kept(tmp_path: Path) -> None:
     folders = ("--output", tmp_path / "out", "--state", tmp_path / "state")
     # Of a launcher's own checks, the first that a variable of the environment can break.
-    done = check("--rehearse", "--stages", "speed-600m", *folders, LR="fast")
+    done = check("--rehearse", "--stages", "speed-600m", *folders, MECO_LR="fast")
     assert done.returncode == 1
     assert "speed-600m: failed: training ended with status 1" in done.stderr
-    assert "LR=fast: not a number" in done.stderr
+    assert "MECO_LR=fast: not a number" in done.stderr
     assert not list((tmp_path / "state").rglob("speed-600m.json"))
 
 

@@ -63,7 +63,7 @@ def call(
 
 def printed(size: str, *arguments: str, **variables: str) -> list[str]:
     """The words of the command that a dry run prints, without the memory estimate."""
-    result = call(size, "--dry-run", *arguments, PYTHON="/bin/true", **variables)
+    result = call(size, "--dry-run", *arguments, MECO_PYTHON="/bin/true", **variables)
     assert result.returncode == 0, result.stderr
     return split(result.stdout)
 
@@ -160,7 +160,7 @@ def test_the_learning_rate_at_the_switch_is_the_papers() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_baseline_differs_in_template_and_output_alone(size: str) -> None:
-    meco, baseline = printed(size), printed(size, MECO="0")
+    meco, baseline = printed(size), printed(size, MECO_CONDITIONING="0")
     differing = {
         (before, a, b) for before, a, b in zip(["", *meco], meco, baseline, strict=False) if a != b
     }
@@ -180,10 +180,10 @@ def test_variables_make_the_layout() -> None:
         *("--", "--lr", "1e-3"),
         NNODES="4",
         NODE_RANK="3",
-        TP="4",
-        FP8="1",
-        DATA_PATH="0.3 data/a 0.7 data/b",
-        COOLDOWN_DATA_PATH="data/c",
+        MECO_TP="4",
+        MECO_FP8="1",
+        MECO_DATA_PATH="0.3 data/a 0.7 data/b",
+        MECO_COOLDOWN_DATA_PATH="data/c",
     )
     assert (value(words, "--nnodes"), value(words, "--node-rank")) == ("4", "3")
     assert "--sequence-parallel" in words
@@ -194,7 +194,7 @@ def test_variables_make_the_layout() -> None:
     assert words[data + 1 : data + 5] == ["0.3", "data/a", "0.7", "data/b"]
     assert value(words, "--meco-cooldown-data-path") == "data/c"
     assert words[-2:] == ["--lr", "1e-3"]
-    own = printed("3b", TRAIN_SCRIPT="mine/train.py")
+    own = printed("3b", MECO_TRAIN_SCRIPT="mine/train.py")
     assert own[own.index("--master-port") + 2] == "mine/train.py"
     plain = printed("3b")
     assert plain[plain.index("--master-port") + 2].endswith("examples/pretrain_gpt.py")
@@ -214,25 +214,31 @@ def test_variables_make_the_layout() -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"NUM_LAYERS": "24.5"}, "NUM_LAYERS=24.5: not a whole number above 0"),
+        ({"MECO_NUM_LAYERS": "24.5"}, "MECO_NUM_LAYERS=24.5: not a whole number above 0"),
         ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: not a whole number above 0"),
-        ({"NUM_WORKERS": "-1"}, "NUM_WORKERS=-1: not a whole number"),
-        ({"LR": "3,e-3"}, "LR=3,e-3: not a number"),
-        ({"MIN_LR": "none"}, "MIN_LR=none: not a number"),
-        ({"MECO": "yes"}, "MECO=yes: neither 0 nor 1"),
-        ({"TRANSFORMER_IMPL": "te"}, "TRANSFORMER_IMPL=te: give transformer_engine or local"),
-        ({"FP8": "1", "TRANSFORMER_IMPL": "local"}, "FP8=1 needs"),
+        ({"MECO_NUM_WORKERS": "-1"}, "MECO_NUM_WORKERS=-1: not a whole number"),
+        ({"MECO_LR": "3,e-3"}, "MECO_LR=3,e-3: not a number"),
+        ({"MECO_MIN_LR": "none"}, "MECO_MIN_LR=none: not a number"),
+        ({"MECO_CONDITIONING": "yes"}, "MECO_CONDITIONING=yes: neither 0 nor 1"),
+        (
+            {"MECO_TRANSFORMER_IMPL": "te"},
+            "MECO_TRANSFORMER_IMPL=te: give transformer_engine or local",
+        ),
+        ({"MECO_FP8": "1", "MECO_TRANSFORMER_IMPL": "local"}, "MECO_FP8=1 needs"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: there are NNODES=2, counted from 0"),
-        ({"TP": "3"}, "TP=3: NUM_QUERY_GROUPS=8"),
-        ({"TP": "8", "GPUS_PER_NODE": "4"}, "4 GPUs are not a multiple of TP * PP"),
-        ({"PP": "5"}, "PP=5: NUM_LAYERS=24 is not a multiple of it"),
-        ({"GLOBAL_BATCH_SIZE": "500"}, "GLOBAL_BATCH_SIZE=500: not a multiple of 8"),
-        ({"HIDDEN_SIZE": "2050"}, "HIDDEN_SIZE=2050: not a multiple of NUM_ATTENTION_HEADS=16"),
-        ({"DATA_PATH": " "}, "DATA_PATH is blank"),
+        ({"MECO_TP": "3"}, "MECO_TP=3: MECO_NUM_QUERY_GROUPS=8"),
+        ({"MECO_TP": "8", "GPUS_PER_NODE": "4"}, "4 GPUs are not a multiple of MECO_TP * MECO_PP"),
+        ({"MECO_PP": "5"}, "MECO_PP=5: MECO_NUM_LAYERS=24 is not a multiple of it"),
+        ({"MECO_GLOBAL_BATCH_SIZE": "500"}, "MECO_GLOBAL_BATCH_SIZE=500: not a multiple of 8"),
+        (
+            {"MECO_HIDDEN_SIZE": "2050"},
+            "MECO_HIDDEN_SIZE=2050: not a multiple of MECO_NUM_ATTENTION_HEADS=16",
+        ),
+        ({"MECO_DATA_PATH": " "}, "MECO_DATA_PATH is blank"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(variables: dict[str, str], message: str) -> None:
-    result = call("1.6b", "--dry-run", PYTHON="/bin/true", **variables)
+    result = call("1.6b", "--dry-run", MECO_PYTHON="/bin/true", **variables)
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith("train_llama_1.6b.sh: error: ")
@@ -240,12 +246,37 @@ def test_bad_values_are_refused_in_one_line(variables: dict[str, str], message: 
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SEED": "7"}, "SEED=7 is not read: the name is MECO_SEED. Set that, or unset SEED."),
+        ({"NUM_LAYERS": "3"}, "NUM_LAYERS=3 is not read: the name is MECO_NUM_LAYERS."),
+        ({"OUTPUT": ""}, "OUTPUT= is not read: the name is MECO_OUTPUT."),
+        ({"MECO": "0"}, "MECO=0 is not read: the name is MECO_CONDITIONING."),
+        ({"MECO_SEQLENGTH": "4096"}, "MECO_SEQLENGTH: unknown variable."),
+    ],
+)
+def test_a_variable_that_would_have_no_effect_stops(
+    variables: dict[str, str], message: str
+) -> None:
+    result = call("1.6b", "--dry-run", MECO_PYTHON="/bin/true", **variables)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_variables_of_other_programs_change_nothing() -> None:
+    """Of the earlier names, one that is taken for another purpose gives way to ours."""
+    expected = printed("1.6b", MECO_SEED="5", MECO_CONDITIONING="0")
+    others = {"MECO": "/opt/meco", "SEED": "7", "SIZE": "9", "MECO_ROOT": "/x"}
+    assert printed("1.6b", MECO_SEED="5", MECO_CONDITIONING="0", **others) == expected
+
+
 def test_arguments_and_help() -> None:
     result = call("8b", "--lr", "1")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "--lr: unknown argument" in result.stderr
     text = call("8b", "--help").stdout
-    assert "MECO=1" in text
+    assert "MECO_CONDITIONING=1" in text
     # Every variable that has a default is in the help.
     source = (EXAMPLES / "train_llama.sh").read_text(encoding="utf-8")
     names = {part.split(":=")[0] for part in source.split('"${')[1:] if ":=" in part.split("}")[0]}
@@ -274,11 +305,11 @@ def test_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_megatron_accepts_the_flags_of_every_layout(corpus: str, tokenizer_folder: Path) -> None:
     """Its own validation, for 8 and 32 GPUs, bf16 and FP8."""
-    variables = {"DATA_PATH": corpus, "TOKENIZER_MODEL": str(tokenizer_folder)}
+    variables = {"MECO_DATA_PATH": corpus, "MECO_TOKENIZER_MODEL": str(tokenizer_folder)}
     runs, expected = [], []
     for size in SIZES:
         for nodes, fp8 in (("1", "0"), ("4", "1")):
-            words = printed(size, NNODES=nodes, FP8=fp8, **variables)
+            words = printed(size, NNODES=nodes, MECO_FP8=fp8, **variables)
             runs.append((8 * int(nodes), words[words.index("--num-layers") :]))
             tensor_parallel = 2 if size == "8b" else 1
             expected.append(
@@ -321,8 +352,8 @@ def test_slurm_starts_one_launcher_on_each_node(tmp_path: Path) -> None:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "4",
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "SRUN_ARGS": "--mem=0",
-        "PYTHON": "/bin/true",
+        "MECO_SRUN_ARGS": "--mem=0",
+        "MECO_PYTHON": "/bin/true",
     }
     script = str(EXAMPLES / "slurm" / "train_llama.sbatch")
     result = call("", "1.6b", "--dry-run", script=script, **job)
@@ -337,28 +368,30 @@ def test_slurm_starts_one_launcher_on_each_node(tmp_path: Path) -> None:
     unknown = call("", "7b", script=script, **job)
     assert unknown.returncode == 1
     assert "train_llama_7b.sh: no such file" in unknown.stderr
+    renamed = call("", "1.6b", script=script, SRUN_ARGS="x", **job | {"MECO_SRUN_ARGS": ""})
+    assert "SRUN_ARGS=x is not read: the name is MECO_SRUN_ARGS" in renamed.stderr
     outside = call("", "1.6b", script=script)
     assert "not inside a Slurm job" in outside.stderr
 
 
 TOY = {
-    "HIDDEN_SIZE": "32",
-    "FFN_HIDDEN_SIZE": "64",
-    "NUM_ATTENTION_HEADS": "4",
-    "NUM_QUERY_GROUPS": "2",
-    "NUM_LAYERS": "2",
-    "SEQ_LENGTH": "64",
-    "GLOBAL_BATCH_SIZE": "4",
-    "TRAIN_ITERS": "5",
-    "COOLDOWN_FRACTION": "0.4",
-    "SPLIT": "80,20,0",
-    "EVAL_INTERVAL": "5",
-    "EVAL_ITERS": "2",
-    "SAVE_INTERVAL": "5",
-    "LOG_INTERVAL": "1",
-    "NUM_WORKERS": "0",
+    "MECO_HIDDEN_SIZE": "32",
+    "MECO_FFN_HIDDEN_SIZE": "64",
+    "MECO_NUM_ATTENTION_HEADS": "4",
+    "MECO_NUM_QUERY_GROUPS": "2",
+    "MECO_NUM_LAYERS": "2",
+    "MECO_SEQ_LENGTH": "64",
+    "MECO_GLOBAL_BATCH_SIZE": "4",
+    "MECO_TRAIN_ITERS": "5",
+    "MECO_COOLDOWN_FRACTION": "0.4",
+    "MECO_SPLIT": "80,20,0",
+    "MECO_EVAL_INTERVAL": "5",
+    "MECO_EVAL_ITERS": "2",
+    "MECO_SAVE_INTERVAL": "5",
+    "MECO_LOG_INTERVAL": "1",
+    "MECO_NUM_WORKERS": "0",
     # The one kernel choice that a CPU cannot follow.
-    "TRANSFORMER_IMPL": "local",
+    "MECO_TRANSFORMER_IMPL": "local",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
@@ -379,11 +412,11 @@ def test_a_launcher_trains_at_toy_size(
     size: str, ranks: int, meco: str, corpus: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     variables = TOY | {
-        "MECO": meco,
-        "DATA_PATH": corpus,
-        "TOKENIZER_MODEL": str(tokenizer_folder),
-        "DATA_CACHE": str(tmp_path / "cache"),
-        "OUTPUT": str(tmp_path / "run"),
+        "MECO_CONDITIONING": meco,
+        "MECO_DATA_PATH": corpus,
+        "MECO_TOKENIZER_MODEL": str(tokenizer_folder),
+        "MECO_DATA_CACHE": str(tmp_path / "cache"),
+        "MECO_OUTPUT": str(tmp_path / "run"),
         "GPUS_PER_NODE": str(ranks),
         "MASTER_PORT": str(free_port()),
     }

@@ -1,6 +1,6 @@
 """Train one model on several lanes in turn, in one real Megatron run, and time every step.
 
-    TRAIN_SCRIPT=benchmarks/gpu/alternate.py examples/train_llama_600m.sh -- --bench-lanes \
+    MECO_TRAIN_SCRIPT=benchmarks/gpu/alternate.py examples/train_llama_600m.sh -- --bench-lanes \
         baseline conditioned --bench-rounds 23 --bench-output steps.json
 
 Takes the flags of `examples/pretrain_gpt.py`, so a launcher's own, and three more. Steps are timed

@@ -42,12 +42,12 @@ LEFT_OVER = 3
 
 # A model that a CPU trains in seconds, in the launchers' variables.
 TOY = {
-    "NUM_LAYERS": "2",
-    "HIDDEN_SIZE": "64",
-    "FFN_HIDDEN_SIZE": "128",
-    "NUM_ATTENTION_HEADS": "2",
-    "NUM_QUERY_GROUPS": "2",
-    "TRANSFORMER_IMPL": "local",
+    "MECO_NUM_LAYERS": "2",
+    "MECO_HIDDEN_SIZE": "64",
+    "MECO_FFN_HIDDEN_SIZE": "128",
+    "MECO_NUM_ATTENTION_HEADS": "2",
+    "MECO_NUM_QUERY_GROUPS": "2",
+    "MECO_TRANSFORMER_IMPL": "local",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -194,27 +194,27 @@ def speed_stage(
         output.unlink(missing_ok=True)
         engine = context.facts["transformer_engine"] and not local
         variables = {
-            "PYTHON": sys.executable,
-            "TRAIN_SCRIPT": str(HERE / "alternate.py"),
-            "TRANSFORMER_IMPL": "transformer_engine" if engine else "local",
-            "DATA_PATH": str(corpus / "corpus"),
-            "TOKENIZER_MODEL": str(corpus / "tokenizer"),
-            "DATA_CACHE": str(context.state / "cache"),
-            "OUTPUT": str(context.state / "run"),
-            "SPLIT": "1,0,0",
+            "MECO_PYTHON": sys.executable,
+            "MECO_TRAIN_SCRIPT": str(HERE / "alternate.py"),
+            "MECO_TRANSFORMER_IMPL": "transformer_engine" if engine else "local",
+            "MECO_DATA_PATH": str(corpus / "corpus"),
+            "MECO_TOKENIZER_MODEL": str(corpus / "tokenizer"),
+            "MECO_DATA_CACHE": str(context.state / "cache"),
+            "MECO_OUTPUT": str(context.state / "run"),
+            "MECO_SPLIT": "1,0,0",
             # Lanes have their own phases.
-            "COOLDOWN_FRACTION": "0",
+            "MECO_COOLDOWN_FRACTION": "0",
             "GPUS_PER_NODE": "1",
-            "GLOBAL_BATCH_SIZE": "4",
-            "TRAIN_ITERS": str(num_rounds * len(lanes) + 1),
-            "LOG_INTERVAL": "1000000",
+            "MECO_GLOBAL_BATCH_SIZE": "4",
+            "MECO_TRAIN_ITERS": str(num_rounds * len(lanes) + 1),
+            "MECO_LOG_INTERVAL": "1000000",
             "MASTER_PORT": str(free_port()),
         }
         if toy:
             variables |= (
                 TOY
                 | {"CUDA_VISIBLE_DEVICES": ""}
-                | {"SEQ_LENGTH": "256" if "borders-65" not in lanes else "2048"}
+                | {"MECO_SEQ_LENGTH": "256" if "borders-65" not in lanes else "2048"}
             )
         more = f"--bench-rounds {num_rounds} --bench-output {output} --bench-lanes"
         command = ["bash", str(ROOT / "examples" / f"train_llama_{size}.sh"), "--"]

@@ -10,11 +10,14 @@ guarantee for tokenizers that are not Hugging Face's, which Megatron gives no wa
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import re
 import warnings
 from argparse import Namespace
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenizers import Tokenizer
@@ -62,19 +65,6 @@ _TYPES_WITHOUT_MODEL = (
     "NullTokenizer",
 )
 
-# What a foreign loader raises over a file that is not what it expects.
-_LOADER_ERRORS = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    KeyError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 # Letters, case, digits, white space, scripts: enough to tell two different encoders apart.
 _PROBE = "a Probe, 12345 x\tyz\n\n  def f(x):  return x  # \u00e9\u00df \u4f60\u597d \U0001f600"
 
@@ -107,8 +97,9 @@ def build_tokenizer(
     # Seconds of import: only after the flags are known to be sensible.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import megatron.core
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
-    flags = Namespace(
+    flags = _Flags(
         tokenizer_type=tokenizer_type,
         tokenizer_model=tokenizer_model,
         # Padding depends on the tensor-parallel size, which only training knows.
@@ -117,13 +108,83 @@ def build_tokenizer(
     )
     try:
         return build(flags)
-    except _LOADER_ERRORS as error:
+    except _UnknownFlagError as error:
+        raise FlagError(
+            f"Megatron's tokenizer asks for the setting {str(error)!r}, which is not known here",
+            where=f"megatron-core {getattr(megatron.core, '__version__', 'of an unknown version')}",
+            remedy="Install a version that this package supports; `meco doctor` names it.",
+        ) from error
+    # What a loader of others says about files of others may be anything.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FlagError(
             f"{tokenizer_model!r} does not load as {tokenizer_type} ({reason})",
             where="--tokenizer-model",
             remedy="Name the folder or file that this tokenizer type reads.",
         ) from error
+
+
+class _UnknownFlagError(AttributeError):
+    """A setting that neither this package nor the installed Megatron has a default for."""
+
+
+class _Flags(Namespace):
+    """Megatron's flags of a tokenizer; those that are not set have the defaults of its parser."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in _parser_defaults():
+            raise _UnknownFlagError(name)
+        return _parser_defaults()[name]
+
+
+@cache
+def _parser_defaults() -> dict[str, Any]:
+    """The defaults of the installed Megatron's tokenizer flags; empty where it has no training.
+
+    They are the fields of a dataclass, from which it makes its parser. Read from the source: the
+    import of megatron.training takes ten seconds and more.
+    """
+    import megatron.core
+
+    found: dict[str, Any] = {}
+    source = Path(megatron.core.__file__).parents[1] / "training/config/training_config.py"
+    if not source.is_file():
+        return found
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TokenizerConfig":
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    with contextlib.suppress(ValueError, StopIteration):
+                        found[line.target.id] = _default(line.value)
+    return found
+
+
+def _default(value: ast.expr | None) -> Any:
+    """The value of a field: a literal, or `field(default=LITERAL)`."""
+    if isinstance(value, ast.Call):
+        value = next(keyword.value for keyword in value.keywords if keyword.arg == "default")
+    if value is None:
+        raise ValueError("a field without a default")
+    return ast.literal_eval(value)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse an object that is no tokenizer of Megatron's, such as one of transformers.
+
+    Args:
+        tokenizer: What was given as one.
+
+    Raises:
+        FlagError: Says how to build one.
+    """
+    if not hasattr(tokenizer, "unique_identifiers") or not hasattr(tokenizer, "tokenize"):
+        kind = type(tokenizer)
+        raise FlagError(
+            f"{kind.__module__}.{kind.__qualname__} is no tokenizer of Megatron's",
+            where="tokenizer",
+            remedy="Build one with megatron_meco.corpus.tokenizer.build_tokenizer("
+            "'HuggingFaceTokenizer', FOLDER).",
+        )
 
 
 def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
@@ -136,8 +197,10 @@ def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
         An id inside the vocabulary.
 
     Raises:
-        FlagError: The tokenizer has none, or one that the model has no embedding for.
+        FlagError: The tokenizer has none, or one that the model has no embedding for; or it is none
+            of Megatron's.
     """
+    check_tokenizer(tokenizer)
     eod = _attribute(tokenizer, "eod")
     if eod is None:
         raise FlagError(
@@ -155,7 +218,12 @@ def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
 
 
 def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
-    """Return the id that begins a document, or None when the tokenizer has none."""
+    """Return the id that begins a document, or None when the tokenizer has none.
+
+    Raises:
+        FlagError: When it is no tokenizer of Megatron's.
+    """
+    check_tokenizer(tokenizer)
     bos = _attribute(tokenizer, "bos")
     return bos if bos is not None and 0 <= bos < tokenizer.vocab_size else None
 
@@ -168,7 +236,11 @@ def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
 
     Returns:
         An encoder that adds no tokens of its own.
+
+    Raises:
+        FlagError: When it is no tokenizer of Megatron's.
     """
+    check_tokenizer(tokenizer)
     through_megatron = MegatronEncoder(tokenizer)
     # Megatron has no public way to the tokenizer that it wraps.
     wrapped = getattr(tokenizer._tokenizer, "tokenizer", None)

@@ -41,10 +41,14 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        # What is missing is what this command is asked for.
+        _print_plainly(diagnosis)
+        return
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
@@ -58,15 +62,38 @@ def _print(diagnosis: Diagnosis) -> None:
     console.print(table)
     console.print()
     plain = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    plain.add_row("A run here uses", Text("CUDA" if diagnosis.device == "cuda" else "the CPU"))
-    plain.add_row("attention", Text(diagnosis.attention))
-    plain.add_row("layers", Text(diagnosis.layers))
-    plain.add_row("optimizer", Text(diagnosis.optimizer))
+    for name, used in _what_a_run_uses(diagnosis):
+        plain.add_row(name, Text(used))
     console.print(plain)
     console.print()
-    problems = sum(check.verdict == "problem" for check in diagnosis.checks)
+    style = "bold green" if diagnosis.can_train else "bold red"
+    console.print(Text(_conclusion(diagnosis), style=style))
+
+
+def _print_plainly(diagnosis: Diagnosis) -> None:
+    for check in diagnosis.checks:
+        print(f"{check.verdict:<7}  {check.name}: {check.found}")
+        if check.remedy:
+            print(f"         -> {check.remedy}")
+    print()
+    for name, used in _what_a_run_uses(diagnosis):
+        print(f"{name}: {used}")
+    print()
+    print(_conclusion(diagnosis))
+
+
+def _what_a_run_uses(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    return [
+        ("A run here uses", "CUDA" if diagnosis.device == "cuda" else "the CPU"),
+        ("attention", diagnosis.attention),
+        ("layers", diagnosis.layers),
+        ("optimizer", diagnosis.optimizer),
+    ]
+
+
+def _conclusion(diagnosis: Diagnosis) -> str:
     if diagnosis.can_train:
-        console.print(Text("Training can run here.", style="bold green"))
-    else:
-        noun = "problem keeps" if problems == 1 else "problems keep"
-        console.print(Text(f"{problems} {noun} training from running here.", style="bold red"))
+        return "Training can run here."
+    problems = sum(check.verdict == "problem" for check in diagnosis.checks)
+    noun = "problem keeps" if problems == 1 else "problems keep"
+    return f"{problems} {noun} training from running here."

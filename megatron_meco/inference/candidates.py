@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import collections
 import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
 from megatron_meco.data.template import Template
-from megatron_meco.errors import FlagError
+from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, parse_values
+from megatron_meco.inference.input_file import check_text, parse_json, read_lines
+from megatron_meco.inference.wording import shown
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -42,6 +47,7 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
 
     Raises:
         DataError: When the corpus has no readable metadata, or lacks a field.
+        FlagError: When none of its documents has a prefix.
     """
     table = open_metadata(data_path)
     template = Template.parse(conditioning.template)
@@ -57,46 +63,110 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
         for entry in template.render(batch, where, frequent).drop_null().value_counts():
             counts[entry["values"].as_py()] += entry["counts"].as_py()
     ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
+    if not ranked:
+        raise FlagError(
+            "no document has a prefix",
+            where=f"--data-path {data_path}",
+            remedy="Name a corpus whose metadata fills the template.",
+        )
     return [
-        Candidate(name=f"{prefix.strip()} ({counts[prefix]:,})", prefix=prefix)
+        Candidate(name=f"{shown(prefix.strip())} ({counts[prefix]:,})", prefix=prefix)
         for prefix in ranked[:number]
     ]
 
 
-def read_candidates(path: Path, conditioning: Conditioning) -> list[Candidate]:
-    """Read candidates from a file.
+def read_candidates(
+    path: Path, conditioning: Conditioning, tell: Callable[[str], None] = lambda line: None
+) -> list[Candidate]:
+    """Read candidates from a file, one in each line that is not blank.
+
+    A line is `FIELD=VALUE ...`, as behind `--metadata` on a command line and quoted as in a shell;
+    or a JSON object of fields and values; or, where the template has one field, the bare value.
 
     Args:
-        path: One in each line: the value of the template's field, or FIELD=VALUE words where it has
-            several.
+        path: The file.
         conditioning: Renders them.
+        tell: Told about lines that give a prefix which an earlier line gave.
+
+    Returns:
+        A candidate for each prefix, by the first line that gave it.
 
     Raises:
-        FlagError: When the file cannot be read, or a line cannot be rendered.
+        FlagError: Names the line that cannot be read or rendered; or when the lines, several, give
+            one prefix alone.
     """
-    found = {}
-    for line in read_lines(path, "--candidates"):
-        fields = conditioning.columns
-        values = {fields[0]: line} if len(fields) == 1 else parse_values(line.split())
-        found[conditioning.render(values)] = line
-    return [Candidate(name=name, prefix=prefix) for prefix, name in found.items()]
-
-
-def read_lines(path: Path, flag: str) -> list[str]:
-    """The lines of a file that hold something.
-
-    Raises:
-        FlagError: When it cannot be read, or holds none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    found: dict[str, tuple[int, str]] = {}
+    repeated = []
+    for number, line in _filled_lines(path, "--candidates"):
+        where = f"--candidates {path}, line {number}"
+        prefix = conditioning.render(_values(line, conditioning.columns, where), where)
+        first, _ = found.setdefault(prefix, (number, line))
+        if first != number:
+            repeated.append(f"{number} as {first}")
+    if repeated and len(found) == 1:
+        [prefix] = found
         raise FlagError(
-            f"cannot be read ({error})", where=f"{flag} {path}", remedy="Name a UTF-8 text file."
-        ) from error
-    lines = [line.strip() for line in lines if line.strip()]
+            f"every line gives the prefix {prefix!r}",
+            where=f"--candidates {path}",
+            remedy="Give values that differ in what the template shows of them.",
+        )
+    if repeated:
+        more = f" and {len(repeated) - 5:,} more" if len(repeated) > 5 else ""
+        tell(
+            f"--candidates {path}: lines that give the same prefix as an earlier one are scored "
+            f"once: {', '.join(repeated[:5])}{more}"
+        )
+    return [Candidate(name=shown(name), prefix=prefix) for prefix, (_, name) in found.items()]
+
+
+def _values(line: str, fields: Sequence[str], where: str) -> dict[str, str]:
+    if line.startswith("{"):
+        return _json_values(line, where)
+    # What looks like a field's name and is none may be a mistyped one.
+    named = re.match(r"([^\W\d][\w.-]*)\s*=", line)
+    if len(fields) == 1 and named is None:
+        return {fields[0]: line}
+    if named is not None and named[1] in fields:
+        try:
+            return parse_values(shlex.split(line), where)
+        except ValueError as error:
+            if isinstance(error, MeCoError):
+                raise
+            raise _no_candidate(f"cannot be split into words ({error})", fields, where) from error
+    if named is None:
+        raise _no_candidate(f"cannot read {line!r:.80}", fields, where)
+    raise _no_candidate(f"unknown field {named[1]!r}", fields, where)
+
+
+def _json_values(line: str, where: str) -> dict[str, str]:
+    remedy = 'Write a JSON object of texts, as in {"url": "https://en.wikipedia.org"}.'
+
+    def refuse(reason: str) -> FlagError:
+        return FlagError(reason, where=where, remedy=remedy)
+
+    values = parse_json(line, refuse)
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise refuse("holds something else than texts")
+    return values
+
+
+def _no_candidate(what: str, fields: Sequence[str], where: str) -> FlagError:
+    example = " ".join(f"{name}='a value'" for name in fields)
+    bare = "; a bare value does not begin with a name and =" if len(fields) == 1 else ""
+    return FlagError(what, where=where, remedy=f"Write {example}, or a JSON object{bare}.")
+
+
+def _filled_lines(path: Path, flag: str) -> list[tuple[int, str]]:
+    """The lines of a file that hold something, with their numbers, stripped."""
+    where = f"{flag} {path}"
+
+    def refuse(reason: str) -> FlagError:
+        return FlagError(reason, where=where, remedy="Name a UTF-8 text file.")
+
+    lines = [(number, line.strip()) for number, line in enumerate(read_lines(path, refuse), 1)]
+    lines = [(number, line) for number, line in lines if line]
     if not lines:
-        raise FlagError("holds no lines", where=f"{flag} {path}", remedy="Write some.")
+        raise FlagError("holds no lines", where=where, remedy="Write some.")
     return lines
 
 
@@ -106,17 +176,21 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         FlagError: When it cannot be read, or holds none.
     """
-    lines = read_lines(path, "--text")
+    lines = _filled_lines(path, "--text")
     if path.suffix != ".jsonl":
-        return lines
+        return [line for _, line in lines]
     texts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
+            text = json.loads(line)["text"]
+            check_text(text, f"--text {path}, line {number}")
+        except MeCoError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise FlagError(
                 f"line {number} has no text ({error!r})",
                 where=f"--text {path}",
                 remedy='Write one object in each line, as in {"text": "..."}.',
             ) from error
+        texts.append(text)
     return [text for text in texts if text]

@@ -3,18 +3,19 @@
 The format stores each tensor under its global name and shape, in pieces; which pieces there are
 depends on the parallel layout of the run, and is resolved here as PyTorch does when it re-shards.
 No process group, no GPU and no Megatron: the objects of Megatron inside the run's state come back
-as inert stand-ins. Costs the bytes of the tensors that are asked for, one layer at a time, and one
-read of the index. What was given up: formats other than torch_dist, and remote storage.
+inert, and nothing that the folder pickles is run (`inert_pickle`, `checkpoint_index`). Costs the
+bytes of the tensors that are asked for, one layer at a time, and one read of the index. What was
+given up: formats other than torch_dist, and remote storage.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import pickle
-import types
+import math
+import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_meco.errors import MeCoError
+from megatron_meco.inference.checkpoint_index import DTYPES, read_index
+from megatron_meco.inference.inert_pickle import READ_ERRORS, Inert, read_saved
+from megatron_meco.inference.wording import first_line
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-# What a broken index or a truncated file raises inside PyTorch.
-_READ_ERRORS = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+_MOST_DIGITS = 12
 
 
 class CheckpointError(MeCoError):
@@ -71,8 +63,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         _check_format(folder)
-        self._reader = FileSystemReader(folder)
         self._index = self._read_index()
+        # Its own `read_metadata` would run the index.
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._index, is_coordinator=True)
         self._tensors = {
             name: entry
             for name, entry in self._index.state_dict_metadata.items()
@@ -80,15 +74,19 @@ class Checkpoint:
         }
         self.shapes = {name: tuple(entry.size) for name, entry in self._tensors.items()}
         common = self._common_state()
-        args = common.get("args")
-        if not isinstance(args, Namespace):
+        args, iteration = common.get("args"), common.get("iteration") or 0
+        fields = args.state if isinstance(args, Inert) else None
+        if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
             raise CheckpointError(
                 "holds no flags of the run",
                 where=str(folder),
                 remedy="Use a checkpoint that Megatron's own training loop saved.",
             )
-        self.args = args
-        self.iteration = int(common.get("iteration") or 0)
+        if not isinstance(iteration, int) or not 0 <= iteration < 10**_MOST_DIGITS:
+            raise self._damaged(f"its iteration is {iteration!r:.40}")
+        self.args = Namespace()
+        vars(self.args).update(fields)
+        self.iteration = int(iteration)
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """Read a tensor, or one row of it: layers are stacked on the first dimension.
@@ -104,7 +102,9 @@ class Checkpoint:
         begin, size = [0] * len(entry.size), list(entry.size)
         if row is not None:
             begin[0], size[0] = row, 1
-        out = torch.empty(size, dtype=entry.properties.dtype)
+        dtype = entry.properties.dtype
+        # What no piece fills, because another one lies where it should, stays NaN and is noticed.
+        out = torch.full(size, math.nan if dtype.is_floating_point else 0, dtype=dtype)
         wanted = ChunkStorageMetadata(offsets=torch.Size(begin), sizes=torch.Size(size))
         items = create_read_items_for_chunk_list(name, entry, [wanted])
         if sum(item.lengths.numel() for item in items) != out.numel():
@@ -115,10 +115,17 @@ class Checkpoint:
     def _common_state(self) -> Mapping[str, Any]:
         """What all ranks have in common: flags, iteration, schedules."""
         legacy = self.folder / "common.pt"
-        if legacy.is_file():
-            state = _unpickle(legacy.read_bytes(), str(legacy))
-        else:
-            state = _unpickle(self._object("common_state/shard_0_1"), str(self.folder))
+        try:
+            if legacy.is_file():
+                content = legacy.read_bytes()
+            else:
+                content = self._object("common_state/shard_0_1")
+            state = read_saved(content, DTYPES)
+        except READ_ERRORS as error:
+            if isinstance(error, MeCoError):
+                raise
+            reason = first_line(error)
+            raise self._damaged(f"the state of the run cannot be read ({reason})") from error
         if isinstance(state, list) and state:
             state = state[0]
         if not isinstance(state, Mapping):
@@ -138,16 +145,14 @@ class Checkpoint:
     def _fetch(self, items: list[ReadItem], planner: DefaultLoadPlanner) -> None:
         try:
             self._reader.read_data(LoadPlan(items), planner).wait()
-        except _READ_ERRORS as error:
-            raise self._damaged(f"cannot be read ({_first_line(error)})") from error
+        except READ_ERRORS as error:
+            raise self._damaged(f"cannot be read ({first_line(error)})") from error
 
     def _read_index(self) -> Metadata:
         try:
-            index = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(index, is_coordinator=True)
-        except _READ_ERRORS as error:
-            raise self._damaged(f"has no readable index ({_first_line(error)})") from error
-        return index
+            return read_index(self.folder)
+        except READ_ERRORS as error:
+            raise self._damaged(f"its index cannot be used ({first_line(error)})") from error
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -165,6 +170,12 @@ def find_iteration(load: Path, iteration: int | None = None) -> Path:
     Raises:
         CheckpointError: When there is none.
     """
+    if iteration is not None and not 0 <= iteration < 10**_MOST_DIGITS:
+        raise CheckpointError(
+            f"cannot be {iteration!s:.40}",
+            where="--iteration",
+            remedy="Give the number of a checkpoint, as in iter_0009000.",
+        )
     if (load / "metadata.json").is_file() and iteration is None:
         return load
     remedy = "Name the folder that the run's --save named."
@@ -173,7 +184,8 @@ def find_iteration(load: Path, iteration: int | None = None) -> Path:
     chosen = _latest(load, remedy) if iteration is None else str(iteration)
     folder = load / (chosen if chosen == "release" else f"iter_{int(chosen):07d}")
     if not folder.is_dir():
-        saved = sorted(int(path.name[5:]) for path in load.glob("iter_[0-9]*"))
+        names = (path.name for path in load.glob("iter_*"))
+        saved = sorted(int(name[5:]) for name in names if re.fullmatch("iter_[0-9]{1,12}", name))
         raise CheckpointError(
             f"no checkpoint of iteration {chosen}",
             where=f"--load {load}",
@@ -186,8 +198,11 @@ def _latest(load: Path, remedy: str) -> str:
     tracker = load / _TRACKER
     if not tracker.is_file():
         raise CheckpointError(f"no {_TRACKER} in it", where=f"--load {load}", remedy=remedy)
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdecimal():
+    with tracker.open("rb") as file:
+        content = file.read(64)
+    text = content.decode("utf-8", "backslashreplace").strip()
+    # ASCII alone: other scripts have digits, too.
+    if not re.fullmatch(rf"release|[0-9]{{1,{_MOST_DIGITS}}}", text):
         raise CheckpointError(
             f"{text!r} is no iteration", where=str(tracker), remedy="Give --iteration."
         )
@@ -196,12 +211,13 @@ def _latest(load: Path, remedy: str) -> str:
 
 def _check_format(folder: Path) -> None:
     try:
-        backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        backend = str(content["sharded_backend"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         backend = "no metadata.json of a distributed checkpoint"
     if backend != "torch_dist":
         raise CheckpointError(
-            f"not a torch_dist checkpoint ({backend})",
+            f"not a torch_dist checkpoint ({backend:.80})",
             where=str(folder),
             remedy="Save with Megatron's default, --ckpt-format torch_dist.",
         )
@@ -232,70 +248,3 @@ class _IntoBytes(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.content = value.getvalue()
-
-
-class _StandIn:
-    """Any object of a class that is not asked for: made, filled and then left alone."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Pass over an item of a list's kind."""
-
-    def extend(self, values: Iterable[Any]) -> None:
-        """Pass over items of a list's kind."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows flags, plain containers and tensors; everything else becomes a stand-in.
-
-    Importing Megatron for the sake of a few enums would cost 10 to 20 seconds, and would tie the
-    export to the version that wrote the checkpoint.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("argparse", "Namespace"),
-            ("builtins", "set"),
-            ("collections", "OrderedDict"),
-            ("torch", "Size"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-        }
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in known or is_dtype:
-            return super().find_class(module, name)
-        return _StandIn
-
-
-def _unpickle(content: bytes, where: str) -> Any:
-    # torch.load takes a module and uses these names of it.
-    module = types.SimpleNamespace(
-        __name__=__name__,
-        Unpickler=_Unpickler,
-        load=_load_plain,
-    )
-    try:
-        return torch.load(
-            io.BytesIO(content), map_location="cpu", pickle_module=module, weights_only=False
-        )
-    except _READ_ERRORS as error:
-        raise CheckpointError(
-            f"the state of the run cannot be read ({_first_line(error)})",
-            where=where,
-            remedy="Copy the checkpoint again, or name another one.",
-        ) from error
-
-
-def _load_plain(file: Any, **options: Any) -> Any:
-    return _Unpickler(file, **options).load()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ frequent enough to be kept by a `top=` or `min_documents=` filter; a given value
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_meco.data.template import TRANSFORMS, Template
-from megatron_meco.errors import FlagError
+from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.inference.input_file import check_text, read_json
 
 _FLAG = "--metadata"
 _CARD = "meco.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Conditioning:
                 and no template is given.
         """
         if template is not None:
+            check_text(template, "--template")
             try:
                 return cls.of_run(template, None)
             except FlagError as error:
@@ -71,8 +72,19 @@ class Conditioning:
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> Conditioning:
-        """Read it from an exported `meco.json`."""
-        return cls(card["template"], tuple(card["fields"]))
+        """Read it from an exported `meco.json`.
+
+        Raises:
+            MeCoError: When the template cannot be read, or asks for other fields.
+            Exception: KeyError, TypeError: the object is no such card.
+        """
+        template, fields = card["template"], card["fields"]
+        if not isinstance(template, str) or not isinstance(fields, list):
+            raise TypeError("its template is no text, or its fields are no list")
+        if not all(isinstance(name, str) for name in fields):
+            raise TypeError("its fields are no texts")
+        Template.parse(template).check_fields(fields, _CARD)
+        return cls(template, tuple(fields))
 
     def required(self) -> tuple[str, ...]:
         """The fields that the template has no stand-in for."""
@@ -83,69 +95,87 @@ class Conditioning:
                 needed.update(one.fields(self.columns, _FLAG))
         return tuple(sorted(needed))
 
-    def render(self, values: Mapping[str, str]) -> str:
+    def render(self, values: Mapping[str, str], where: str = _FLAG) -> str:
         """Render the prefix for given metadata.
 
         Args:
             values: One value for each field.
+            where: Where they were given, for messages.
 
         Raises:
             FlagError: For an unknown or missing field, a value that leaves nothing, or a model that
                 knows no metadata.
         """
-        self._check(values)
+        self._check(values, where)
         template = Template.parse(self.template)
         row = pa.table({name: pa.array([values.get(name)], pa.string()) for name in self.columns})
-        # What the user gives counts as known; the corpus that could tell is not at hand.
-        frequent = {
-            placeholder: template.values(placeholder, row, _FLAG)
-            for placeholder in template.placeholders
-            if placeholder.frequency_filters
-        }
-        text: str | None = template.render(row, _FLAG, frequent)[0].as_py()
+        try:
+            # What the user gives counts as known; the corpus that could tell is not at hand.
+            frequent = {
+                placeholder: template.values(placeholder, row, where)
+                for placeholder in template.placeholders
+                if placeholder.frequency_filters
+            }
+            text: str | None = template.render(row, where, frequent)[0].as_py()
+        except (OverflowError, pa.ArrowException) as error:
+            raise FlagError(
+                f"the template {self.template!r} cannot be filled ({error})",
+                where=where,
+                remedy="Give values that its filters take, or another --template.",
+            ) from error
         if text is None:
             raise FlagError(
                 f"{_spelled(values)} leaves an empty value in the template {self.template!r}",
-                where=_FLAG,
-                remedy="Documents like that were trained without prefix: use `--metadata none`.",
+                where=where,
+                remedy="Documents like that were trained without prefix: leave it out"
+                + (", or use `--metadata none`." if where == _FLAG else "."),
             )
         return text
 
-    def _check(self, values: Mapping[str, str]) -> None:
+    def _check(self, values: Mapping[str, str], where: str) -> None:
         if not self.template:
             raise FlagError(
                 f"{_spelled(values)}, but this model was trained without metadata",
-                where=_FLAG,
+                where=where,
                 remedy="Leave the flag out.",
             )
         uses = f"The template {self.template!r} uses: {', '.join(self.columns)}."
-        for name in values:
+        for name, value in values.items():
             if name not in self.columns:
-                raise FlagError(f"unknown field {name!r}", where=_FLAG, remedy=uses)
+                raise FlagError(f"unknown field {name!r}", where=where, remedy=uses)
+            check_text(value, f"{where}: {name}")
         for name in self.required():
             if name not in values:
-                raise FlagError(f"no value for the field {name!r}", where=_FLAG, remedy=uses)
+                raise FlagError(f"no value for the field {name!r}", where=where, remedy=uses)
 
 
-def parse_values(words: Iterable[str]) -> dict[str, str]:
+def parse_values(words: Iterable[str], where: str = _FLAG) -> dict[str, str]:
     """Read the words after a `--metadata`.
 
     Args:
         words: `field=value`, one for each field.
+        where: Where they stand, for messages.
 
     Raises:
-        FlagError: For a word that is something else.
+        FlagError: For a word that is something else, or a field that is there twice.
     """
     given = list(words)
-    pairs = [word.partition("=") for word in given]
-    for name, equals, _ in pairs:
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
         if not name or not equals:
             raise FlagError(
                 f"cannot read {' '.join(given)!r}",
-                where=_FLAG,
-                remedy="Write FIELD=VALUE, as in url=https://en.wikipedia.org/wiki/Llama, or none.",
+                where=where,
+                remedy="Write FIELD=VALUE, as in url=https://en.wikipedia.org/wiki/Llama"
+                + (", or none." if where == _FLAG else "; quote values with blanks."),
             )
-    return {name: value for name, _, value in pairs}
+        if name in found:
+            raise FlagError(
+                f"has two values for the field {name!r}", where=where, remedy="Give one."
+            )
+        found[name] = value
+    return found
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -156,27 +186,17 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise not_an_export(folder, "no such folder")
+    path = folder / _CARD
+    if not os.path.lexists(path):
+        raise not_an_export(folder, f"it has no {_CARD}")
+    card = read_json(path, lambda reason: not_an_export(folder, f"its {_CARD} {reason}"))
     try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
         Conditioning.from_card(card)
-    except FileNotFoundError:
-        raise not_an_export(folder, f"it has no {_CARD}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise not_an_export(folder, f"its {_CARD} cannot be read ({error})") from error
+    except (LookupError, TypeError, MeCoError) as error:
+        reason = error.what if isinstance(error, MeCoError) else str(error)
+        raise not_an_export(folder, f"its {_CARD} cannot be read ({reason})") from error
     loaded: dict[str, Any] = card
     return loaded
-
-
-def check_model_files(folder: Path) -> None:
-    """Refuse a folder that lacks the model's configuration or its tokenizer.
-
-    Raises:
-        FlagError: Says which of the two.
-    """
-    if not (folder / "config.json").is_file():
-        raise not_an_export(folder, "it has no config.json")
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise not_an_export(folder, "it has no tokenizer")
 
 
 def not_an_export(folder: Path, reason: str) -> FlagError:

@@ -1,9 +1,10 @@
 """`meco eval`: which tasks, which metadata for each, and a table of what the metadata changes.
 
-The flags that the harness has keep its names and meanings (`--tasks`, `--num_fewshot`, `--limit`,
-`--include_path`, `--batch_size`, `--device`). Metadata is rendered, names are looked up and data
-is loaded before the first forward pass, so mistakes show early. What was given up: the harness's
-other flags; a prefix for them is one call away (`harness.MeCoLM`).
+The flags that the harness has keep its meanings and its names, with dashes in place of underscores:
+`--tasks`, `--num-fewshot`, `--limit`, `--include-path`, `--batch-size`, `--device`. Metadata is
+rendered, names are looked up and data is loaded before the first forward pass, so mistakes show
+early. What was given up: the harness's other flags; a prefix for them is one call away
+(`harness.MeCoLM`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import math
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,15 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron_meco.errors import FlagError
-from megatron_meco.inference.conditioning import (
-    Conditioning,
-    check_model_files,
-    not_an_export,
-    parse_values,
-)
-from megatron_meco.inference.output_file import check_writable, write_json
+from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.inference.conditioning import Conditioning, not_an_export, parse_values
+from megatron_meco.inference.flag_values import MOST, MOST_AT_ONCE, MOST_SHOTS, check_range
+from megatron_meco.inference.input_file import read_text
+from megatron_meco.inference.output_file import check_result_file, write_json
 from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
+from megatron_meco.inference.wording import counted, one_line, shown
 
 if TYPE_CHECKING:
     from megatron_meco.inference.evaluate import Evaluation, TaskResult
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _PAPER = "paper"
 _NONE = "none"
 _METADATA_FILE = "--metadata-per-task"
+OWN_TASKS = "a folder of your own tasks; what their YAML files name with !function is run"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "has none, and for Hugging Face folders of other origin",
     )
     add("--device", metavar="D", help="as in cuda:0; default: the first GPU, or the CPU")
+
+
+def add_spelled(parser: argparse.ArgumentParser, flag: str, **options: Any) -> None:
+    """Add a flag that may also be spelled with underscores, as the harness does."""
+    parser.add_argument(flag, **options)
+    hidden = {**options, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument(f"--{flag[2:].replace('-', '_')}", **hidden)
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +84,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="YAML or JSON, {TASK: {FIELD: VALUE}}; goes before --metadata for the tasks it names",
     )
-    add(
-        "--num_fewshot",
+    add_spelled(
+        parser,
         "--num-fewshot",
         type=int,
         nargs="+",
@@ -86,8 +94,10 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         f"Default: as each task says; for `{_PAPER}` {' and '.join(map(str, PAPER_SHOTS))}",
     )
     add("--limit", type=float, metavar="N", help="documents of each task, or a share below 1")
-    add("--include_path", "--include-path", type=Path, metavar="DIR", help="your own tasks")
-    add("--batch_size", "--batch-size", default="1", metavar="N", help="a number, or auto[:N]")
+    add_spelled(parser, "--include-path", type=Path, metavar="DIR", help=OWN_TASKS)
+    add_spelled(
+        parser, "--batch-size", default="1", metavar="N", help="a number, or auto[:N]; default: 1"
+    )
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
 
 
@@ -102,7 +112,7 @@ def run_eval(args: argparse.Namespace) -> int:
     """
     _check_flags(args)
     if args.output is not None:
-        check_writable(args.output)
+        check_result_file(args.output)
     if args.device is not None:
         from megatron_meco.inference.generate import pick_device
 
@@ -112,9 +122,16 @@ def run_eval(args: argparse.Namespace) -> int:
     # Rendered before anything heavy is loaded: most mistakes show here.
     prefix = conditioning.render(given) if given else ""
     per_task = _read_metadata_file(args.metadata_per_task)
-    prefixes = {task: conditioning.render(values) for task, values in per_task.items()}
+    prefixes = {
+        task: conditioning.render(values, f"{_METADATA_FILE} {args.metadata_per_task}: {task}")
+        for task, values in per_task.items()
+    }
+    check_model(args.model)
 
     words = [task for word in args.tasks for task in word.split(",") if task]
+    words = list(dict.fromkeys(words))
+    if not words:
+        raise FlagError("names no task", where="--tasks", remedy="Name one, as in openbookqa.")
     shots: tuple[int | None, ...] = tuple(args.num_fewshot or (None,))
     if _PAPER in words:
         words[words.index(_PAPER) : words.index(_PAPER) + 1] = [t.name for t in PAPER_TASKS]
@@ -132,6 +149,19 @@ def run_eval(args: argparse.Namespace) -> int:
         write_json(args.output, _report(args, conditioning, results, average))
         print(f"written to {args.output}", file=sys.stderr)
     return 0
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a folder that cannot be evaluated, before anything heavy is loaded.
+
+    Raises:
+        FlagError: When it is no model that transformers would load as it is meant.
+    """
+    from megatron_meco.inference.model_folder import check_model_folder
+
+    if not folder.is_dir():
+        raise not_an_export(folder, "no such folder")
+    check_model_folder(folder, lambda reason: not_an_export(folder, reason))
 
 
 def load_harness(tasks: list[str], include_path: Path | None) -> Evaluation:
@@ -174,36 +204,36 @@ def load_harness_model(args: argparse.Namespace, batch_size: int | str) -> Any:
     """
     from transformers.utils import logging as transformers_logging
 
-    from megatron_meco.inference.generate import pick_device
+    from megatron_meco.inference.generate import load_model
     from megatron_meco.inference.harness import MeCoLM
 
     transformers_logging.disable_progress_bar()
-    device = pick_device(args.device)
-    check_model_files(args.model)
+    # By the loader of the other commands, which checks the folder.
+    model = load_model(args.model, args.device, args.template, own_sampling=True).model
     try:
-        return MeCoLM(str(args.model), device=device, batch_size=batch_size)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise not_an_export(args.model, str(error).splitlines()[0]) from error
+        return MeCoLM(model, tokenizer=str(args.model), batch_size=batch_size)
+    # What a library of others says about files of others may be anything.
+    except Exception as error:
+        raise not_an_export(args.model, one_line(error)) from error
 
 
 # ---- Flags ----
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    size, _, rest = args.batch_size.partition(":")
-    is_auto = size == "auto" and (not rest or rest.isdecimal())
-    is_number = args.batch_size.isdecimal() and int(args.batch_size) > 0
-    few = args.num_fewshot or [0]
-    limit = 1 if args.limit is None else args.limit
-    whole_or_share = limit > 0 and (limit < 1 or limit == int(limit))
-    checks = (
-        (is_auto or is_number, "--batch_size", args.batch_size, "Give 1 or more, or auto."),
-        (min(few) >= 0, "--num_fewshot", min(few), "Give 0 or more."),
-        (whole_or_share, "--limit", f"{limit:g}", "Give a whole number, or a share below 1."),
-    )
-    for right, flag, value, remedy in checks:
-        if not right:
-            raise FlagError(f"cannot be {value}", where=flag, remedy=remedy)
+    # ASCII digits: what else counts as one is no number to the harness.
+    size = re.fullmatch(r"auto(?::([0-9]{1,5}))?|([0-9]{1,12})", args.batch_size)
+    if size is None or (size[1] is not None and int(size[1]) < 1):
+        remedy = "Give a number, auto, or auto:N with N 1 or more."
+        given = shown(args.batch_size, 40) or "empty"
+        raise FlagError(f"cannot be {given}", where="--batch-size", remedy=remedy)
+    check_range("--batch-size", int(size[2] or 1), 1, MOST_AT_ONCE)
+    for number in args.num_fewshot or ():
+        check_range("--num-fewshot", number, 0, MOST_SHOTS)
+    limit = 1.0 if args.limit is None else args.limit
+    if not (0 < limit < 1 or (1 <= limit <= MOST and limit == int(limit))):
+        remedy = f"Give a whole number up to {MOST:,}, or a share below 1."
+        raise FlagError(f"cannot be {limit:g}", where="--limit", remedy=remedy)
 
 
 def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
@@ -211,18 +241,33 @@ def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
         return {}
     where = f"{_METADATA_FILE} {path}"
     remedy = "Write one entry for each task, as in `arc_easy: {url: www.sciencestudyquiz.com}`."
+
+    def refuse(reason: str) -> FlagError:
+        return FlagError(reason, where=where, remedy=remedy)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise FlagError(f"cannot be read ({reason})", where=where, remedy=remedy) from error
+        content = yaml.load(read_text(path, refuse), _UniqueKeys)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, MeCoError):
+            raise
+        raise refuse(f"cannot be read ({' '.join(str(error).split()):.200})") from error
     if not isinstance(content, dict) or not content:
-        raise FlagError("holds no tasks", where=where, remedy=remedy)
+        raise refuse("holds no tasks")
     for task, values in content.items():
         fits = isinstance(values, dict) and all(isinstance(v, str) for v in values.values())
         if not fits or not values:
-            raise FlagError(f"no fields with texts for {task!r}", where=where, remedy=remedy)
+            raise refuse(f"no fields with texts for {task!r}")
     return {str(task): values for task, values in content.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, whose last value would count in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is there twice")
+        return found
 
 
 def _check_tasks(named: list[str], evaluation: Evaluation) -> None:
@@ -247,8 +292,9 @@ def _evaluate(
     shots: tuple[int | None, ...],
 ) -> list[TaskResult]:
     from megatron_meco.inference.evaluate import evaluate_task
+    from megatron_meco.inference.generate import enough_memory
 
-    print(f"loading the data of {len(evaluation.names)} tasks", file=sys.stderr)
+    print(f"loading the data of {counted(len(evaluation.names), 'task')}", file=sys.stderr)
     for name in evaluation.names:
         evaluation.load(name)
     size = args.batch_size
@@ -257,9 +303,10 @@ def _evaluate(
     for name in evaluation.names:
         for num_fewshot in shots:
             chosen = prefixes.get(name, prefix)
-            done = evaluate_task(
-                evaluation, model, name, chosen, num_fewshot=num_fewshot, limit=args.limit
-            )
+            with enough_memory("--batch-size", "Give a smaller one, or another --device."):
+                done = evaluate_task(
+                    evaluation, model, name, chosen, num_fewshot=num_fewshot, limit=args.limit
+                )
             # A task may fix its number of examples, whatever is asked for.
             results += [result for result in done if result not in results]
     return results
@@ -316,8 +363,8 @@ def _print_table(results: list[TaskResult], averages: dict[str, dict[str, float 
             if count:
                 what = "behind the prefix" if condition == "conditioned" else "from the left"
                 print(
-                    f"{result.task}, {condition}: {count:,} requests were too long for the model "
-                    f"and were cut {what}",
+                    f"{result.task}, {condition}: {counted(count, 'request')} too long for the "
+                    f"model, cut {what}",
                     file=sys.stderr,
                 )
 

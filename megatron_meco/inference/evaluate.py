@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.inference.wording import one_line
 
 
 class TaskError(MeCoError):
@@ -198,10 +200,18 @@ class Evaluation:
         if include_path is not None and not include_path.is_dir():
             raise FlagError(
                 "no such folder",
-                where=f"--include_path {include_path}",
+                where=f"--include-path {include_path}",
                 remedy="Name the folder that holds the YAML files of your tasks.",
             )
-        self._manager = TaskManager(include_path=str(include_path) if include_path else None)
+        try:
+            self._manager = TaskManager(include_path=str(include_path) if include_path else None)
+        # The files are the user's, and may fail in any way.
+        except Exception as error:
+            raise FlagError(
+                f"its tasks cannot be read ({one_line(error)})",
+                where=f"--include-path {include_path}",
+                remedy="Mend the YAML files in it.",
+            ) from error
         self.names = [name for task in tasks for name in self._match(task)]
 
     def load(self, name: str) -> dict[str, Any]:
@@ -216,17 +226,15 @@ class Evaluation:
         Raises:
             TaskError: When its definition or its data cannot be had.
         """
-        from datasets.exceptions import DatasetsError
-
         try:
             loaded: dict[str, Any] = self._manager.load([name])
-        except (OSError, DatasetsError, ImportError, KeyError, TypeError, ValueError) as error:
+        # A task runs templates and functions of its author's.
+        except Exception as error:
             settings = getattr(self._manager.task_index.get(name), "cfg", None) or {}
             data_set = settings.get("dataset_path")
             of_data = f"its data set {data_set!r}" if data_set else "its data"
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise TaskError(
-                f"{of_data} cannot be loaded ({reason})",
+                f"{of_data} cannot be loaded ({one_line(error)})",
                 where=f"task {name!r}",
                 remedy="A data set that is not in the cache of the `datasets` library is fetched "
                 "from its hub: run once with a network, or leave the task out.",
@@ -276,13 +284,13 @@ class Evaluation:
             results: dict[str, Any] = evaluate(
                 lm=model, task_dict=loaded, limit=limit, samples=samples
             )
-        except MeCoError:
+        except (MeCoError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (AssertionError, ValueError) as error:
+        except Exception as error:
             raise TaskError(
-                f"lm-evaluation-harness refuses it ({' '.join(str(error).split())})",
+                f"lm-evaluation-harness refuses it ({one_line(error)})",
                 where=f"task {', '.join(loaded['tasks'])}",
-                remedy="Leave the task out, or give it another --num_fewshot.",
+                remedy="Leave the task out, or give it another --num-fewshot.",
             ) from error
         return results
 
@@ -295,7 +303,7 @@ class Evaluation:
                 where="--tasks",
                 remedy=f"Near it: {', '.join(near)}."
                 if near
-                else "`lm_eval ls tasks` lists them; tasks of your own need --include_path.",
+                else "`lm_eval ls tasks` lists them; tasks of your own need --include-path.",
             )
         return matched
 

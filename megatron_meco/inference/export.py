@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_meco.errors import FlagError
-from megatron_meco.inference.checkpoint import Checkpoint, find_iteration
+from megatron_meco.inference.checkpoint import Checkpoint, CheckpointError, find_iteration
+from megatron_meco.inference.input_file import check_text
 from megatron_meco.inference.llama import (
     Sizes,
     Weight,
@@ -31,12 +35,27 @@ from megatron_meco.inference.llama import (
     take_part,
 )
 from megatron_meco.inference.model_card import describe_run, model_card
-from megatron_meco.inference.output_file import appearing_folder
-from megatron_meco.inference.tokenizer_files import Words, read_tokenizer, write_tokenizer
+from megatron_meco.inference.output_file import appearing_folder, check_new_folder
+from megatron_meco.inference.run_flags import check_flags
+from megatron_meco.inference.tokenizer_files import (
+    TOKENIZER_FILES,
+    Words,
+    read_tokenizer,
+    write_tokenizer,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "meco.json"
 _BYTES_PER_SHARD = 4_000_000_000
+# All that an export holds beside its weights.
+_FILES = {
+    CARD,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +105,7 @@ def export(
     _check_output(output, overwrite)
     checkpoint = Checkpoint(find_iteration(load, iteration))
     args, where = checkpoint.args, str(checkpoint.folder)
+    check_flags(args, where)
     check_architecture(args, where)
     words = read_tokenizer(args, tokenizer)
     sizes = Sizes.from_args(args, words.size)
@@ -163,7 +183,11 @@ def _write_weights(
         if len(shards) == 1:
             file = "model.safetensors"
         tensors = dict(_tensors(checkpoint, shard, sizes, dtype))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # What the Rust library makes of a full disk.
+            raise OSError(str(error)) from error
         # safetensors makes files that only their owner can read.
         (folder / file).chmod((folder / "config.json").stat().st_mode)
         names.update(dict.fromkeys(tensors, file))
@@ -194,10 +218,21 @@ def _tensors(
         # Queries, keys and values come from one tensor, one after the other.
         if (weight.source, weight.row) != last:
             tensor = checkpoint.read(weight.source, weight.row)
+            _check_finite(tensor, weight, checkpoint.folder)
             last = (weight.source, weight.row)
         part = take_part(weight, tensor, sizes)
         # A copy: safetensors refuses tensors that share memory.
         yield weight.name, part.to(dtype, copy=True).contiguous()
+
+
+def _check_finite(tensor: torch.Tensor, weight: Weight, folder: Path) -> None:
+    if not tensor.isfinite().all():
+        layer = "" if weight.row is None else f" of layer {weight.row}"
+        raise CheckpointError(
+            f"tensor {weight.source}{layer} holds NaN or infinity",
+            where=str(folder),
+            remedy="Name an earlier --iteration: that model computes nothing.",
+        )
 
 
 # ---- The folder ----
@@ -205,13 +240,28 @@ def _tensors(
 
 def _check_output(output: Path, overwrite: bool) -> None:
     where = f"--output {output}"
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    # The libraries that write files take no other names.
+    check_text(os.path.realpath(output), "--output")
+    try:
+        check_new_folder(output)
+    except FlagError:
+        if not (output / CARD).is_file():
+            # --overwrite removes the folder: never one that holds something else.
+            remedy = "Name a new folder."
+            raise FlagError("exists and is no export", where=where, remedy=remedy) from None
+        if not overwrite:
+            remedy = "Add --overwrite, or name a new folder."
+            raise FlagError("exists", where=where, remedy=remedy) from None
+    else:
         return
-    if not (output / CARD).is_file():
-        # --overwrite removes the folder: never one that holds something else.
-        raise FlagError("exists and is no export", where=where, remedy="Name a new folder.")
-    if not overwrite:
-        raise FlagError("exists", where=where, remedy="Add --overwrite, or name a new folder.")
+    for path in sorted(output.iterdir()):
+        ours = path.name in _FILES or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path.name)
+        if not ours and (path.is_dir() or path.stat().st_size):
+            raise FlagError(
+                f"holds {path.name!r}, which no export writes",
+                where=where,
+                remedy="Move it elsewhere: --overwrite removes the whole folder.",
+            )
 
 
 def _write_json(path: Path, value: Any) -> None:

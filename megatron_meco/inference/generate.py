@@ -11,31 +11,49 @@ What was given up: batches; prompts and conditions run one after the other.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextStreamer,
+)
 from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.conditioning import (
-    Conditioning,
-    check_model_files,
-    not_an_export,
-    parse_values,
-)
+from megatron_meco.inference.conditioning import Conditioning, not_an_export, parse_values
 from megatron_meco.inference.eval_command import add_model_arguments
+from megatron_meco.inference.flag_values import (
+    MOST,
+    MOST_GUIDANCE,
+    check_range,
+    check_seed,
+    check_temperature,
+    check_top_p,
+)
+from megatron_meco.inference.input_file import Refuse, check_text, read_lines
+from megatron_meco.inference.model_folder import check_model_folder
+from megatron_meco.inference.wording import counted, first_line, one_line, shown
 
 _NONE = "none"
 
 
 class PromptError(MeCoError):
     """A prompt that the model cannot continue."""
+
+
+class ModelError(MeCoError):
+    """A model that computes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +71,91 @@ class LoadedModel:
     conditioning: Conditioning
 
 
-def load_model(folder: Path, device: str | None = None, template: str | None = None) -> LoadedModel:
+def load_model(
+    folder: Path,
+    device: str | None = None,
+    template: str | None = None,
+    *,
+    own_sampling: bool = False,
+) -> LoadedModel:
     """Load a folder that `meco export` wrote.
 
     Args:
         folder: The folder.
         device: Where to; None: the first GPU, or the CPU.
         template: Instead of the one it was trained with; None: that one.
+        own_sampling: Whether penalties and the like in a `generation_config.json` of other origin
+            are kept; else nothing but the callers' options decides how to sample.
 
     Raises:
         FlagError: When it is no such folder, or the device or the template cannot be used.
     """
     conditioning = Conditioning.of_folder(folder, template)
-    check_model_files(folder)
+
+    def refuse(reason: str) -> FlagError:
+        return not_an_export(folder, reason)
+
+    if not folder.is_dir():
+        raise refuse("no such folder")
+    check_model_folder(folder, refuse)
     device = pick_device(device)
+    # Code that lies in the folder is never run; weights are never unpickled.
+    options = {"local_files_only": True, "trust_remote_code": False}
+    with enough_memory(f"--model {folder}", "Give a --device with more memory."):
+        try:
+            model, told = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        # What a library of others says about files of others may be anything.
+        except Exception as error:
+            raise refuse(one_line(error)) from error
+        _check_loaded(model, tokenizer, told, refuse)
+        if not own_sampling:
+            model.generation_config = GenerationConfig(eos_token_id=end_tokens(model) or None)
+        model = model.to(device).eval()
+    return LoadedModel(model=model, tokenizer=tokenizer, conditioning=conditioning)
+
+
+def _check_loaded(model: Any, tokenizer: Any, told: dict[str, Any], refuse: Refuse) -> None:
+    """Refuse what transformers only warns of: weights that it made up or had no place for."""
+    for key, what in (
+        ("missing_keys", "it has no tensor"),
+        ("mismatched_keys", "its model has another shape for tensor"),
+        ("unexpected_keys", "its model has no place for tensor"),
+    ):
+        if names := sorted(map(str, told.get(key) or ())):
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise refuse(f"{what} {shown(names[0], 120)}{more}")
+    known = model.get_input_embeddings().num_embeddings
+    for token in (*end_tokens(model), model.config.bos_token_id):
+        if token is not None and not (type(token) is int and 0 <= token < known):
+            raise refuse(f"its begin or end token is {token!r:.40}, its model has {known:,} tokens")
+    if len(tokenizer) > known:
+        raise refuse(f"its tokenizer has {counted(len(tokenizer), 'token')}, its model {known:,}")
+
+
+@contextlib.contextmanager
+def enough_memory(where: str, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory inside the block into a refusal.
+
+    Args:
+        where: The flag that asks for so much.
+        remedy: What to do.
+
+    Raises:
+        FlagError: When memory ran out.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise not_an_export(folder, str(error).splitlines()[0]) from error
-    return LoadedModel(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        conditioning=conditioning,
-    )
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch says it in a class of its own for GPUs alone.
+        is_cpu = "not enough memory" in str(error) or "can't allocate memory" in str(error)
+        if not is_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise FlagError("needs more memory than there is", where=where, remedy=remedy) from error
 
 
 def pick_device(device: str | None) -> str:
@@ -88,14 +167,39 @@ def pick_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # A number comes back: the device `meta` has none.
+        torch.zeros(1, device=device).item()
+    # Backends that are not there raise whatever they like.
+    except Exception as error:
         raise FlagError(
-            f"cannot be used ({str(error).splitlines()[0]})",
+            f"cannot be used ({first_line(error)})",
             where=f"--device {device}",
             remedy="Give cpu, or cuda:N where torch sees that GPU.",
         ) from error
     return device
+
+
+class _FiniteScores(LogitsProcessor):  # type: ignore[misc]
+    """Refuses what a broken model computes: the likeliest of tokens that are NaN is the first."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Single tokens may be ruled out with minus infinity.
+        check_finite(scores.amax(-1))
+        return scores
+
+
+def check_finite(scores: torch.Tensor) -> None:
+    """Refuse what a broken model computes.
+
+    Raises:
+        ModelError: When any score is NaN or infinite.
+    """
+    if not scores.isfinite().all():
+        raise ModelError(
+            "computes NaN or infinity",
+            where="--model",
+            remedy="Its weights are broken: name another one.",
+        )
 
 
 def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> list[int]:
@@ -170,18 +274,36 @@ def generate_text(
             "negative_prompt_ids": plain,
             "negative_prompt_attention_mask": torch.ones_like(plain),
         }
-    with torch.random.fork_rng(), torch.no_grad():
+    with (
+        enough_memory("--max-new-tokens", "Give fewer, or a shorter prompt."),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
         torch.manual_seed(seed)
         out = model.generate(
             context,
             attention_mask=torch.ones_like(context),
             max_new_tokens=max_new_tokens,
-            pad_token_id=model.config.eos_token_id,
+            pad_token_id=(end_tokens(model) or [None])[0],
             streamer=streamer,
+            logits_processor=finite_scores(),
             **options,
         )
     text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     return text
+
+
+def finite_scores() -> LogitsProcessorList:
+    """For `generate`: refuses the scores of a broken model (`ModelError`)."""
+    return LogitsProcessorList([_FiniteScores()])
+
+
+def end_tokens(model: Any) -> list[int]:
+    """The tokens that end a text: one, or several in models of other origin, or none."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = model.config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
@@ -224,13 +346,16 @@ def check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
             where="--prompt",
             remedy="Give some text.",
         )
-    room = model.config.max_position_embeddings
-    if len(ids) + max_new_tokens > room:
+    room = getattr(model.config, "max_position_embeddings", None)
+    # Some architectures have no limit.
+    if room is not None and len(ids) + max_new_tokens > room:
         raise PromptError(
-            f"prefix and prompt are {len(ids)} tokens, {max_new_tokens} more do not fit in the "
-            f"model's {room}",
+            f"prefix and prompt are {counted(len(ids), 'token')}, {max_new_tokens:,} more do not "
+            f"fit in the model's {room}",
             where="--max-new-tokens",
-            remedy=f"Give {max(room - len(ids), 0)} or less, or a shorter prompt.",
+            remedy=f"Give {room - len(ids)} or less, or a shorter prompt."
+            if room > len(ids)
+            else "Give a shorter prompt.",
         )
 
 
@@ -297,7 +422,7 @@ def run_generate(args: argparse.Namespace) -> int:
     loaded = load_model(args.model, args.device, args.template)
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
-            print(f"##### prompt {number}: {prompt}\n")
+            print(f"##### prompt {number}: {shown(prompt)}\n")
         for values, prefix in zip(conditions, prefixes, strict=True):
             guidance = args.guidance if prefix else None
             for seed in args.seed:
@@ -336,40 +461,33 @@ def _generate_one(
 def _heading(values: dict[str, str], prefix: str, guidance: float | None) -> str:
     if not values:
         return "=== no metadata"
-    given = " ".join(f"{name}={value}" for name, value in values.items())
+    given = " ".join(f"{name}={shown(value)}" for name, value in values.items())
     strength = "" if guidance is None else f", guidance {guidance:g}"
     return f"=== {given} (prefix {prefix!r}{strength})"
 
 
 def _check_flags(args: argparse.Namespace, conditions: list[dict[str, str]]) -> None:
-    checks = (
-        (args.max_new_tokens < 1, "--max-new-tokens", args.max_new_tokens, "Give 1 or more."),
-        (args.temperature < 0, "--temperature", args.temperature, "Give 0 or more."),
-        (not 0 < args.top_p <= 1, "--top-p", args.top_p, "Give a share above 0, up to 1."),
-    )
-    for wrong, flag, value, remedy in checks:
-        if wrong:
-            raise FlagError(f"cannot be {value}", where=flag, remedy=remedy)
+    check_range("--max-new-tokens", args.max_new_tokens, 1, MOST)
+    check_temperature(args.temperature, zero=True)
+    check_top_p(args.top_p)
+    for seed in args.seed:
+        check_seed(seed)
+    check_range("--guidance", args.guidance, -MOST_GUIDANCE, MOST_GUIDANCE)
     if args.guidance is not None and len(conditions) == 1:
         raise FlagError(
             "has nothing to strengthen without metadata",
             where="--guidance",
             remedy="Give --metadata FIELD=VALUE, or drop the flag.",
         )
+    if args.prompt is not None:
+        check_text(args.prompt, "--prompt")
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlagError(
-            f"cannot be read ({error})",
-            where=f"--prompt-file {path}",
-            remedy="Name a UTF-8 text file with one prompt in each line.",
-        ) from error
+    where = f"--prompt-file {path}"
+    remedy = "Name a UTF-8 text file with one prompt in each line."
+    lines = read_lines(path, lambda reason: FlagError(reason, where=where, remedy=remedy))
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise FlagError(
-            "holds no prompts", where=f"--prompt-file {path}", remedy="Write one in each line."
-        )
+        raise FlagError("holds no prompts", where=where, remedy="Write one in each line.")
     return prompts

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
 
 from megatron_meco.errors import MeCoError
-from megatron_meco.inference.generate import encode_text
+from megatron_meco.inference.generate import check_finite, encode_text, finite_scores
 
 _NAME = "meco"
 
@@ -44,8 +44,10 @@ class MeCoLM(HFLM):
 
     def __init__(self, pretrained: Any, prefix: str = "", **options: Any) -> None:
         if options.get("add_bos_token") is None:
-            is_folder = isinstance(pretrained, str)
-            config = AutoConfig.from_pretrained(pretrained) if is_folder else pretrained.config
+            if isinstance(pretrained, str):
+                config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+            else:
+                config = pretrained.config
             options["add_bos_token"] = config.bos_token_id is not None
         super().__init__(pretrained=pretrained, **options)
         self._prefix_ids: list[int] = []
@@ -124,7 +126,16 @@ class MeCoLM(HFLM):
             self.num_cut += sum(
                 len(context) + len(continuation) > longest for _, context, continuation in requests
             )
-        return super()._loglikelihood_tokens(requests, *args, **options)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **options)
+        # An impossible answer has minus infinity, which is a number here.
+        check_finite(torch.tensor([score for score, _ in found]).clamp(min=-1e30))
+        return found
+
+    def _model_generate(self, *args: Any, **options: Any) -> torch.Tensor:
+        out: torch.Tensor = super()._model_generate(
+            *args, **options, logits_processor=finite_scores()
+        )
+        return out
 
     def _conditioned(self, context: Sequence[int], room: int | None, is_empty: bool) -> list[int]:
         """Put the prefix after BOS, and cut behind it what has no room."""

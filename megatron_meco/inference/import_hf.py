@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import time
 import warnings
 from argparse import Namespace
@@ -24,16 +25,22 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.llama import (
-    Sizes,
-    Weight,
-    join_parts,
-    megatron_shapes,
-    plan_weights,
+from megatron_meco.inference.input_file import Refuse
+from megatron_meco.inference.llama import Sizes, Weight, join_parts, megatron_shapes
+from megatron_meco.inference.model_folder import (
+    Stored,
+    check_layers,
+    check_llama,
+    finite_number,
+    llama_sizes,
+    read_config,
+    read_weights,
 )
-from megatron_meco.inference.output_file import appearing_folder
+from megatron_meco.inference.output_file import appearing_folder, check_new_folder
+from megatron_meco.inference.wording import first_line
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 # Megatron's default of --make-vocab-size-divisible-by.
@@ -48,7 +55,13 @@ _LAYER_STATES = (
     "self_attention.core_attention",
 )
 _OTHER_STATES = ("decoder.final_layernorm",)
-_BUFFERS = ("rotary_emb.inv_freq",)
+# By safetensors' names.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class LlamaImportError(MeCoError):
@@ -82,10 +95,19 @@ def import_hf(model: Path, output: Path, *, tokenizer: Path | None = None) -> Im
         LlamaImportError: When the model is no plain Llama, or its files are damaged.
         FlagError: When the output or the tokenizer cannot be used.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FlagError("exists", where=f"--output {output}", remedy="Name a new folder.")
-    config = _read_config(model)
-    sizes = _sizes(config, model)
+    check_new_folder(output)
+
+    def refuse(reason: str) -> LlamaImportError:
+        return LlamaImportError(
+            reason,
+            where=f"--model {model}",
+            remedy="Name a plain Llama (RMSNorm, unscaled RoPE, SwiGLU, no biases), whole and as "
+            "transformers' save_pretrained writes it.",
+        )
+
+    config = read_config(model, refuse)
+    _check_architecture(config, refuse)
+    sizes = llama_sizes(config, refuse)
     tokenizer = tokenizer or model
     if not (tokenizer / "tokenizer.json").is_file():
         raise FlagError(
@@ -93,13 +115,12 @@ def import_hf(model: Path, output: Path, *, tokenizer: Path | None = None) -> Im
             where="--tokenizer",
             remedy="Give the folder of the model's tokenizer.",
         )
-    shapes = megatron_shapes(sizes)
-    weights = plan_weights(shapes, sizes, str(model))
-    files = _weight_files(model)
-    _check_weights(files, weights, model)
-    tensors = dict(_tensors(files, weights, shapes, sizes, model))
-    dtype = tensors[weights[0].source].dtype
-    args = _run_args(config, sizes, dtype, tokenizer)
+    stored = read_weights(model, refuse)
+    check_layers(config, stored, refuse)
+    weights = check_llama(sizes, stored, refuse)
+    dtypes = _dtypes(stored, weights, refuse)
+    args = _run_args(config, sizes, dtypes[weights[0].source], tokenizer, refuse)
+    tensors = dict(_tensors(stored, weights, sizes, dtypes, refuse))
     with appearing_folder(output) as folder:
         _write(folder / "release", tensors, args)
         (folder / _TRACKER).write_text("release")
@@ -113,154 +134,90 @@ def import_hf(model: Path, output: Path, *, tokenizer: Path | None = None) -> Im
 # ---- The model's folder ----
 
 
-def _read_config(model: Path) -> dict[str, Any]:
-    where = f"--model {model}"
-    remedy = "Name a folder that transformers' save_pretrained wrote."
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LlamaImportError(
-            f"no readable config.json ({error})", where=where, remedy=remedy
-        ) from error
-    if not isinstance(config, dict):
-        raise LlamaImportError("config.json holds no object", where=where, remedy=remedy)
-    return config
-
-
-def _sizes(config: dict[str, Any], model: Path) -> Sizes:
-    kind = config.get("model_type")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+def _check_architecture(config: dict[str, Any], refuse: Refuse) -> None:
+    rope = _rope(config, refuse)
     checks = (
-        ("architecture", kind, "llama"),
+        ("architecture", config.get("model_type"), "llama"),
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("attention_bias", bool(config.get("attention_bias")), False),
         ("mlp_bias", bool(config.get("mlp_bias")), False),
-        ("rope_type", rope_type, "default"),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1),
+        ("partial_rotary_factor", config.get("partial_rotary_factor", 1), 1),
         ("quantization_config", config.get("quantization_config"), None),
     )
     for name, value, needed in checks:
         if value != needed:
-            raise LlamaImportError(
-                f"the model has {name} = {value!r}, and only {needed!r} can be imported",
-                where=f"--model {model}",
-                remedy="Import a plain Llama: RMSNorm, unscaled RoPE, SwiGLU, no biases.",
+            raise refuse(
+                f"the model has {name} = {value!r:.80}, and only {needed!r} can be imported"
             )
-    try:
-        heads = int(config["num_attention_heads"])
-        return Sizes(
-            layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
-            ffn=int(config["intermediate_size"]),
-            heads=heads,
-            groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise LlamaImportError(
-            f"config.json lacks a size ({error})",
-            where=f"--model {model}",
-            remedy="Name a folder that transformers' save_pretrained wrote.",
-        ) from error
 
 
-def _weight_files(model: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    paths = sorted(model.glob("*.safetensors"))
-    index = model / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            paths = sorted({model / file for file in listed.values()})
-        if not paths:
-            raise LlamaImportError(
-                "holds no safetensors files",
-                where=f"--model {model}",
-                remedy="Load it with transformers and save it again: save_pretrained writes them.",
+def _rope(config: dict[str, Any], refuse: Refuse) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise refuse(f"config.json: its RoPE is {rope!r:.40}")
+    return rope
+
+
+def _dtypes(
+    stored: dict[str, Stored], weights: list[Weight], refuse: Refuse
+) -> dict[str, torch.dtype]:
+    """The type of each of Megatron's tensors, whose parts must agree: a cast is no import."""
+    first: dict[str, Weight] = {}
+    for weight in weights:
+        one = first.setdefault(weight.source, weight)
+        if stored[weight.name].dtype != stored[one.name].dtype:
+            raise refuse(
+                f"tensor {weight.name} is {stored[weight.name].dtype}, and {one.name} is "
+                f"{stored[one.name].dtype}"
             )
-        found: dict[str, Path] = {}
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, MeCoError):
-            raise
-        raise _damaged(model, error) from error
-    return {name: path for name, path in found.items() if not name.endswith(_BUFFERS)}
-
-
-def _check_weights(files: dict[str, Path], weights: list[Weight], model: Path) -> None:
-    needed = {weight.name for weight in weights}
-    # A tied output layer is written by some tools, and is the embedding.
-    unknown = sorted(files.keys() - needed - {"lm_head.weight"})
-    missing = sorted(needed - files.keys())
-    for what, names in (("unknown tensor", unknown), ("no tensor", missing)):
-        if names:
-            raise LlamaImportError(
-                f"{what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""),
-                where=f"--model {model}",
-                remedy="Only a plain Llama, with all of its weights, can be imported.",
-            )
+    return {source: _DTYPES[stored[one.name].dtype] for source, one in first.items()}
 
 
 def _tensors(
-    files: dict[str, Path],
+    stored: dict[str, Stored],
     weights: list[Weight],
-    shapes: dict[str, tuple[int, ...]],
     sizes: Sizes,
-    model: Path,
+    dtypes: dict[str, torch.dtype],
+    refuse: Refuse,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Megatron's tensors, layers stacked."""
-    for source, shape in shapes.items():
+    for source, shape in megatron_shapes(sizes).items():
         here = [weight for weight in weights if weight.source == source]
-        out: torch.Tensor | None = None
+        out = torch.empty(shape, dtype=dtypes[source])
         for row in sorted({weight.row for weight in here}, key=lambda row: row or 0):
-            parts = {w.part: _read(files[w.name], w, model) for w in here if w.row == row}
-            joined = join_parts(parts, sizes)
-            if out is None:
-                out = torch.empty(shape, dtype=joined.dtype)
-            (out if row is None else out[row]).copy_(joined)
-        assert out is not None
+            parts = {w.part: _read(stored[w.name], w, refuse) for w in here if w.row == row}
+            (out if row is None else out[row]).copy_(join_parts(parts, sizes))
         yield source, out
 
 
-def _read(path: Path, weight: Weight, model: Path) -> torch.Tensor:
+def _read(stored: Stored, weight: Weight, refuse: Refuse) -> torch.Tensor:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(stored.path, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(weight.name)
     except (OSError, SafetensorError) as error:
-        raise _damaged(model, error) from error
-    if tuple(tensor.shape) != weight.shape:
-        raise LlamaImportError(
-            f"tensor {weight.name} has shape {list(tensor.shape)}, config.json gives "
-            f"{list(weight.shape)}",
-            where=f"--model {model}",
-            remedy="Copy the model again, or name another one.",
-        )
+        raise refuse(f"its weights cannot be read ({first_line(error)})") from error
+    if not tensor.isfinite().all():
+        raise refuse(f"tensor {weight.name} holds NaN or infinity")
     return tensor
-
-
-def _damaged(model: Path, error: Exception) -> LlamaImportError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return LlamaImportError(
-        f"its weights cannot be read ({reason})",
-        where=f"--model {model}",
-        remedy="Copy the model again, or name another one.",
-    )
 
 
 # ---- The checkpoint ----
 
 
 def _run_args(
-    config: dict[str, Any], sizes: Sizes, dtype: torch.dtype, tokenizer: Path
+    config: dict[str, Any], sizes: Sizes, dtype: torch.dtype, tokenizer: Path, refuse: Refuse
 ) -> Namespace:
     """What `--use-checkpoint-args` and `meco export` read."""
-    rope = config.get("rope_parameters") or {}
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    positions = int(config.get("max_position_embeddings", 2048))
+    outside = finite_number(config, "rope_theta", 10000.0, refuse)
+    base = finite_number(config.get("rope_parameters") or {}, "rope_theta", outside, refuse)
+    if not float(base).is_integer():
+        # Megatron's flag takes no other.
+        raise refuse(f"config.json: rope_theta is {base!r:.40}, no whole number")
+    positions = finite_number(config, "max_position_embeddings", 2048, refuse)
+    if not isinstance(positions, int) or positions >= 2**31:
+        raise refuse(f"config.json: max_position_embeddings is {positions!r:.40}")
     return Namespace(
         num_layers=sizes.layers,
         hidden_size=sizes.hidden,
@@ -273,11 +230,11 @@ def _run_args(
         seq_length=positions,
         position_embedding_type="rope",
         add_position_embedding=True,
-        rotary_base=int(base) if float(base).is_integer() else base,
+        rotary_base=int(base),
         rotary_percent=1.0,
         rotary_interleaved=False,
         normalization="RMSNorm",
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        layernorm_epsilon=finite_number(config, "rms_norm_eps", 1e-6, refuse),
         swiglu=True,
         squared_relu=False,
         add_bias_linear=False,
@@ -286,7 +243,7 @@ def _run_args(
         hidden_dropout=0.0,
         apply_query_key_layer_scaling=False,
         untie_embeddings_and_output_weights=not sizes.tied,
-        init_method_std=config.get("initializer_range", 0.02),
+        init_method_std=finite_number(config, "initializer_range", 0.02, refuse, zero=True),
         params_dtype=dtype,
         tokenizer_type="HuggingFaceTokenizer",
         tokenizer_model=str(tokenizer.resolve()),
@@ -326,12 +283,17 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], args: Namespace) -> N
     with warnings.catch_warnings():
         # It says that no process group is there, which is the point.
         warnings.simplefilter("ignore")
-        dcp.save(
-            state,
-            storage_writer=dcp.FileSystemWriter(folder),
-            planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
-            no_dist=True,
-        )
+        try:
+            dcp.save(
+                state,
+                storage_writer=dcp.FileSystemWriter(folder),
+                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+                no_dist=True,
+            )
+        except CheckpointException as error:
+            # What PyTorch makes of a full disk: an exception for each rank, of one.
+            [(cause, _)] = error.failures.values()
+            raise OSError(first_line(cause)) from error
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backend))
 
@@ -347,7 +309,8 @@ def _flags(args: Namespace) -> list[str]:
         f"--position-embedding-type rope --rotary-base {args.rotary_base}",
         f"--normalization RMSNorm --norm-epsilon {args.layernorm_epsilon}",
         "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0",
-        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {args.tokenizer_model}",
+        "--tokenizer-type HuggingFaceTokenizer "
+        f"--tokenizer-model {shlex.quote(args.tokenizer_model)}",
     ]
     if args.group_query_attention:
         flags.insert(4, f"--group-query-attention --num-query-groups {args.num_query_groups}")
@@ -383,6 +346,6 @@ def run_import(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - begin
     print(f"{done.parameters:,} parameters written to {done.folder} in {seconds:.0f} s")
     print("train from it with:")
-    for line in (f"--load {done.folder} --finetune", *done.flags):
-        print(f"    {line} \\")
+    lines = [f"--load {shlex.quote(str(done.folder))} --finetune", *done.flags]
+    print(" \\\n".join(f"    {line}" for line in lines))
     return 0

@@ -9,6 +9,7 @@ Llama's.
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -187,6 +188,12 @@ def plan_weights(shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, where: str
     Raises:
         CheckpointError: For a tensor that is unknown, missing, or of another shape.
     """
+    if sizes.layers > sum(map(math.prod, shapes.values())):
+        raise CheckpointError(
+            f"its flags say {sizes.layers:,} layers, more than its tensors have numbers",
+            where=where,
+            remedy="Copy the checkpoint again, or name another one.",
+        )
     weights = [_embedding("model.embed_tokens.weight", _EMBEDDING, sizes)]
     for layer in range(sizes.layers):
         for name, within, part in _LAYER_WEIGHTS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_meco.config import COOLDOWN, MeCoConfig, add_meco_arguments
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.wording import shown
 from megatron_meco.training.arguments import schedule_from_args
 
 FORMAT = 1
@@ -107,8 +109,8 @@ def _training_lines(card: dict[str, Any]) -> list[str]:
     if not card["template"]:
         return [*lines, "- Trained without metadata."]
     lines += [
-        f"- Trained with metadata conditioning, template `{card['template']}`, in iterations 1 to "
-        f"{schedule['switch_iteration']:,}; the rest is the cooldown on plain documents.",
+        f"- Trained with metadata conditioning, template {_code(card['template'])}, in iterations "
+        f"1 to {schedule['switch_iteration']:,}; the rest is the cooldown on plain documents.",
         f"- Packing: {card['packing']}, sequences of {card['sequence_length']:,} tokens, seed "
         f"{card['seed']}.",
     ]
@@ -120,13 +122,22 @@ def _training_lines(card: dict[str, Any]) -> list[str]:
 def _data_lines(card: dict[str, Any]) -> list[str]:
     known = card["run_fingerprint"]
     if known is None:
-        return [f"- Data: `{p}`." for p in [*card["data_paths"], *card["cooldown_data_paths"]]]
+        return [f"- Data: {_code(p)}." for p in [*card["data_paths"], *card["cooldown_data_paths"]]]
     lines = []
     for use, corpora in (("", known["corpora"]), (" (cooldown)", known["cooldown_corpora"] or [])):
         for name, weight, fingerprint in corpora:
             share = "" if weight is None else f", weight {weight:g}"
-            lines.append(f"- Data{use}: `{name}`{share}, fingerprint {fingerprint}.")
+            lines.append(f"- Data{use}: {_code(name)}{share}, fingerprint {fingerprint}.")
     return lines
+
+
+def _code(text: str) -> str:
+    """A text as code in Markdown, on one line, whatever it holds."""
+    text = shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    # Spaces part the text's own backticks from the fence; readers take one off at each end.
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _document_start(card: dict[str, Any]) -> str:
@@ -150,7 +161,7 @@ def _conditioning_lines(card: dict[str, Any]) -> list[str]:
     if conditioning.columns == ("url",):
         prefix = conditioning.render({"url": _EXAMPLE_URL})
         lines += [f"    url={_EXAMPLE_URL}  ->  {prefix!r}", ""]
-    given = " ".join(f"{name}=..." for name in conditioning.columns)
+    given = " ".join(f"{shown(name)}=..." for name in conditioning.columns)
     return [
         *lines,
         f"    meco generate --model THIS_FOLDER --metadata {given} --prompt TEXT",

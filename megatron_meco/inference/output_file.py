@@ -1,6 +1,7 @@
-"""Files and folders of results that appear whole or not at all.
+"""Files and folders of results that appear whole or not at all, and replace nothing else.
 
-Costs one rename. What was given up: results larger than memory.
+Whether a name may be written is checked before hours of work, not after. Costs one rename. What was
+given up: results larger than memory.
 """
 
 from __future__ import annotations
@@ -16,17 +17,53 @@ from typing import Any
 from megatron_meco.errors import FlagError
 from megatron_meco.whole_file import whole_file
 
+_RESULTS = "results"
 
-def check_writable(path: Path, flag: str = "--output") -> None:
-    """Refuse a file that could not be written at the end of hours of work.
+
+def check_result_file(path: Path, flag: str = "--output") -> None:
+    """Refuse a file that could not be written at the end, or that holds something else.
+
+    Args:
+        path: The file. One that `write_json` wrote with `results` in it may be replaced.
+        flag: The flag that named it, for the message.
 
     Raises:
-        FlagError: When its folder does not exist or may not be written, or it is a folder.
+        FlagError: When its folder does not exist or may not be written, or it is there already and
+            is no earlier result.
     """
+    where = f"{flag} {path}"
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written"
-        raise FlagError(reason, where=f"{flag} {path}", remedy="Name a file in a folder of yours.")
+    try:
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            what = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written"
+            raise FlagError(what, where=where, remedy="Name a file in a folder of yours.")
+        if os.path.lexists(path) and not _is_result(path):
+            what = "exists and is no earlier result"
+            raise FlagError(what, where=where, remedy="Name a new file.")
+    except OSError as error:
+        raise _unwritable(where, error.strerror or str(error)) from error
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and _RESULTS in content
+
+
+def check_new_folder(output: Path) -> None:
+    """Refuse a folder that is there already and holds anything.
+
+    Raises:
+        FlagError: When it is no empty and no new folder.
+    """
+    where = f"--output {output}"
+    try:
+        if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+            raise FlagError("exists", where=where, remedy="Name a new folder.")
+    except OSError as error:
+        raise _unwritable(where, error.strerror or str(error), "folder") from error
 
 
 def write_json(path: Path, value: Any, flag: str = "--output") -> None:
@@ -41,15 +78,7 @@ def write_json(path: Path, value: Any, flag: str = "--output") -> None:
         FlagError: When it cannot be written.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-    def refuse(reason: str) -> FlagError:
-        return FlagError(
-            f"cannot be written ({reason})",
-            where=f"{flag} {path}",
-            remedy="Name a file with enough space that you may write.",
-        )
-
-    with whole_file(path, refuse) as file:
+    with whole_file(path, lambda reason: _unwritable(f"{flag} {path}", reason)) as file:
         file.write(text.encode())
 
 
@@ -58,7 +87,7 @@ def appearing_folder(output: Path) -> Iterator[Path]:
     """Give a folder to write into, which takes the place of `output` when all went well.
 
     Args:
-        output: What `--output` named.
+        output: What `--output` named; of a link, the folder that it leads to.
 
     Yields:
         A folder beside it.
@@ -66,9 +95,11 @@ def appearing_folder(output: Path) -> Iterator[Path]:
     Raises:
         FlagError: When it cannot be written.
     """
-    output = output.absolute()
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
+    output = Path(os.path.realpath(output))
+    # Process numbers repeat between the nodes that share a folder.
+    key = os.urandom(6).hex()
+    partial = output.with_name(f".{output.name}.partial-{key}")
+    earlier = output.with_name(f".{output.name}.earlier-{key}")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -80,13 +111,19 @@ def appearing_folder(output: Path) -> Iterator[Path]:
             output.rename(earlier)
         partial.rename(output)
     except OSError as error:
-        raise FlagError(
-            f"cannot be written ({error})",
-            where=f"--output {output}",
-            remedy="Name a folder with enough space that you may write.",
-        ) from error
+        raise _unwritable(f"--output {output}", str(error), "folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if earlier.exists() and not output.exists():
-            earlier.rename(output)
-        shutil.rmtree(earlier, ignore_errors=True)
+        # A folder that cannot be asked was not moved; one that cannot be moved back stays.
+        with contextlib.suppress(OSError):
+            if earlier.exists() and not output.exists():
+                earlier.rename(output)
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _unwritable(where: str, reason: str, kind: str = "file") -> FlagError:
+    return FlagError(
+        f"cannot be written ({reason})",
+        where=where,
+        remedy=f"Name a {kind} with enough space that you may write.",
+    )

@@ -14,16 +14,26 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from megatron_meco.errors import FlagError
-from megatron_meco.inference.generate import LoadedModel, check_room, encode_prompt
+from megatron_meco.inference.generate import (
+    LoadedModel,
+    check_room,
+    encode_prompt,
+    end_tokens,
+    enough_memory,
+    finite_scores,
+)
+from megatron_meco.inference.input_file import read_json
 from megatron_meco.inference.output_file import write_json
+from megatron_meco.whole_file import unfinished_files
 
 _SAMPLES = "generations.jsonl"
 _SETTINGS = "settings.json"
+_NEW = "Name a new or an empty folder."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +119,14 @@ def _one_batch(
     size: int,
 ) -> list[tuple[str, int]]:
     model, tokenizer = loaded.model, loaded.tokenizer
-    end = model.config.eos_token_id
+    ends = end_tokens(model)
     digest = hashlib.sha256(f"{settings.seed} {number} {prefix}".encode()).digest()
     ids = torch.tensor([context] * size, device=model.device)
-    with torch.random.fork_rng(), torch.no_grad():
+    with (
+        enough_memory("--batch-size", "Give a smaller one, and a new --output."),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
         torch.manual_seed(int.from_bytes(digest[:8], "big"))
         out = model.generate(
             ids,
@@ -124,9 +138,13 @@ def _one_batch(
             top_k=0,
             min_new_tokens=settings.min_new_tokens,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=end,
+            pad_token_id=(ends or [None])[0],
+            logits_processor=finite_scores(),
         )
-    rows = [row[: row.index(end)] if end in row else row for row in out[:, len(context) :].tolist()]
+    rows = []
+    for row in out[:, len(context) :].tolist():
+        lengths = [i for i, token in enumerate(row) if token in ends]
+        rows.append(row[: lengths[0]] if lengths else row)
     return [(tokenizer.decode(row, skip_special_tokens=True), len(row)) for row in rows]
 
 
@@ -137,22 +155,27 @@ def _check_settings(folder: Path, settings: SampleSettings) -> None:
     path = folder / _SETTINGS
     wanted = json.loads(json.dumps(asdict(settings)))
     where = f"--output {folder}"
+
+    def refuse(reason: str) -> FlagError:
+        return FlagError(f"cannot be used ({reason})", where=where, remedy=_NEW)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise FlagError(
-            f"cannot be used ({error})", where=where, remedy="Name a folder that you may write."
-        ) from error
-    if earlier is None:
-        if any(folder.iterdir()):
-            raise FlagError(
-                "holds something else", where=where, remedy="Name a new or an empty folder."
-            )
+        # A killed writer leaves its own temporary file.
+        is_empty = not set(folder.iterdir()) - set(unfinished_files(path))
+    except OSError as error:
+        raise refuse(error.strerror or str(error)) from error
+    if is_empty:
         write_json(path, wanted)
-    elif earlier != wanted:
-        different = [key for key in wanted if earlier.get(key) != wanted[key]]
-        told = ", ".join(f"{key} {earlier.get(key)!r}, now {wanted[key]!r}" for key in different)
+        return
+    if not path.is_file():
+        raise FlagError("holds something else", where=where, remedy=_NEW)
+    earlier = read_json(path, lambda reason: refuse(f"its {_SETTINGS} {reason}"))
+    if not isinstance(earlier, dict) or earlier.keys() != wanted.keys():
+        raise FlagError(f"holds another {_SETTINGS}", where=where, remedy=_NEW)
+    if earlier != wanted:
+        different = [key for key in wanted if earlier[key] != wanted[key]]
+        told = ", ".join(f"{key} {earlier[key]!r}, now {wanted[key]!r}" for key in different)
         raise FlagError(
             f"holds samples of other settings ({told})",
             where=where,
@@ -163,23 +186,52 @@ def _check_settings(folder: Path, settings: SampleSettings) -> None:
 def _read_whole_batches(path: Path, settings: SampleSettings) -> dict[str, list[str]]:
     """Read what is there, and cut off the batch that an interruption left unfinished."""
     done: dict[str, list[str]] = {prefix: [] for prefix in settings.prefixes}
-    if not path.is_file():
+    if not os.path.lexists(path):
         return done
-    with path.open("rb+") as file:
-        kept = 0
-        batch: list[dict[str, Any]] = []
-        for line in file:
-            try:
-                batch.append(json.loads(line))
-            except ValueError:
-                break
-            texts = done[batch[0]["prefix"]]
-            if len(batch) == min(settings.batch_size, settings.num_samples - len(texts)):
-                texts += [entry["text"] for entry in batch]
-                kept += sum(len(_line(entry)) for entry in batch)
-                batch = []
-        file.truncate(kept)
+    if not path.is_file():
+        raise FlagError("is no file", where=f"--output {path}", remedy=_NEW)
+    try:
+        with path.open("rb+") as file:
+            kept = _whole_batches(file, path, settings, done)
+            file.truncate(kept)
+    except OSError as error:
+        raise FlagError(
+            f"cannot be used ({error.strerror or error})", where=f"--output {path}", remedy=_NEW
+        ) from error
     return done
+
+
+def _whole_batches(
+    file: BinaryIO, path: Path, settings: SampleSettings, done: dict[str, list[str]]
+) -> int:
+    """Fill `done`, and return how many bytes of the file are whole batches."""
+    position = kept = 0
+    batch: list[str] = []
+    for number, line in enumerate(file):
+        # An interruption leaves a line without its end, and nothing behind it.
+        if not line.endswith(b"\n"):
+            break
+        kind, place = divmod(number, settings.num_samples)
+        try:
+            # A further kind would be one too many.
+            prefix = settings.prefixes[kind]
+            entry = json.loads(line)
+            text = entry["text"]
+            is_sample = (entry["prefix"], entry["sample"]) == (prefix, place)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            is_sample = False
+        if not is_sample or not isinstance(text, str):
+            raise FlagError(
+                f"line {number + 1:,} is no sample of these settings",
+                where=f"--output {path}",
+                remedy=_NEW,
+            )
+        position += len(line)
+        batch.append(text)
+        if len(batch) == min(settings.batch_size, settings.num_samples - len(done[prefix])):
+            done[prefix] += batch
+            kept, batch = position, []
+    return kept
 
 
 def _append(path: Path, entries: Iterable[dict[str, Any]]) -> None:

@@ -22,11 +22,20 @@ import numpy as np
 
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning
-from megatron_meco.inference.eval_command import add_model_arguments
+from megatron_meco.inference.eval_command import add_model_arguments, check_model
+from megatron_meco.inference.flag_values import (
+    MOST,
+    MOST_AT_ONCE,
+    check_range,
+    check_seed,
+    check_temperature,
+    check_top_p,
+)
 from megatron_meco.inference.generate import load_model, parse_metadata
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
+from megatron_meco.inference.wording import counted, first_line, shown
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -140,8 +149,11 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise _unusable(name, str(error), remedy) from error
+    # The module is the user's, and may fail in any way.
+    except Exception as error:
+        raise _unusable(name, first_line(error), remedy) from error
+    if not callable(found):
+        raise _unusable(name, f"{function} cannot be called", remedy)
 
     def scores(texts: list[str]) -> Mapping[str, Sequence[float]]:
         given = found(texts)
@@ -167,15 +179,24 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
     found: dict[str, list[float]] = {}
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         batch = list(texts[begin : begin + _TEXTS_AT_ONCE])
-        for key, values in scorer(batch).items():
+        try:
+            given = scorer(batch)
+        # So may its function.
+        except Exception as error:
+            raise _unusable(
+                name, f"failed ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        for key, values in given.items():
             try:
                 numbers = [float(value) for value in values]
             except (TypeError, ValueError) as error:
                 raise _unusable(name, f"its {key!r} are no numbers ({error})") from error
             if len(numbers) != len(batch) or not np.isfinite(numbers).all():
-                what = f"gave {len(numbers)} numbers for {len(batch)} texts under {key!r}"
-                raise _unusable(name, what + ", or some that are not finite")
+                what = f"gave {counted(len(numbers), 'number')} for {counted(len(batch), 'text')}"
+                raise _unusable(name, f"{what} under {key!r}, or some that are not finite")
             found.setdefault(str(key), []).extend(numbers)
+    if any(len(numbers) != len(texts) for numbers in found.values()) or not found:
+        raise _unusable(name, "gave other names for some texts than for others, or none")
     return found
 
 
@@ -231,12 +252,8 @@ def run_steer(args: argparse.Namespace) -> int:
     _check_flags(args)
     conditions = parse_metadata(args.metadata)
     conditioning = Conditioning.of_folder(args.model, args.template)
-    names = {
-        conditioning.render(values) if values else "": " ".join(
-            f"{k}={v}" for k, v in values.items()
-        )
-        for values in conditions
-    }
+    check_model(args.model)
+    names = _names(conditions, conditioning)
     scorer = None if args.scorer is None else load_scorer(args.scorer, args.device)
     settings = SampleSettings(
         model=str(args.model.resolve()),
@@ -251,7 +268,8 @@ def run_steer(args: argparse.Namespace) -> int:
     )
     loaded = load_model(args.model, args.device, args.template)
     texts = sample(loaded, settings, args.output, _tell)
-    print(f"{args.output}: {settings.num_samples:,} samples of {len(names)} kinds", file=sys.stderr)
+    told = f"{counted(settings.num_samples, 'sample')} of {counted(len(names), 'kind')}"
+    print(f"{args.output}: {told}", file=sys.stderr)
     if scorer is not None:
         scores = {p: score_texts(scorer, texts[p], args.scorer) for p in settings.prefixes}
         report = _report(scores, args.seed)
@@ -273,29 +291,38 @@ def run_steer(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    at_least_one = ("num_samples", "batch_size", "max_new_tokens")
-    checks = [(getattr(args, f) >= 1, f, "Give 1 or more.") for f in at_least_one]
-    checks += [
-        (
-            args.temperature > 0,
-            "temperature",
-            "Give more than 0: samples that differ are the point.",
-        ),
-        (0 < args.top_p <= 1, "top_p", "Give a share above 0, up to 1."),
-        (
-            0 <= args.min_new_tokens <= args.max_new_tokens,
-            "min_new_tokens",
-            "Give 0 or more, and not more than --max-new-tokens.",
-        ),
-    ]
-    for right, name, remedy in checks:
-        if not right:
-            flag = "--" + name.replace("_", "-")
-            raise FlagError(f"cannot be {getattr(args, name)}", where=flag, remedy=remedy)
+    check_range("--num-samples", args.num_samples, 1, MOST)
+    check_range("--batch-size", args.batch_size, 1, MOST_AT_ONCE)
+    check_range("--max-new-tokens", args.max_new_tokens, 1, MOST)
+    remedy = "Give 0 or more, and not more than --max-new-tokens."
+    check_range("--min-new-tokens", args.min_new_tokens, 0, args.max_new_tokens, remedy)
+    check_temperature(args.temperature, zero=False)
+    check_top_p(args.top_p)
+    check_seed(args.seed)
+
+
+def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict[str, str]:
+    """The given metadata by the prefix that it gives; that of no metadata is empty."""
+    names: dict[str, str] = {}
+    for values in conditions:
+        prefix = conditioning.render(values) if values else ""
+        name = " ".join(f"{field}={shown(value)}" for field, value in values.items())
+        if prefix in names:
+            raise FlagError(
+                f"{names[prefix]} and {name} give the same prefix {prefix!r}",
+                where="--metadata",
+                remedy="Give one of them.",
+            )
+        names[prefix] = name
+    return names
 
 
 def _tell(done: int, total: int) -> None:
-    print(f"\r{done:,} of {total:,} samples", end="" if done < total else "\n", file=sys.stderr)
+    print(
+        f"\r{done:,} of {counted(total, 'sample')}",
+        end="" if done < total else "\n",
+        file=sys.stderr,
+    )
 
 
 def _report(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +29,31 @@ from megatron_meco.inference.candidates import (
 )
 from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.inference.eval_command import (
+    OWN_TASKS,
     add_model_arguments,
+    add_spelled,
+    check_model,
     load_harness,
     load_harness_model,
 )
 from megatron_meco.inference.evaluate import mean_and_error
-from megatron_meco.inference.generate import LoadedModel, encode_prompt, encode_text, load_model
-from megatron_meco.inference.output_file import check_writable, write_json
+from megatron_meco.inference.flag_values import (
+    MOST,
+    MOST_AT_ONCE,
+    MOST_SHOTS,
+    check_range,
+    check_seed,
+)
+from megatron_meco.inference.generate import (
+    LoadedModel,
+    check_finite,
+    encode_prompt,
+    encode_text,
+    enough_memory,
+    load_model,
+)
+from megatron_meco.inference.output_file import check_result_file, write_json
+from megatron_meco.inference.wording import counted
 
 # Positions whose logits exist at the same time: 1,024 of 128,256 float32 are half a gigabyte.
 _POSITIONS_AT_ONCE = 1024
@@ -139,6 +158,13 @@ class TextScore:
                 remedy="Leave it out.",
             )
         self._texts = [encode_text(self._tokenizer, text)[:room] for text in texts]
+        for number, text in enumerate(self._texts, 1):
+            if len(text) <= self._skipped:
+                raise FlagError(
+                    f"text {number:,} has no token to predict",
+                    where="--text",
+                    remedy="Leave it out.",
+                )
 
     @torch.no_grad()
     def __call__(self, prefix: str, documents: list[int]) -> list[float]:
@@ -155,6 +181,7 @@ class TextScore:
             targets = ids[0, first:].split(_POSITIONS_AT_ONCE)
             for part, labels in zip(hidden.split(_POSITIONS_AT_ONCE), targets, strict=True):
                 logits = head(part).float()
+                check_finite(logits.amax(-1))
                 total -= torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             scores.append(total / (len(text) - self._skipped))
         return scores
@@ -224,7 +251,8 @@ def add_sweep_urls_arguments(parser: argparse.ArgumentParser) -> None:
         "--candidates",
         type=Path,
         metavar="FILE",
-        help="one in each line: a value of the template's field, or FIELD=VALUE ... for several",
+        help="one in each line: FIELD=VALUE ..., quoted as in a shell, or a JSON object; or the "
+        "bare value, where the template has one field",
     )
     source.add_argument(
         "--data-path", metavar="PREFIX", help="take what is most frequent in this corpus"
@@ -235,10 +263,12 @@ def add_sweep_urls_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="a text in each line; .jsonl: the field `text`"
     )
     target.add_argument("--task", metavar="TASK", help="a task of lm-evaluation-harness")
-    add("--num_fewshot", "--num-fewshot", type=int, metavar="N", help="default: as the task says")
-    add("--include_path", "--include-path", type=Path, metavar="DIR", help="your own tasks")
+    add_spelled(parser, "--num-fewshot", type=int, metavar="N", help="default: as the task says")
+    add_spelled(parser, "--include-path", type=Path, metavar="DIR", help=OWN_TASKS)
     add("--metric", metavar="M", help="of the task; default: acc_norm if it has that, else acc")
-    add("--batch_size", "--batch-size", type=int, default=1, metavar="N", help="of the task")
+    add_spelled(
+        parser, "--batch-size", type=int, default=1, metavar="N", help="of the task; default: 1"
+    )
     add("--limit", type=int, metavar="N", help="use the first N documents only")
     add(
         "--report",
@@ -260,20 +290,22 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
     Returns:
         The exit status, 0.
     """
-    for flag in ("top", "report", "batch_size", "limit"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise FlagError(f"cannot be {value}", where=f"--{flag}", remedy="Give 1 or more.")
-    for flag in ("num_fewshot", "metric"):
-        if args.text is not None and getattr(args, flag) is not None:
+    for flag, value in (("--top", args.top), ("--report", args.report), ("--limit", args.limit)):
+        check_range(flag, value, 1, MOST)
+    check_range("--batch-size", args.batch_size, 1, MOST_AT_ONCE)
+    check_range("--num-fewshot", args.num_fewshot, 0, MOST_SHOTS)
+    check_seed(args.seed)
+    for flag, value in (("--num-fewshot", args.num_fewshot), ("--metric", args.metric)):
+        if args.text is not None and value is not None:
             raise FlagError(
                 "says something about a task, and --text is none",
-                where=f"--{flag}",
+                where=flag,
                 remedy="Leave it out, or give --task.",
             )
     if args.output is not None:
-        check_writable(args.output)
+        check_result_file(args.output)
     conditioning = Conditioning.of_folder(args.model, args.template)
+    check_model(args.model)
     if not conditioning.template:
         raise FlagError(
             "was trained without metadata",
@@ -281,7 +313,7 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
             remedy="Give a --template to try metadata on it all the same.",
         )
     if args.candidates is not None:
-        candidates = read_candidates(args.candidates, conditioning)
+        candidates = read_candidates(args.candidates, conditioning, _tell)
     else:
         candidates = most_frequent(args.data_path, conditioning, args.top)
     score: Score
@@ -302,16 +334,21 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
         unit = args.task
     if num_documents < _FEWEST_DOCUMENTS:
         raise FlagError(
-            f"{num_documents} documents are too few for two halves",
+            f"{counted(num_documents, 'document')} cannot be parted into two halves",
             where="--text" if args.text else "--task",
             remedy=f"Give {_FEWEST_DOCUMENTS} or more; some hundred tell something.",
         )
-    results = sweep(score, candidates, num_documents, num_reported=args.report, seed=args.seed)
+    with enough_memory("--device", "Give one with more memory, or a smaller --batch-size."):
+        results = sweep(score, candidates, num_documents, num_reported=args.report, seed=args.seed)
     _print_results(results, num_documents, unit)
     if args.output is not None:
         settings = {"model": str(args.model), "documents": num_documents, "seed": args.seed}
         write_json(args.output, {**settings, "results": [asdict(result) for result in results]})
     return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _print_results(results: list[Ranked], num_documents: int, unit: str) -> None:
@@ -331,6 +368,6 @@ def _print_results(results: list[Ranked], num_documents: int, unit: str) -> None
         print(line)
     best = results[1]
     print(
-        f"The choice is {best.name!r}; what it is worth stands on its right. Choosing another by "
+        f"The choice is '{best.name}'; what it is worth stands on its right. Choosing another by "
         "its second half would make that half useless."
     )

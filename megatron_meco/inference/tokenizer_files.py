@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from megatron_meco.errors import FlagError
+from megatron_meco.inference.input_file import read_json
 
 _COPIED = (
     "special_tokens_map.json",
@@ -25,6 +26,8 @@ _COPIED = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+# What `write_tokenizer` may write.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *_COPIED)
 _MOST_RANKS = 64
 
 
@@ -66,12 +69,13 @@ def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
     folder = _find(args, given)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     # The Rust library raises the bare class.
     except Exception as error:
-        raise _refusal(f"cannot be read ({error})", folder) from error
-    special = folder / "special_tokens_map.json"
-    named = json.loads(special.read_text(encoding="utf-8")) if special.is_file() else {}
+        reason = " ".join(str(error).split())
+        raise _refusal(f"has a tokenizer.json that cannot be read ({reason})", folder) from error
+    config = _read_object(folder, "tokenizer_config.json")
+    is_there = (folder / "special_tokens_map.json").is_file()
+    named = _read_object(folder, "special_tokens_map.json") if is_there else {}
     texts = {name: _text(value) for name, value in {**named, **config}.items()}
     # Megatron's own stand-ins.
     bos_text = texts.get("bos_token") or texts.get("cls_token")
@@ -80,7 +84,7 @@ def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
     if eos is None or eos_text is None:
         raise _refusal("has no EOS token", folder)
     bos = None if bos_text is None else tokenizer.token_to_id(bos_text)
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     _check_size(size, args, folder)
     return Words(
         folder=folder,
@@ -93,6 +97,15 @@ def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
         bos_text=bos_text,
         eos_text=eos_text,
     )
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    content = read_json(
+        folder / name, lambda reason: _refusal(f"has a {name} that {reason}", folder)
+    )
+    if not isinstance(content, dict):
+        raise _refusal(f"has a {name} that holds no object", folder)
+    return content
 
 
 def _find(args: Namespace, given: Path | None) -> Path:
@@ -151,6 +164,8 @@ def write_tokenizer(folder: Path, words: Words) -> None:
         "bos_token": words.bos_text,
         "eos_token": words.eos_text,
     }
+    # Names code beside the tokenizer, which is not copied.
+    config.pop("auto_map", None)
     tokenizer = Tokenizer.from_str(words.tokenizer.to_str())
     # A saved tokenizer may carry both, and would cut prompts without a word.
     tokenizer.no_truncation()

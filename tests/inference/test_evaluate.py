@@ -156,7 +156,7 @@ def test_the_error_of_the_difference_is_paired(
 
 
 def run(model_folder: Path, tasks: Path, *flags: str) -> int:
-    fixed = ["--include_path", str(tasks), "--batch_size", "8", "--device", "cpu"]
+    fixed = ["--include-path", str(tasks), "--batch-size", "8", "--device", "cpu"]
     return cli.main(["eval", "--model", str(model_folder), *fixed, *flags])
 
 
@@ -170,7 +170,7 @@ def test_both_in_one_command(
     per_task = tmp_path / "urls.yaml"
     per_task.write_text("local_empty: {url: 'https://en.wikipedia.org/x'}\n")
     flags = ["--tasks", "local_choice,local_empty", "--metadata-per-task", str(per_task)]
-    flags += ["--metadata", "url=a.org", "--num_fewshot", "0", "2", "--limit", "5"]
+    flags += ["--metadata", "url=a.org", "--num-fewshot", "0", "2", "--limit", "5"]
     assert run(model_folder, tasks, *flags, "--output", str(tmp_path / "out.json")) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == [
@@ -259,13 +259,13 @@ def test_the_papers_tasks_with_its_urls(
     [
         (["--tasks", "local_chioce"], r"unknown task 'local_chioce'. Near it: local_choice"),
         (["--tasks", "local_missing"], r"'local_missing': its data set 'json' cannot be loaded"),
-        (["--tasks", "local_choice", "--num_fewshot", "9"], "harness refuses it"),
+        (["--tasks", "local_choice", "--num-fewshot", "9"], "harness refuses it"),
         (["--tasks", "local_rolling", "--metadata", "url=a.org"], "'local_rolling'.*no prefix"),
         (["--tasks", "local_choice", "--metadata", "topic=x"], "unknown field 'topic'"),
         (["--tasks", "local_choice", "--template", "{a"], "--template: unbalanced"),
         (["--tasks", "local_choice", "--model", "FILE"], "no such folder"),
         (["--tasks", "local_choice", "--limit", "0"], "--limit: cannot be 0"),
-        (["--tasks", "local_choice", "--batch_size", "many"], "--batch_size: cannot be many"),
+        (["--tasks", "local_choice", "--batch-size", "many"], "--batch-size: cannot be many"),
         (["--tasks", "local_choice", "--device", "tpu"], "--device tpu: cannot be used"),
         (["--tasks", "local_choice", "--output", "/no/where"], "no folder that can be written"),
         (["--tasks", "local_choice", "--metadata-per-task", "FILE"], "which is not evaluated"),
@@ -288,3 +288,118 @@ def test_refusals(
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("meco: error: ") and re.search(message, last), err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(
+            (["--limit", value], "--limit: cannot be")
+            for value in ("nan", "inf", "-1", "1.5", "1e300")
+        ),
+        *(
+            (["--batch-size", value], "--batch-size: cannot be")
+            for value in ("0", "auto:0", "auto:", "\u0665", "", "1" + "0" * 12, "auto:x")
+        ),
+        *((["--num-fewshot", value], "--num-fewshot: cannot be") for value in ("-1", "99999")),
+        (["--tasks", ","], "--tasks: names no task"),
+        (["--metadata", "url=a", "url=b"], "has two values"),
+        (["--device", "meta"], "--device meta: cannot be used"),
+    ],
+)
+def test_flags_out_of_range(
+    model_folder: Path, tasks: Path, flags: list[str], message: str, capsys: Any
+) -> None:
+    assert run(model_folder, tasks, "--tasks", "local_choice", *flags) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("meco: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("local_choice: {url: a}\nlocal_choice: {url: b}\n", "a key is there twice"),
+        ("local_choice: {url: a, url: b}\n", "a key is there twice"),
+        ("local_choice: {url: 2024-01-01}\n", "no fields with texts"),
+        ("local_choice: {url: }\n", "no fields with texts"),
+        ("local_choice: {link: a}\n", "local_choice: unknown field 'link'"),
+        ("local_choice: !!python/object/apply:os.mkdir [MARK]\n", "cannot be read"),
+        ("[" * 50_000, "cannot be read"),
+        (b"\xff", "byte 0 is not UTF-8"),
+        (b"a\x00b", "cannot be read"),
+        ("", "holds no tasks"),
+    ],
+)
+def test_metadata_files_that_cannot_be_used(
+    model_folder: Path,
+    tasks: Path,
+    tmp_path: Path,
+    content: str | bytes,
+    message: str,
+    capsys: Any,
+) -> None:
+    file, mark = tmp_path / "urls.yaml", tmp_path / "mark"
+    data = content.encode() if isinstance(content, str) else content
+    file.write_bytes(data.replace(b"MARK", str(mark).encode()))
+    flags = ["--tasks", "local_choice", "--metadata-per-task", str(file)]
+    assert run(model_folder, tasks, *flags) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.startswith(f"meco: error: --metadata-per-task {file}"), err
+    assert err.count("\n") == 1 and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("broken", "task: broken\ndataset_path: [unclosed\n"),
+        (
+            "broken",
+            "task: broken\noutput_type: generate_until\ndataset_path: json\nx: !function no.f\n",
+        ),
+        ("local_choice", "task: local_choice\noutput_type: no_such_type\ndataset_path: json\n"),
+    ],
+)
+def test_tasks_that_cannot_be_read(
+    model_folder: Path, only_local: None, tmp_path: Path, name: str, text: str, capsys: Any
+) -> None:
+    (tmp_path / "task.yaml").write_text(text)
+    assert run(model_folder, tmp_path, "--tasks", name) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("meco: error: ")
+
+
+def test_spellings_of_the_harness_are_taken_and_not_shown(capsys: Any) -> None:
+    for command in ("eval", "sweep-urls"):
+        assert cli.main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        for flag in ("--batch-size", "--num-fewshot", "--include-path"):
+            assert flag in text and flag[2:].replace("-", "_") not in text
+
+
+def test_the_inputs_are_not_written_over(
+    model_folder: Path, tasks: Path, only_local: None, capsys: Any
+) -> None:
+    config = model_folder / "config.json"
+    before = config.read_bytes()
+    for output in (config, tasks / "local_choice.yaml", model_folder):
+        flags = ["--tasks", "local_choice", "--output", str(output)]
+        assert run(model_folder, tasks, *flags) == 1
+        assert "--output" in capsys.readouterr().err
+    assert config.read_bytes() == before
+
+
+def test_a_model_that_computes_nothing(
+    model_folder: Path, tasks: Path, only_local: None, tmp_path: Path, capsys: Any
+) -> None:
+    """The largest of numbers that are NaN is the first: an accuracy that means nothing."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for task in ("local_choice", "local_words"):
+        assert run(model, tasks, "--tasks", task, "--limit", "2") == 1
+        assert "computes NaN or infinity" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import FlagError  # noqa: E402
+from megatron_meco.errors import FlagError, MeCoError  # noqa: E402
 from megatron_meco.inference import export as export_module  # noqa: E402
 from megatron_meco.inference.export import export  # noqa: E402
 
@@ -258,3 +260,134 @@ def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert error.startswith("meco: error: --output") and error.count("\n") == 1
     assert cli.main(["export", "--load", str(tmp_path / "no"), "--output", output + "2"]) == 1
     assert cli.main(["export", "--load", str(saved), "--output", "x", "--dtype", "int8"]) == 2
+
+
+# ---- Folders that lie, and what may not be lost ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_layers", v) for v in (10**9, 0, -3, True, "3", None, 2.5)),
+        *(("hidden_size", 10**12), ("num_query_groups", 3), ("kv_channels", -1)),
+        *(("layernorm_epsilon", v) for v in (float("nan"), "x", 0)),
+        *(("rotary_base", float("inf")), ("init_method_std", [1])),
+        *(("params_dtype", "float32"), ("tokenizer_model", 5), ("tokenizer_model", "\ud800")),
+        *(("data_path", 7), ("data_path", [b"x"]), ("meco_template", None), ("meco", "yes")),
+        *(("meco_fingerprint", v) for v in ({}, {"corpora": 5}, {"corpora": [[1]]}, [[]])),
+        *(("train_iters", -1), ("global_batch_size", 0), ("seed", "x"), ("vocab_size", 10**30)),
+    ],
+)
+def test_flags_of_another_kind(
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    name: str,
+    value: object,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = run_args(tokenizer_folder)
+    write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    state = {"args": run_args(tokenizer_folder, **{name: value}), "iteration": 20}
+    torch.save(state, tmp_path / "run" / "iter_0000020" / "common.pt")
+    out = str(tmp_path / "out")
+    assert cli.main(["export", "--load", str(tmp_path / "run"), "--output", out]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("meco: error: ") and err.count("\n") == 1
+    assert any(word in err for word in (name, "has shape", "layers", "query groups")), err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_flags_that_are_missing(tmp_path: Path, tokenizer_folder: Path) -> None:
+    args = run_args(tokenizer_folder)
+    del args.rotary_base
+    write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    with pytest.raises(MeCoError, match="its flags lack 'rotary_base'"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_has_diverged(tmp_path: Path, tokenizer_folder: Path, value: float) -> None:
+    args = run_args(tokenizer_folder)
+    tensors = random_tensors(args)
+    tensors["decoder.layers.mlp.linear_fc2.weight"][1, 2, 3] = value
+    write_checkpoint(tmp_path / "run", args, tensors)
+    with pytest.raises(MeCoError, match=r"linear_fc2.weight of layer 1 holds NaN or infinity"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_names_in_the_model_card_stay_text(tmp_path: Path, tokenizer_folder: Path) -> None:
+    paths = ["a`b", "<script>alert(1)</script>", "x\n# Heading\n\x1b[2J", "``"]
+    args = run_args(tokenizer_folder, data_path=paths)
+    write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    export(tmp_path / "run", tmp_path / "model")
+    lines = (tmp_path / "model" / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("- Data")] == [
+        "- Data: `` a`b ``.",
+        "- Data: `<script>alert(1)</script>`.",
+        r"- Data: `x\n# Heading\n\x1b[2J`.",
+        "- Data: ``` `` ```.",
+    ]
+    assert "# Heading" not in lines
+    assert read(tmp_path / "model", "meco.json")["data_paths"] == paths
+
+
+def test_replacing_an_export_keeps_what_is_not_its_own(saved: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    export(saved, output)
+    for name in ("notes.txt", "results/paper.json", "adapter.safetensors"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+        with pytest.raises(FlagError, match="which no export writes"):
+            export(saved, output, overwrite=True)
+        assert (output / name).read_text() == "mine"
+        (output / name).unlink()
+    (output / "results").rmdir()
+    # Its own checkpoints are among what would be lost.
+    inside = shutil.copytree(saved, output / "run")
+    with pytest.raises(FlagError, match="holds 'run', which no export writes"):
+        export(inside, output, overwrite=True)
+    assert (inside / "iter_0000020" / ".metadata").is_file()
+    for place in (saved, saved / "iter_0000020", tmp_path):
+        with pytest.raises(FlagError, match="exists and is no export"):
+            export(saved, place, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "[" * 100_000, "nested too deeply"),
+        ("tokenizer_config.json", "[]", "holds no object"),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "no valid Unicode"),
+        ("special_tokens_map.json", "{", "is no JSON"),
+        ("special_tokens_map.json", "[]", "holds no object"),
+        ("tokenizer.json", "[]", "cannot be read"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(
+    saved: Path, tokenizer_folder: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (other / name).write_text(content)
+    with pytest.raises(FlagError, match=message):
+        export(saved, tmp_path / "out", tokenizer=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_export(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "model"
+    export(saved, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    flags = ["--load", str(saved), "--output", str(output), "--overwrite"]
+    try:
+        status = cli.main(["export", *flags])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert status == 1 and "File too large" in err and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]

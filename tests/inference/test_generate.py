@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from megatron_meco.inference.generate import (  # noqa: E402
     LoadedModel,
     PromptError,
     encode_prompt,
+    enough_memory,
     generate_text,
     load_model,
     parse_metadata,
@@ -190,6 +193,27 @@ def test_several_seeds_and_a_template_of_the_users(
         (["--max-new-tokens", "0"], "--max-new-tokens: cannot be 0"),
         (["--top-p", "0"], "--top-p: cannot be 0"),
         (["--temperature", "-1"], "--temperature: cannot be -1"),
+        *(
+            ([flag, value], f"{flag}: cannot be ")
+            for flag, values in {
+                "--temperature": ("nan", "inf", "1e-300", "1e300"),
+                "--top-p": ("nan", "inf", "-0.5", "1.1"),
+                "--seed": ("-1", str(2**64), "9" * 400),
+                "--max-new-tokens": ("-1", "1" + "0" * 12),
+            }.items()
+            for value in values
+        ),
+        *(
+            (["--metadata", "url=a", "--guidance", value], "--guidance: cannot be")
+            for value in ("nan", "inf", "1e30")
+        ),
+        (["--metadata", "url=a", "url=b"], "has two values for the field 'url'"),
+        (["--metadata", ""], "cannot read ''"),
+        (["--metadata", "url=\udcff"], "--metadata: url: character 1 is no valid Unicode"),
+        (["--template", "{url}\udcff"], "--template: character 6 is no valid Unicode"),
+        (["--template", "{n|precision=99999999999999999999}", "--metadata", "n=5"], "be filled"),
+        (["--device", "meta"], "--device meta: cannot be used"),
+        (["--device", "tpu"], "--device tpu: cannot be used"),
     ],
 )
 def test_refusals(
@@ -226,3 +250,148 @@ def test_a_folder_that_is_no_export(
         assert message in err and err.count("\n") == 1, err
     assert run(exported, "--prompt-file", str(tmp_path / "prompts.txt")) == 1
     assert "holds no prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+def test_every_seed_that_a_generator_takes(exported: Path, seed: int) -> None:
+    assert run(exported, "--prompt", PROMPT, "--temperature", "1", "--seed", str(seed)) == 0
+
+
+def test_a_prompt_that_is_no_text(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(exported, "--prompt", "a\udcff") == 1
+    assert "--prompt: character 2 is no valid Unicode" in capsys.readouterr().err
+    assert run(exported, "--prompt", "the fox " * 20_000) == 1
+    assert "Give a shorter prompt" in capsys.readouterr().err
+
+
+def test_what_would_move_the_cursor_is_spelled_out(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text that looks like a special token stays text, in metadata as in a document."""
+    value = "a\nb\x1b[2J<|end_of_text|>"
+    flags = ["--template", "{topic}: ", "--metadata", f"topic={value}"]
+    assert run(exported, "--prompt", PROMPT, *flags) == 0
+    out = capsys.readouterr().out
+    assert r"=== topic=a\nb\x1b[2J<|end_of_text|> (prefix 'a\nb\x1b[2J<|end_of_text|>: ')" in out
+    assert "\x1b" not in out
+
+
+def test_lines_of_a_prompt_file(exported: Path, tmp_path: Path, capsys: Any) -> None:
+    """A line feed ends a prompt; what else Unicode calls a line end belongs to it."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\u2028two\x0cthree\r\nfour\n \n".encode())
+    assert run(exported, "--prompt-file", str(file)) == 0
+    out = capsys.readouterr().out
+    assert out.count("##### prompt") == 2 and "##### prompt 2: four\n" in out
+    assert r"##### prompt 1: one\u2028two\x0cthree" in out
+    for content, message in ((b"caf\xe9", "byte 3 is not UTF-8"), (b"", "holds no prompts")):
+        file.write_bytes(content)
+        assert run(exported, "--prompt-file", str(file)) == 1
+        assert message in capsys.readouterr().err
+    file.unlink()
+    os.mkfifo(file)
+    for path, message in (
+        (file, "is a named pipe"),
+        (tmp_path, "is a folder"),
+        (Path("/dev/zero"), "is no file"),
+    ):
+        assert run(exported, "--prompt-file", str(path)) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("meco.json", {"template": 5}, "its template is no text"),
+        ("meco.json", {"fields": "url"}, "its fields are no list"),
+        ("meco.json", {"fields": [5]}, "its fields are no texts"),
+        ("meco.json", {"template": "{a"}, "unbalanced"),
+        ("meco.json", {"template": "{topic}"}, "no metadata field 'topic'"),
+        ("config.json", {"bos_token_id": 10**9}, "its begin or end token is 1000000000"),
+        ("config.json", {"model_type": "no-such"}, "no-such"),
+        ("config.json", {"tie_word_embeddings": True, "num_hidden_layers": 2}, "unknown tensor"),
+        ("generation_config.json", {"eos_token_id": ["x"]}, "its begin or end token is 'x'"),
+        ("tokenizer.json", {"model": {}}, "not a folder that `meco export` wrote"),
+        ("tokenizer_config.json", {"bos_token": [1]}, "not a folder that `meco export` wrote"),
+        ("adapter_config.json", {}, "it is an adapter"),
+    ],
+)
+def test_a_folder_that_was_tampered_with(
+    exported: Path,
+    tmp_path: Path,
+    name: str,
+    changes: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(exported, tmp_path / "model")
+    content = json.loads((model / name).read_text()) if (model / name).exists() else {}
+    (model / name).write_text(json.dumps(content | changes))
+    assert run(model, "--prompt", PROMPT) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("meco: error: ") and err.count("\n") == 1, err
+
+
+def test_a_tokenizer_larger_than_the_model(exported: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its last tokens have no embedding: an IndexError, and on a GPU the end of the process."""
+    model = shutil.copytree(exported, tmp_path / "model")
+    data = json.loads((model / "tokenizer.json").read_text())
+    last = max(data["model"]["vocab"].values())
+    first = data["added_tokens"][0]
+    data["added_tokens"].append({**first, "id": last + 1, "content": "<extra>"})
+    (model / "tokenizer.json").write_text(json.dumps(data))
+    assert run(model, "--prompt", PROMPT) == 1
+    assert re.search(r"its tokenizer has \d+ tokens, its model \d+", capsys.readouterr().err)
+
+
+def test_weights_that_nobody_wrote_are_not_made_up(
+    exported: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """transformers warns of a missing tensor and draws one; here it is an error."""
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(exported, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    removed = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert run(model, "--prompt", PROMPT) == 1
+    assert "no tensor model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    # An architecture that we know nothing of: transformers says what it missed.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    assert run(model, "--prompt", PROMPT) == 1
+    assert "it has no tensor model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    tensors |= {"model.layers.1.mlp.up_proj.weight": removed, "model.extra": torch.zeros(2)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert run(model, "--prompt", PROMPT) == 1
+    assert "its model has no place for tensor model.extra" in capsys.readouterr().err
+
+
+def test_the_folders_own_sampling_has_no_say(
+    exported: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    model = shutil.copytree(exported, tmp_path / "model")
+    own = {"eos_token_id": 1, "repetition_penalty": 50.0, "min_p": 0.9, "num_beams": 3}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    other = load_model(model, "cpu")
+    assert continue_text(other, PREFIX) == continue_text(loaded, PREFIX)
+
+
+def test_too_little_memory_is_a_refusal() -> None:
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ):
+        with (
+            pytest.raises(FlagError, match="--batch-size: needs more memory"),
+            enough_memory("--batch-size", "Give a smaller one."),
+        ):
+            raise error
+    with (
+        pytest.raises(RuntimeError, match="other"),
+        enough_memory("--batch-size", "Give a smaller one."),
+    ):
+        raise RuntimeError("other")

@@ -187,7 +187,7 @@ def test_scored_by_a_function_and_then_by_another_scorer(
         (["--scorer", "my_scorers"], "not the name of a scorer"),
         (["--scorer", "my_scorers:none"], "has no attribute 'none'"),
         (["--scorer", "no_such_module:f"], "No module named 'no_such_module'"),
-        (["--scorer", "my_scorers:few"], "gave 1 numbers for 6 texts"),
+        (["--scorer", "my_scorers:few"], "gave 1 number for 6 texts"),
         (["--scorer", "my_scorers:words"], "'words' are no numbers"),
         (["--metadata", "topic=x"], "unknown field 'topic'"),
         (["--min-new-tokens", "13"], "--min-new-tokens: cannot be 13"),
@@ -209,3 +209,93 @@ def test_refusals(
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("meco: error: ") and re.search(message, last), err
     assert not (scorers / "out" / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [lines[1], *lines[1:]], "line 1 is no sample of these settings"),
+        (lambda lines: [*lines[:3], b"{}\n", *lines[4:]], "line 4 is no sample"),
+        (lambda lines: [b"[" * 100_000 + b"\n"], "line 1 is no sample"),
+        (lambda lines: [*lines, *lines], "line 21 is no sample"),
+        (lambda lines: [lines[0].replace(b'"text": "', b'"text": 5, "t": "')], "line 1 is no"),
+        (lambda lines: [b"\xff\n"], "line 1 is no sample"),
+    ],
+)
+def test_samples_that_were_changed_are_neither_used_nor_cut_off(
+    loaded: LoadedModel, tmp_path: Path, damage: Any, message: str
+) -> None:
+    sample(loaded, SETTINGS, tmp_path / "out")
+    file = tmp_path / "out" / "generations.jsonl"
+    content = b"".join(damage(file.read_bytes().splitlines(keepends=True)))
+    file.write_bytes(content)
+    with pytest.raises(FlagError, match=message):
+        sample(loaded, SETTINGS, tmp_path / "out")
+    assert file.read_bytes() == content
+
+
+def test_samples_with_other_spelling_go_on(loaded: LoadedModel, tmp_path: Path) -> None:
+    """JSON that another program wrote, whose lines have other lengths: nothing is cut inside."""
+    whole = sample(loaded, SETTINGS, tmp_path / "out")
+    file = tmp_path / "out" / "generations.jsonl"
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+    file.write_text(
+        "".join(json.dumps(line, indent=None, separators=(",", ":")) + "\n" for line in lines[:9])
+    )
+    assert sample(loaded, SETTINGS, tmp_path / "out") == whole
+    again = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert again == lines
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{", "[" * 100_000, '{"seed": 0}', '{"seed": NaN}'])
+def test_settings_that_cannot_be_read(loaded: LoadedModel, tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(FlagError, match=r"settings\.json"):
+        sample(loaded, SETTINGS, tmp_path)
+    assert (tmp_path / "settings.json").read_text() == content
+
+
+def test_a_folder_that_a_killed_run_left_behind(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / ".settings.json.0123456789ab").write_text("{")
+    few = dataclasses.replace(SETTINGS, num_samples=1)
+    assert len(sample(loaded, few, tmp_path)[""]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(
+            ([flag, value], f"{flag}: cannot be ")
+            for flag, values in {
+                "--num-samples": ("0", "1" + "0" * 12),
+                "--batch-size": ("0", "65537"),
+                "--temperature": ("nan", "inf", "1e-300"),
+                "--top-p": ("nan", "0"),
+                "--seed": ("-1", str(2**64)),
+                "--max-new-tokens": ("0",),
+                "--min-new-tokens": ("-1", "1" + "0" * 30),
+            }.items()
+            for value in values
+        ),
+        (["--metadata", "url=a.org/1", "--metadata", "url=a.org/2"], "give the same prefix"),
+        (["--scorer", "my_scorers:fails"], r"failed \(ZeroDivisionError"),
+        (["--scorer", "my_scorers:nothing"], "gave other names"),
+        (["--scorer", "my_scorers:number"], "cannot be called"),
+        (["--scorer", "broken_scorers:x"], "invalid syntax"),
+    ],
+)
+def test_more_refusals(
+    model_folder: Path,
+    scorers: Path,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (scorers / "broken_scorers.py").write_text("def (")
+    (scorers / "my_scorers.py").write_text(
+        "number = 5\ndef fails(texts): return 1 / 0\ndef nothing(texts): return {}\n"
+    )
+    assert run(model_folder, "--output", str(scorers / "out"), *flags) == 1
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert out == "" and last.startswith("meco: error: ") and re.search(message, last), err

@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,7 +16,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
 from megatron_meco import cli  # noqa: E402
-from megatron_meco.inference.candidates import Candidate, most_frequent  # noqa: E402
+from megatron_meco.errors import FlagError  # noqa: E402
+from megatron_meco.inference.candidates import (  # noqa: E402
+    Candidate,
+    most_frequent,
+    read_candidates,
+    read_texts,
+)
 from megatron_meco.inference.conditioning import Conditioning  # noqa: E402
 from megatron_meco.inference.generate import encode_prompt, encode_text, load_model  # noqa: E402
 from megatron_meco.inference.sweep import TextScore, sweep  # noqa: E402
@@ -135,7 +142,7 @@ def test_a_task_and_a_text_file(
     [
         (["--candidates", "NONE", "--text", "TEXTS"], r"--candidates \S*NONE: cannot be read"),
         (["--candidates", "EMPTY", "--text", "TEXTS"], r"--candidates \S*EMPTY: holds no lines"),
-        (["--candidates", "URLS", "--text", "URLS"], "1 documents are too few"),
+        (["--candidates", "URLS", "--text", "URLS"], "1 document cannot be parted"),
         (["--candidates", "LONG", "--text", "TEXTS"], "the prefix .* the model takes 192"),
         (["--candidates", "URLS", "--text", "BAD.jsonl"], r"line 1 has no text"),
         (["--data-path", "NONE", "--text", "TEXTS"], "no metadata file"),
@@ -166,3 +173,148 @@ def test_refusals(
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("meco: error: ") and re.search(message, last), err
+
+
+# ---- Candidates ----
+
+TWO = Conditioning(r"Topic: {topic}\nTitle: {title}\n\n", ("title", "topic"))
+
+
+def candidates_of(tmp_path: Path, text: str | bytes, conditioning: Conditioning) -> Any:
+    file = tmp_path / "candidates.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    told: list[str] = []
+    found = read_candidates(file, conditioning, told.append)
+    return [(one.name, one.prefix) for one in found], told
+
+
+def test_one_field_takes_a_bare_value_or_field_and_value(tmp_path: Path) -> None:
+    text = (
+        '\ufeffhttps://a.org/x?y=z\r\nurl=https://b.org/p\n\n{"url": "c.org"}\nurl=\'d.org/a b\'\n'
+    )
+    found, told = candidates_of(tmp_path, text, CONDITIONING)
+    assert [prefix for _, prefix in found] == [
+        *(f"URL: {host}.org\n\n" for host in "abcd"),
+    ]
+    assert found[0][0] == "https://a.org/x?y=z" and told == []
+
+
+def test_several_fields_take_values_with_blanks(tmp_path: Path) -> None:
+    text = (
+        "topic=law title='two words'\n"
+        'title="Mc\'Coy" topic=health\n'
+        '{"topic": "x", "title": "a\\nb"}\n'
+    )
+    found, told = candidates_of(tmp_path, text, TWO)
+    assert [prefix for _, prefix in found] == [
+        "Topic: law\nTitle: two words\n\n",
+        "Topic: health\nTitle: Mc'Coy\n\n",
+        "Topic: x\nTitle: a\nb\n\n",
+    ]
+    assert told == []
+
+
+def test_lines_that_give_one_prefix_are_told(tmp_path: Path) -> None:
+    text = "a.org\nb.org\nhttps://a.org/x\nurl=https://b.org\n"
+    found, told = candidates_of(tmp_path, text, CONDITIONING)
+    assert [name for name, _ in found] == ["a.org", "b.org"]
+    assert len(told) == 1 and told[0].endswith("are scored once: 3 as 1, 4 as 2")
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "text", "message"),
+    [
+        # All of them would be the prefix "URL: url=https", scored and chosen.
+        (CONDITIONING, "url=https://a.org/1\nurl=https://a.org/2\n", "every line gives the prefix"),
+        (CONDITIONING, "a.org\nURL=https://a.org\n", "line 2: unknown field 'URL'"),
+        (CONDITIONING, "a.org\n\nlink=https://a.org\n", "line 3: unknown field 'link'"),
+        (CONDITIONING, "url = https://a.org\n", "line 1: cannot read 'url = https"),
+        (CONDITIONING, "url=a.org url=b.org\n", "line 1: has two values for the field 'url'"),
+        (CONDITIONING, "url=a.org b.org\n", "line 1: cannot read"),
+        (CONDITIONING, "url='a.org\n", "line 1: cannot be split into words"),
+        (CONDITIONING, "url=\n", "line 1: url= leaves an empty value"),
+        (CONDITIONING, '{"url": 5}\n', "line 1: holds something else than texts"),
+        (CONDITIONING, '{"url": "a", "url": "b"}\n', "line 1: is no JSON.*there twice"),
+        (CONDITIONING, '{"link": "a"}\n', "line 1: unknown field 'link'"),
+        (CONDITIONING, '{"url": "\\ud800"}\n', "line 1: holds a character that is no valid"),
+        (CONDITIONING, b"\xff\n", "byte 0 is not UTF-8"),
+        (TWO, "topic=law title=two words\n", "line 1: cannot read"),
+        (TWO, "topic=law\n", "line 1: no value for the field 'title'"),
+        (TWO, "a bare value\n", "line 1: cannot read 'a bare value'"),
+    ],
+)
+def test_a_line_that_is_no_candidate(
+    tmp_path: Path, conditioning: Conditioning, text: str | bytes, message: str
+) -> None:
+    with pytest.raises(FlagError, match=message) as refused:
+        candidates_of(tmp_path, text, conditioning)
+    assert refused.value.where.startswith(f"--candidates {tmp_path / 'candidates.txt'}")
+
+
+def test_texts_are_lines_or_objects(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("one\u2028still one\n\n two \n")
+    assert read_texts(file) == ["one\u2028still one", "two"]
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a\\u2028b", "score": NaN}\n\n{"text": ""}\n{"text": "c"}\n')
+    assert read_texts(file) == ["a\u2028b", "c"]
+    for line in ("[1]", '{"text": null}', "{}", "[" * 100_000, '{"text": "\\ud800"}'):
+        file.write_text('{"text": "a"}\n\n' + line)
+        with pytest.raises(FlagError, match="line 3"):
+            read_texts(file)
+
+
+def test_prefixes_of_several_lines_stand_on_one(tmp_path: Path) -> None:
+    table = pa.table({"topic": ["x", "x", "y"], "title": ["a\tb", "a\tb", "c"]})
+    with pa.ipc.new_file(f"{tmp_path}/web.metadata.arrow", table.schema) as writer:
+        writer.write_table(table)
+    names = [one.name for one in most_frequent(f"{tmp_path}/web", TWO, 9)]
+    assert names == [r"Topic: x\nTitle: a\tb (2)", r"Topic: y\nTitle: c (1)"]
+    empty = table.slice(0, 0)
+    with pa.ipc.new_file(f"{tmp_path}/no.metadata.arrow", empty.schema) as writer:
+        writer.write_table(empty)
+    with pytest.raises(FlagError, match="no document has a prefix"):
+        most_frequent(f"{tmp_path}/no", TWO, 9)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--top", "0"),
+        ("--report", str(2**64)),
+        ("--limit", "-1"),
+        ("--seed", str(2**64)),
+        ("--batch-size", "0"),
+        ("--batch_size", "1" + "0" * 12),
+        ("--num-fewshot", "-1"),
+        ("--num_fewshot", "1000000"),
+    ],
+)
+def test_numbers_out_of_range(model_folder: Path, flag: str, value: str, capsys: Any) -> None:
+    assert run(model_folder, "--candidates", "x", "--task", "t", flag, value) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"meco: error: {flag.replace('_', '-')}: cannot be ")
+    assert err.count("\n") == 1
+
+
+def test_the_inputs_are_not_written_over(model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for name, text in (("urls", "a.org\nb.org\n"), ("texts", "\n".join(TEXTS))):
+        (tmp_path / name).write_text(text)
+    flags = ["--candidates", tmp_path / "urls", "--text", tmp_path / "texts"]
+    config = model_folder / "config.json"
+    before = config.read_bytes()
+    for output in (tmp_path / "urls", tmp_path / "texts", config):
+        assert run(model_folder, *flags, "--output", output) == 1
+        assert "exists and is no earlier result" in capsys.readouterr().err
+    assert (tmp_path / "urls").read_text() == "a.org\nb.org\n"
+    assert config.read_bytes() == before
+    # An earlier result is replaced.
+    for seed in (1, 2):
+        assert run(model_folder, *flags, "--output", tmp_path / "out", "--seed", seed) == 0
+        assert json.loads((tmp_path / "out").read_text())["seed"] == seed
+
+
+def test_a_text_without_a_token_to_predict(model_folder: Path) -> None:
+    loaded = load_model(model_folder, "cpu")
+    with pytest.raises(FlagError, match="text 2 has no token to predict"):
+        TextScore(loaded, ["fox", ""], "")
