@@ -301,12 +301,17 @@ def check_run(args: argparse.Namespace) -> None:
     _need(args, "seq_length", "--seq-length", "tokens in a sequence")
     _need(args, "max_position_embeddings", "--max-position-embeddings", "positions of the model")
     _need(args, "micro_batch_size", "--micro-batch-size", "sequences in a micro-batch")
-    if args.skip_train:
-        return
+    if args.train_iters is None and args.train_samples is None:
+        raise FlagError(
+            "missing: the length of the run, by which documents are dealt to the phases",
+            where="--train-iters / --train-samples",
+            remedy="Give one of the two.",
+        )
     _need(
         args, "eval_interval", "--eval-interval", "Megatron divides by it, also with --eval-iters 0"
     )
-    _need(args, "lr", "--lr", "the learning rate")
+    if not args.skip_train:
+        _need(args, "lr", "--lr", "the learning rate")
     if args.save is not None:
         _need(args, "save_interval", "--save-interval", "training steps between checkpoints")
     ranks = args.world_size
@@ -333,7 +338,7 @@ def check_run(args: argparse.Namespace) -> None:
             where=f"--max-position-embeddings {args.max_position_embeddings}",
             remedy=f"Give {args.seq_length} or more.",
         )
-    if args.min_lr > args.lr:
+    if args.lr is not None and args.min_lr > args.lr:
         raise FlagError(
             f"above --lr {args.lr}", where=f"--min-lr {args.min_lr}", remedy="Give a smaller one."
         )

@@ -322,7 +322,8 @@ def _validate(args: argparse.Namespace) -> None:
     with _megatron_errors(True), contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
         core_transformer_config_from_args(args)
-        learning_rate_schedule(args)
+        if not args.skip_train:
+            learning_rate_schedule(args)
 
 
 @contextlib.contextmanager
