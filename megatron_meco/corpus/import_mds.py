@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meco import __version__
-from megatron_meco.corpus.executors import LocalExecutor, run_with_progress
+from megatron_meco.corpus.executors import LocalExecutor, check_workers, run_with_progress
+from megatron_meco.corpus.manifest import MANIFEST_FORMAT
 from megatron_meco.corpus.mds import (
     Shard,
     find_indices,
@@ -28,21 +29,23 @@ from megatron_meco.corpus.mds import (
     text_decoder,
 )
 from megatron_meco.corpus.mds_importer import MdsImporter
-from megatron_meco.corpus.merge import (
-    MergedCorpus,
+from megatron_meco.corpus.merge import MergedCorpus, merge_tasks, num_finished, with_state
+from megatron_meco.corpus.outputs import (
+    check_fields,
+    check_local,
     check_output,
-    merge_tasks,
-    num_finished,
-    with_state,
+    check_prefix,
 )
+from megatron_meco.corpus.sources import is_remote, tell_repeated
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     build_tokenizer,
     resolve_bos,
     resolve_eod,
 )
+from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import WorkFolder
-from megatron_meco.errors import DataError, FlagError, MeCoError
+from megatron_meco.errors import DataError, MeCoError
 
 _TASK_BYTES = 1 << 30
 
@@ -97,9 +100,13 @@ def import_mds(config: ImportConfig) -> MergedCorpus:
     indices = [path for folder in config.folders for path in find_indices(os.fspath(folder))]
     read = [read_index(path) for path in indices]
     tasks = _plan_tasks([shard for shards, _ in read for shard in shards], config)
+    paths = [*indices, *(shard.path for shards in tasks for shard in shards)]
+    check_output(config.output, WorkFolder(config.output).path, paths, overwrite=config.overwrite)
+    tell_repeated(indices)
     with WorkFolder(config.output) as work:
         try:
-            check_output(config.output, work.path, overwrite=config.overwrite)
+            # Once more: another process may have been at work until now.
+            check_output(config.output, work.path, paths, overwrite=config.overwrite)
             settings = _settings(config)
             step = MdsImporter(
                 work.path,
@@ -129,7 +136,7 @@ def _run(
     sizes = [sum(shard.stored_bytes for shard in shards) for shards in tasks]
     try:
         run_with_progress(executor, "import-mds", sizes)
-        return merge_tasks(folder, config.output, len(tasks), manifest)
+        return merge_tasks(folder, config.output, len(tasks), manifest, None, config.overwrite)
     except MeCoError as error:
         raise with_state(error, folder, len(tasks)) from error
 
@@ -179,7 +186,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
     return {
-        "format": 3,
+        "format": MANIFEST_FORMAT,
         "indices": [{"path": path, "sha256": digest} for path, digest in inputs],
         "ids_column": config.ids_column,
         "ids_dtype": config.token_dtype,
@@ -195,30 +202,20 @@ def _manifest(
 
 
 def _check_config(config: ImportConfig) -> None:
-    fields = config.metadata_fields
-    if len(set(fields)) < len(fields) or not all(fields):
-        raise FlagError(
-            f"empty or repeated names in {','.join(fields)!r}",
-            where="--metadata-fields",
-            remedy="Name every column once, with commas between.",
-        )
-    if config.workers < 1:
-        raise FlagError(
-            f"{config.workers} workers", where="--workers", remedy="Use a number above 0."
-        )
-    if not config.output.name or config.output.is_dir():
-        raise FlagError(
-            f"{str(config.output)!r} is a folder",
-            where="--output",
-            remedy="Add the beginning of the file names, for example `data/corpus`.",
-        )
+    for folder in config.folders:
+        if not is_remote(folder):
+            check_local(folder, "DIR")
+    check_fields(config.metadata_fields)
+    check_fields((config.ids_column,), "--ids-column")
+    check_workers(config.workers)
+    check_prefix(config.output)
 
 
 def add_import_mds_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meco import-mds` to its parser."""
     add = parser.add_argument
     add("folders", nargs="+", metavar="DIR", help="folder with index.json, or one of such folders")
-    add("--output", required=True, type=Path, metavar="PREFIX", help="prefix of the files written")
+    add("--output", required=True, metavar="PREFIX", help="prefix of the files written")
     add("--tokenizer-type", required=True, metavar="T", help=f"one of {', '.join(TOKENIZER_TYPES)}")
     add("--tokenizer-model", metavar="M", help="of the tokenizer that made the ids")
     add("--ids-column", default="input_ids", metavar="NAME", help="default: %(default)s")
@@ -244,7 +241,7 @@ def run_import_mds(args: argparse.Namespace) -> int:
     merged = import_mds(
         ImportConfig(
             folders=tuple(args.folders),
-            output=args.output,
+            output=check_prefix(args.output),
             tokenizer_type=args.tokenizer_type,
             tokenizer_model=args.tokenizer_model,
             ids_column=args.ids_column,
@@ -254,9 +251,10 @@ def run_import_mds(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     )
-    print(f"{merged.documents:,} documents, {merged.tokens:,} tokens (EODs included)")
+    tokens = counted(merged.tokens, "token")
+    print(f"{counted(merged.documents, 'document')}, {tokens} (EODs included)")
     for reason, count in sorted(merged.rejected.items()):
-        print(f"rejected: {count:,} rows: {reason}")
+        print(f"rejected: {counted(count, 'row')}: {reason}")
     for path in merged.files:
         print(f"written: {path}")
     return 0

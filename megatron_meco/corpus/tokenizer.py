@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import warnings
 from argparse import Namespace
 from functools import cached_property
@@ -61,6 +62,9 @@ _TYPES_WITHOUT_MODEL = (
     "BertWordPieceCase",
     "NullTokenizer",
 )
+
+# The type of ids in an index, int32, ends here.
+_MAX_VOCABULARY = 1 << 31
 
 # What a foreign loader raises over a file that is not what it expects.
 _LOADER_ERRORS = (
@@ -290,6 +294,20 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="build_tokenizer",
             remedy=f"Use Megatron's names: {', '.join(TOKENIZER_DEFAULTS)}.",
         )
+    for name in ("vocab_size", "tiktoken_num_special_tokens"):
+        number = extra.get(name)
+        if number is not None and not 0 <= number < _MAX_VOCABULARY:
+            raise FlagError(
+                f"{number} tokens",
+                where=f"--{name.replace('_', '-')}",
+                remedy=f"Use a number between 0 and {_MAX_VOCABULARY:,}.",
+            )
+    for name, path in (
+        ("tokenizer_model", tokenizer_model),
+        ("vocab_file", extra.get("vocab_file")),
+        ("merge_file", extra.get("merge_file")),
+    ):
+        _check_file(path, f"--{name.replace('_', '-')}")
     if tokenizer_type in _TYPES_WITHOUT_MODEL:
         return
     if not tokenizer_model:
@@ -304,6 +322,25 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             f"no such folder or file: {tokenizer_model!r}",
             where="--tokenizer-model",
             remedy="Name the folder or file that this tokenizer type reads.",
+        )
+
+
+def _check_file(path: str | None, flag: str) -> None:
+    """Refuse what would be waited for, or could not be named in `PREFIX.prepare.json`."""
+    if path is None:
+        return
+    try:
+        path.encode()
+        mode = os.stat(path).st_mode
+    except UnicodeEncodeError:
+        raise FlagError(
+            f"the name {path!r} is not UTF-8", where=flag, remedy="Rename it."
+        ) from None
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise FlagError(
+            f"{path!r} is no plain file", where=flag, remedy="Name a folder or a plain file."
         )
 
 

@@ -67,7 +67,7 @@ def test_a_whole_corpus(corpus: tuple[Path, Path], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("suffix", "place", "told"),
     [
-        (".bin", -2, "89 more of|do not end in"),
+        (".bin", -2, "89 more of|document does not end in"),
         (".bin", 10, "CRC-32 .bin"),
         (".bin", 11, "largest id"),
         (".idx", 40, "index promises"),
