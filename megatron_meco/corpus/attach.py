@@ -185,7 +185,7 @@ def _open(prefix: Path, overwrite: bool) -> CorpusIndex:
         raise DataError("already there", where=str(path), remedy="Add --overwrite to replace it.")
     if os.path.lexists(path) and not is_metadata_file(path):
         raise DataError(
-            "is no metadata file of this package, so --overwrite does not replace it",
+            "is no metadata file of this package; --overwrite replaces no other",
             where=str(path),
             remedy="Move or remove it yourself.",
         )

@@ -308,6 +308,24 @@ class MergeStep(PipelineStep):  # type: ignore[misc]
         yield from ()
 
 
+def check_slurm_options(options: dict[str, Any]) -> None:
+    """Refuse settings without those that Slurm cannot do without.
+
+    Args:
+        options: Settings of datatrove's `SlurmPipelineExecutor`.
+
+    Raises:
+        FlagError: One is missing.
+    """
+    missing = [name for name in ("time", "partition") if name not in options]
+    if missing:
+        raise FlagError(
+            f"Slurm needs {' and '.join(missing)}",
+            where="--executor-option",
+            remedy="For example: --executor-option time=10:00:00 --executor-option partition=cpu.",
+        )
+
+
 def submit_to_slurm(
     pipeline: list[Any], merge: MergeStep, logs: Path, options: dict[str, Any]
 ) -> str:
@@ -323,17 +341,10 @@ def submit_to_slurm(
         The id of the second job.
 
     Raises:
-        FlagError: An option is missing or unknown, or `sbatch` does not work.
+        FlagError: An option is unknown, or `sbatch` does not work.
     """
     from datatrove.executor import SlurmPipelineExecutor
 
-    missing = [name for name in ("time", "partition") if name not in options]
-    if missing:
-        raise FlagError(
-            f"Slurm needs {' and '.join(missing)}",
-            where="--executor-option",
-            remedy="For example: --executor-option time=10:00:00 --executor-option partition=cpu.",
-        )
     activate = f"source {Path(sys.prefix, 'bin', 'activate')}"
     # Finished tasks are known by their own records, which the writer looks at.
     settings = {"env_command": activate, **options, "skip_completed": False}

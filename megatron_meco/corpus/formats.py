@@ -18,16 +18,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megatron_meco.corpus.outputs import is_utf8
 from megatron_meco.corpus.readers import open_decompressed
 from megatron_meco.corpus.records import BadRecord
 from megatron_meco.corpus.sources import open_source
+from megatron_meco.corpus.wording import counted
 
 # Row groups may hold texts of megabytes: a batch of a thousand would be gigabytes.
 _PARQUET_ROWS = 100
 _FIELD_CHARACTERS = 1 << 30
 _ARROW_MAGIC = b"ARROW1"
+# What may stand between the last batch and the footer: an end marker and alignment.
+_ARROW_SLACK = 256
 # The end of a stream, and what it was before Arrow 0.15.
 _ARROW_ENDS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
+
+# Records about pages.
+_WARC_NO_PAGES = ("warcinfo", "request", "metadata", "revisit", "arc_header")
 
 type Record = dict[str, Any] | BadRecord
 
@@ -49,7 +56,7 @@ def read_records(
     Args:
         path: A file or its URL.
         kind: `parquet`, `arrow`, `csv` or `warc`.
-        names: The fields to read, dots leading into nested ones; None: all. CSV and WARC give all.
+        names: The fields to read, dots leading into nested ones; None: all. WARC gives all.
         parquet_rows: Rows of Parquet to read at once.
         newline: As for `open`: None makes each line end inside a field of CSV a line feed.
 
@@ -65,7 +72,7 @@ def read_records(
             yield from _warc_records(stream)
     elif kind == "csv":
         with open_decompressed(path) as stream:
-            yield from _csv_records(stream, newline)
+            yield from _csv_records(stream, names, newline)
     else:
         number = 0
         with open_source(path) as file:
@@ -117,7 +124,7 @@ def _is_stream(file: BinaryIO) -> bool:
     return magic != _ARROW_MAGIC
 
 
-def _open_arrow(file: BinaryIO, is_stream: bool, columns: list[int] | None = None) -> Any:
+def _open_arrow(file: Any, is_stream: bool, columns: list[int] | None = None) -> Any:
     options = pa.ipc.IpcReadOptions(included_fields=columns)
     file.seek(0)
     return (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file, options=options)
@@ -131,23 +138,63 @@ def _arrow_batches(file: BinaryIO, names: Sequence[str] | None) -> Iterator[pa.R
     tops = wanted | {name.partition(".")[0] for name in wanted}
     columns = [i for i, name in enumerate(schema.names) if name in tops]
     reader = _open_arrow(file, is_stream, columns)
-    if not is_stream:
-        for i in range(reader.num_record_batches):
-            yield _checked(reader.get_batch(i), wanted)
-        return
+    for batch in _stream_batches(file, reader) if is_stream else _file_batches(file, reader):
+        yield _checked(batch, wanted)
+
+
+def _stream_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
     while True:
         before = file.tell()
         try:
             batch = reader.read_next_batch()
         except StopIteration:
             break
-        yield _checked(batch, wanted)
+        yield batch
     end = file.tell()
     file.seek(before)
     if file.read(end - before) not in _ARROW_ENDS:
         raise BrokenFile("the stream has no end marker: it is cut short")
     if file.read(1):
         raise BrokenFile("more behind the end of the stream: several streams in one file")
+
+
+def _file_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
+    count = reader.num_record_batches
+    for i in range(count):
+        yield reader.get_batch(i)
+    # A footer that is damaged, or belongs to the second of two files in one, names other batches.
+    # So the last one, read whole, has to end where the footer begins.
+    size = file.seek(0, io.SEEK_END)
+    file.seek(size - len(_ARROW_MAGIC) - 4)
+    footer_bytes = int.from_bytes(file.read(4), "little")
+    footer = size - len(_ARROW_MAGIC) - 4 - footer_bytes
+    if count:
+        watched = _WatchedFile(file)
+        again = _open_arrow(watched, False)
+        watched.end = 0
+        again.get_batch(count - 1)
+        unread = footer - watched.end
+    else:
+        # The schema, which the footer holds as well.
+        unread = footer - footer_bytes
+    if unread >= _ARROW_SLACK:
+        raise BrokenFile(f"{unread:,} bytes that its footer does not name")
+
+
+class _WatchedFile:
+    """A file that knows how far it was read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.end = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._file.read(count)
+        self.end = max(self.end, self._file.tell())
+        return data
 
 
 def _checked(batch: pa.RecordBatch, wanted: set[str]) -> pa.RecordBatch:
@@ -223,30 +270,46 @@ class _CsvLines:
         self.has_ended = True
 
 
-def _csv_records(stream: BinaryIO, newline: str | None) -> Iterator[tuple[int, Record]]:
+def _csv_records(
+    stream: BinaryIO, names: Sequence[str] | None, newline: str | None
+) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(_FIELD_CHARACTERS)
     lines = _CsvLines(stream, newline)
+    # Strict: a quote too many would join rows to one field without a word.
+    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     number = 0
-    for row in csv.reader(lines):
-        if lines.has_ended:
-            # The row was completed by the end of the file.
-            raise BrokenFile(f"row {number + 1:,} ends inside quotes")
+    while True:
+        row: list[str] | None = None
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if lines.has_ended:
+                raise BrokenFile(f"row {number + 1:,} ends inside quotes") from None
+            if header is None or "limit" in str(error):
+                raise
         if lines.is_last_cut:
             what = "the header" if header is None else f"row {number + 1:,}"
             raise BrokenFile(
                 f"{what} has no line end and may be cut short; if it is whole, add a line end"
             )
-        if not row:
+        if row == []:
             continue
         if header is None:
             header = row
             continue
         number += 1
-        if len(row) == len(header):
-            yield number, dict(zip(header, row, strict=True))
-        else:
+        if row is None:
+            yield number, BadRecord("quotes in the wrong place")
+        elif len(row) != len(header):
             yield number, BadRecord("not as many fields as the header", ",".join(row)[:200])
+        else:
+            record = dict(zip(header, row, strict=True))
+            wanted = record if names is None else {n: record[n] for n in names if n in record}
+            is_text = all(value.isascii() or is_utf8(value) for value in wanted.values())
+            yield number, wanted if is_text else BadRecord("invalid UTF-8")
 
 
 def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
@@ -277,13 +340,14 @@ def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         while record.raw_stream.read(1 << 16):
             pass
         if record.raw_stream.limit > 0:
-            raise BrokenFile(
-                f"record {number:,} ends {record.raw_stream.limit:,} bytes before its {name}"
-            )
+            missing = counted(record.raw_stream.limit, "byte")
+            raise BrokenFile(f"record {number:,} ends {missing} before its {name}")
         if found is not None:
             yield number, found
         elif record.rec_type in ("response", "conversion"):
             yield number, BadRecord("no text by its type or encoding")
+        elif record.rec_type not in _WARC_NO_PAGES:
+            yield number, BadRecord("a record of another type than pages have")
         line = _between(reader, number, kind)
 
 

@@ -22,6 +22,7 @@ from megatron_meco import __version__
 from megatron_meco.corpus.executors import LocalExecutor, check_workers, run_with_progress
 from megatron_meco.corpus.manifest import MANIFEST_FORMAT
 from megatron_meco.corpus.mds import (
+    INDEX_NAME,
     Shard,
     find_indices,
     ids_decoder,
@@ -36,7 +37,7 @@ from megatron_meco.corpus.outputs import (
     check_output,
     check_prefix,
 )
-from megatron_meco.corpus.sources import is_remote, tell_repeated
+from megatron_meco.corpus.sources import is_remote, tell_repeated, warn
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     build_tokenizer,
@@ -103,6 +104,7 @@ def import_mds(config: ImportConfig) -> MergedCorpus:
     paths = [*indices, *(shard.path for shards in tasks for shard in shards)]
     check_output(config.output, WorkFolder(config.output).path, paths, overwrite=config.overwrite)
     tell_repeated(indices)
+    _tell_unlisted(paths)
     with WorkFolder(config.output) as work:
         try:
             # Once more: another process may have been at work until now.
@@ -169,10 +171,31 @@ def _plan_tasks(shards: list[Shard], config: ImportConfig) -> list[list[Shard]]:
     return tasks
 
 
+def _tell_unlisted(paths: list[str]) -> None:
+    """Say on stderr which shards lie beside those of the indices and are in none."""
+    # A shard may lie there packed and unpacked.
+    listed = {_without_packing(path) for path in paths}
+    folders = sorted({os.path.dirname(path) for path in paths if not is_remote(path)})
+    found = [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(folder or "."))]
+    unlisted = [
+        path
+        for path in found
+        if ".mds" in os.path.basename(path) and _without_packing(path) not in listed
+    ]
+    if unlisted:
+        warn(f"{counted(len(unlisted), 'shard')} in no {INDEX_NAME}, first {unlisted[0]}")
+
+
+def _without_packing(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{name.partition('.mds')[0]}"
+
+
 def _settings(config: ImportConfig) -> dict[str, Any]:
+    # First: it keeps Megatron's imports from talking.
+    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     from megatron.core.datasets.indexed_dataset import DType
 
-    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     return {
         "eod": resolve_eod(tokenizer),
         "bos": resolve_bos(tokenizer),

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from megatron_meco.corpus.bulk import load_settings
 from megatron_meco.corpus.index_file import header
+from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
 from megatron_meco.corpus.outputs import (
     PUBLISHING,
@@ -37,7 +38,6 @@ from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.task_writer import (
     TaskRecord,
     cannot_write,
-    damaged_work,
     read_record,
     record_path,
     task_prefix,
@@ -141,7 +141,7 @@ def merge_tasks(
             remove_work_folder(folder)
             raise _no_documents(merged)
         _write_tokens(folder, num_tasks, merged, on_progress)
-        _write_index(folder, num_tasks, merged, np.dtype(settings["dtype"]))
+        _write_index(folder, records, merged, np.dtype(settings["dtype"]))
         _write_metadata(folder, records, merged)
         write_synced(folder / "corpus.prepare.json", _manifest_text(merged, manifest or {}))
         merged.files = _publish(folder, prefix, overwrite=overwrite)
@@ -198,20 +198,34 @@ def _write_rejected(folder: Path, records: list[TaskRecord], merged: MergedCorpu
     """Join the rejected records and number their lines from the beginning of the file."""
     lines_before = _lines_before(records)
     with (folder / "corpus.rejected.jsonl").open("w", encoding="utf-8") as out:
-        for rank in range(len(records)):
+        for rank, record in enumerate(records):
             path = Path(f"{task_prefix(folder, rank)}.rejected.jsonl")
-            with path.open(encoding="utf-8") as file:
+            found = 0
+            with path.open("rb") as file:
                 for line in file:
                     try:
                         told = orjson.loads(line)
                         told["line"] += lines_before.get((told["path"], told.pop("begin")), 0)
                         one = Rejected(**told)
                     except (KeyError, TypeError, ValueError) as error:
-                        raise damaged_work(path, str(error)) from None
+                        raise _damaged_task(folder, rank, path, str(error)) from None
                     merged.first_rejected = merged.first_rejected or one
                     out.write(json.dumps(told, ensure_ascii=False) + "\n")
+                    found += 1
+            if found != sum(record.rejected.values()):
+                raise _damaged_task(folder, rank, path, counted(found, "line"))
     if not merged.rejected:
         (folder / "corpus.rejected.jsonl").unlink()
+
+
+def _damaged_task(folder: Path, rank: int, path: Path, reason: str) -> DataError:
+    """Have a task run again whose files are not what it wrote."""
+    record_path(folder, rank).unlink(missing_ok=True)
+    return DataError(
+        f"is damaged ({reason.splitlines()[0] if reason else 'empty'})",
+        where=str(path),
+        remedy="Run the same command again: it does this task anew.",
+    )
 
 
 def _lines_before(records: list[TaskRecord]) -> dict[tuple[str, int], int]:
@@ -246,16 +260,26 @@ def _arrays(folder: Path, num_tasks: int, suffix: str) -> Iterator[np.ndarray[An
         yield np.fromfile(f"{task_prefix(folder, rank)}{suffix}", dtype=np.int32)
 
 
-def _write_index(folder: Path, num_tasks: int, merged: MergedCorpus, dtype: np.dtype[Any]) -> None:
+def _write_index(
+    folder: Path, records: list[TaskRecord], merged: MergedCorpus, dtype: np.dtype[Any]
+) -> None:
     """Write what Megatron's own index builder would, without lists of all documents."""
+    num_tasks = len(records)
     histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
     with (folder / "corpus.idx").open("wb") as out:
         out.write(header(dtype, merged.sequences, merged.documents))
-        for lengths, counts in zip(
-            _arrays(folder, num_tasks, ".lengths"),
-            _arrays(folder, num_tasks, ".sequences"),
-            strict=True,
+        for rank, (lengths, counts) in enumerate(
+            zip(
+                _arrays(folder, num_tasks, ".lengths"),
+                _arrays(folder, num_tasks, ".sequences"),
+                strict=True,
+            )
         ):
+            told = (records[rank].tokens, records[rank].sequences)
+            sums = (int(lengths.sum(dtype=np.int64)), int(counts.sum(dtype=np.int64)))
+            if sums != told or (lengths < 1).any() or (counts < 1).any():
+                path = Path(f"{task_prefix(folder, rank)}.lengths")
+                raise _damaged_task(folder, rank, path, "other numbers than its record has")
             out.write(lengths)
             begins = np.cumsum(counts, dtype=np.int64) - counts
             # Every document has a sequence, which reduceat relies on.
@@ -300,9 +324,10 @@ def _write_metadata(folder: Path, records: list[TaskRecord], merged: MergedCorpu
                         batch.validate(full=True)
                         writer.append_batch(batch)
             except pa.ArrowException as error:
-                raise damaged_work(path, str(error)) from None
+                raise _damaged_task(folder, rank, path, str(error)) from None
             if writer.num_rows - before != record.documents:
-                raise damaged_work(path, f"{writer.num_rows - before:,} rows")
+                found = counted(writer.num_rows - before, "row")
+                raise _damaged_task(folder, rank, path, found)
     merged.checksums[".metadata.arrow"] = checksum_of(metadata_path(folder / "corpus"))
 
 
@@ -317,15 +342,6 @@ def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:
         "crc32": merged.checksums,
     }
     return json.dumps({**manifest, **counts}, indent=2, ensure_ascii=False) + "\n"
-
-
-def checksum_of(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hexadecimal digits."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_COPY_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
 
 
 def _publish(folder: Path, prefix: Path, *, overwrite: bool) -> list[Path]:

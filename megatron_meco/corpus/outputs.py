@@ -9,6 +9,7 @@ each file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -37,6 +38,7 @@ _WORK_FILES = re.compile(
     r"\.?(task-\d{5,}|corpus|encoder\.json|plan\.json|executor\.pickle|publishing)(\..*)?"
 )
 _HEAD_BYTES = 1 << 20
+_SUFFIX_BYTES = len("..metadata.arrow.0123456789ab")
 # A scheme of one letter would be a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
@@ -76,6 +78,13 @@ def check_local(given: str | os.PathLike[str], where: str) -> None:
         raise FlagError(
             f"{text!r} is not UTF-8 or holds a NUL", where=where, remedy="Use another name."
         )
+    try:
+        # The longest name of a file that is written there, temporary ones included.
+        os.lstat(f"{text}{'x' * _SUFFIX_BYTES}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            told = f"{text[:40]!r}... is too long a name"
+            raise FlagError(told, where=where, remedy="Use a shorter one.") from None
     if _URL.match(text):
         raise FlagError(
             f"{text!r} is a URL",
@@ -99,7 +108,7 @@ def check_prefix(given: str | os.PathLike[str], where: str = "--output") -> Path
     """
     check_local(given, where)
     text, prefix = os.fspath(given), Path(given)
-    if text.endswith(os.sep) or prefix.name in ("", "..") or prefix.is_dir():
+    if text.endswith(os.sep) or prefix.name in ("", "..") or os.path.isdir(prefix):
         raise FlagError(
             f"{text!r} is a folder",
             where=where,
@@ -174,7 +183,7 @@ def check_output(
         why = _why_foreign(path, prefix)
         if why:
             raise DataError(
-                f"{why}, so --overwrite does not replace it",
+                f"{why}; --overwrite replaces only what `meco prepare` wrote",
                 where=str(path),
                 remedy="Move or remove it yourself, or choose another --output.",
             )
@@ -201,7 +210,7 @@ def check_no_input(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[s
             raise DataError(
                 f"is also an input ({os.fspath(given)})",
                 where=str(identities[status.st_dev, status.st_ino]),
-                remedy="Choose another --output.",
+                remedy="Write elsewhere, or give the input another name.",
             )
 
 
@@ -235,9 +244,9 @@ def _why_foreign(path: Path, prefix: Path) -> str:
     try:
         manifest = read_manifest(prefix)
     except DataError as error:
-        return f"{manifest_path(prefix)} {error.what}"
+        return f"{manifest_path(prefix).name}: {error.what}"
     if not manifest:
-        return f"has no {manifest_path(prefix).name} beside it, so `meco prepare` did not write it"
+        return f"there is no {manifest_path(prefix).name} that describes it"
     suffix = str(path).removeprefix(str(prefix))
     is_own = True
     if suffix in (".bin", ".idx"):
@@ -247,12 +256,13 @@ def _why_foreign(path: Path, prefix: Path) -> str:
             sizes = [manifest["tokens"] * dtype.itemsize for dtype in dtypes]
             is_own = status.st_size in sizes
         else:
-            begins = [header(d, manifest["sequences"], manifest["documents"]) for d in dtypes]
-            is_own = _head(path, len(begins[0])) in begins
+            sequences, documents = manifest.get("sequences"), manifest["documents"]
+            begins = [] if sequences is None else [header(d, sequences, documents) for d in dtypes]
+            is_own = any(_head(path, len(begin)) == begin for begin in begins)
     elif suffix == ".metadata.arrow":
         is_own = is_metadata_file(path)
     elif suffix == ".rejected.jsonl":
-        is_own = bool(manifest["rejected"]) and _holds_rejected(path)
+        is_own = bool(manifest.get("rejected")) and _holds_rejected(path)
     return "" if is_own else f"is not the file that {manifest_path(prefix).name} describes"
 
 

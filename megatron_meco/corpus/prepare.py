@@ -21,6 +21,7 @@ from megatron_meco.corpus.documents import RejectedRecords, TaskReader
 from megatron_meco.corpus.executors import (
     LocalExecutor,
     MergeStep,
+    check_slurm_options,
     check_workers,
     run_on_ray,
     run_with_progress,
@@ -256,3 +257,5 @@ def _check(config: PrepareConfig) -> None:
             where="--executor-option",
             remedy="Leave it out, or use --executor slurm or ray.",
         )
+    if config.executor == "slurm":
+        check_slurm_options(config.executor_options)

@@ -66,7 +66,8 @@ class DocumentProgress:
         seconds = max(time.monotonic() - self._begin, 1e-9)
         self._state = f"{counted(documents, 'document')}  {documents / seconds:,.0f} docs/s"
         if text_bytes:
-            self._state += f"  {text_bytes / 1e6 / seconds:.1f} MB/s"
+            rate = text_bytes / seconds
+            self._state += f"  {rate / 1e6:.1f} MB/s" if rate >= 5e4 else f"  {rate / 1e3:.1f} kB/s"
         if tokens:
             self._state += f"  {tokens / 1e6 / seconds:.2f} M tokens/s"
         if self._bar is not None:

@@ -187,13 +187,14 @@ def tell_repeated(paths: Iterable[str]) -> None:
         if counts[identity] == 2:
             repeated.append(path)
     if repeated:
-        _warn(
+        warn(
             f"{counted(len(repeated), 'file')} given more than once, first {repeated[0]}: the "
             "documents will be in the corpus as often"
         )
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Say something on stderr that the user should know and that stops nothing."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -281,12 +282,16 @@ class _Search:
 
     def tell(self, files: list[SourceFile]) -> None:
         """Say what is no input, and which inputs are empty."""
-        if self._passed_over:
-            files_told = counted(len(self._passed_over), "file")
-            _warn(f"{files_told} not of a format that is read, first {self._passed_over[0]}")
+        named = {file.path for file in files}
+        passed_over = [file for file in self._passed_over if file not in named]
+        if passed_over:
+            warn(
+                f"{counted(len(passed_over), 'file')} passed over, of no format that is read by "
+                f"the name, first {passed_over[0]}"
+            )
         empty = [file.path for file in files if file.num_bytes == 0]
         if empty:
-            _warn(f"{counted(len(empty), 'empty file')}, first {empty[0]}")
+            warn(f"{counted(len(empty), 'empty file')}, first {empty[0]}")
 
     def _in_folder(self, filesystem: Any, path: str, name: str) -> list[str]:
         if not _is_local(filesystem):
@@ -333,20 +338,11 @@ class _Search:
         return sorted(found)
 
     def _walk(self, folder: str) -> Iterator[str]:
-        """Yield all files below a folder, each folder once, whatever links lead to it."""
-        seen: set[str] = set()
-        waiting = [folder]
-        while waiting:
-            for place, folders, names in os.walk(waiting.pop(0), onerror=_raise):
-                if os.path.realpath(place) in seen or self._is_work(place):
-                    folders.clear()
-                    continue
-                seen.add(os.path.realpath(place))
-                folders.sort()
-                # Later than all folders themselves, so that these keep their names.
-                links = [f"{place}/{one}" for one in folders if os.path.islink(f"{place}/{one}")]
-                waiting += links
-                yield from (f for f in (f"{place}/{n}" for n in names) if not self._is_own(f))
+        for place, folders, names in walk_once(folder):
+            if self._is_work(place):
+                folders.clear()
+                continue
+            yield from (f for f in (f"{place}/{n}" for n in names) if not self._is_own(f))
 
     def _is_work(self, folder: str) -> bool:
         return _real(folder) in self._own_folders or is_work_folder(folder)
@@ -382,6 +378,39 @@ def _real(path: str | os.PathLike[str]) -> str:
     """Return where a name really lies; the last part may be a link, which is one's own name."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)
+
+
+def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk like `os.walk` with links to folders, each folder once, whatever links lead to it.
+
+    Args:
+        folder: Where to begin.
+
+    Yields:
+        A folder, those in it (which may be taken out), and its files, both sorted.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    seen: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+            if os.path.realpath(place) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            folders.sort()
+            yield place, folders, sorted(names)
+            # Later than all folders themselves, so that these keep their names; not those that
+            # lead back to where they are.
+            links = [f"{place}/{one}" for one in folders if os.path.islink(f"{place}/{one}")]
+            waiting += [link for link in links if not _leads_back(link)]
+
+
+def _leads_back(link: str) -> bool:
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, _real(link)]) == target
 
 
 def _raise(error: OSError) -> None:

@@ -118,15 +118,6 @@ def _has_files(prefix: Path, record: TaskRecord) -> bool:
     )
 
 
-def damaged_work(path: Path, reason: str) -> DataError:
-    """Return what is told of a file in the work folder that is not what was written."""
-    return DataError(
-        f"is damaged ({reason.splitlines()[0] if reason else 'empty'})",
-        where=str(path),
-        remedy="Remove the work folder, and prepare again.",
-    )
-
-
 # Told after every batch: source bytes, documents, tokens and text bytes of the task so far.
 type ProgressCallback = Callable[[int, int, int, int, int], None]
 _on_progress: ProgressCallback | None = None

@@ -10,6 +10,7 @@ guarantee for tokenizers that are not Hugging Face's, which Megatron gives no wa
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -63,6 +64,23 @@ _TYPES_WITHOUT_MODEL = (
     "NullTokenizer",
 )
 
+# The types of settings that are no switches.
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("vocab_file", "merge_file", "metadata_path", "tiktoken_pattern", "chat_template"), (str,)
+    ),
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "tiktoken_num_special_tokens",
+            "null_tokenizer_eod_id",
+            "null_tokenizer_pad_id",
+        ),
+        (int,),
+    ),
+    "special_tokens": (list,),
+}
+
 # The type of ids in an index, int32, ends here.
 _MAX_VOCABULARY = 1 << 31
 
@@ -111,6 +129,8 @@ def build_tokenizer(
     # Seconds of import: only after the flags are known to be sensible.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Megatron imports what compiles CUDA, which tells of a GPU that nobody asked for.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
     flags = Namespace(
         tokenizer_type=tokenizer_type,
@@ -294,13 +314,22 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="build_tokenizer",
             remedy=f"Use Megatron's names: {', '.join(TOKENIZER_DEFAULTS)}.",
         )
-    for name in ("vocab_size", "tiktoken_num_special_tokens"):
+    for name, value in extra.items():
+        kinds = _SETTING_TYPES.get(name, (bool,))
+        if value is not None and type(value) not in kinds:
+            told = " or ".join(kind.__name__ for kind in kinds)
+            raise FlagError(
+                f"{value!r} is no {told}",
+                where=f"--{name.replace('_', '-')}",
+                remedy="Use a value of the type that Megatron's flag has.",
+            )
+    for name, least in (("vocab_size", 1), ("tiktoken_num_special_tokens", 0)):
         number = extra.get(name)
-        if number is not None and not 0 <= number < _MAX_VOCABULARY:
+        if number is not None and not least <= number < _MAX_VOCABULARY:
             raise FlagError(
                 f"{number} tokens",
                 where=f"--{name.replace('_', '-')}",
-                remedy=f"Use a number between 0 and {_MAX_VOCABULARY:,}.",
+                remedy=f"Use a number between {least} and {_MAX_VOCABULARY - 1:,}.",
             )
     for name, path in (
         ("tokenizer_model", tokenizer_model),

@@ -21,8 +21,7 @@ from datatrove.data import Document
 from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, encoder_of
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
-from megatron_meco.corpus.manifest import read_manifest
-from megatron_meco.corpus.merge import checksum_of
+from megatron_meco.corpus.manifest import checksum_of, read_manifest
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
@@ -75,13 +74,14 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
     yield Check("index", f"{told}, {index.tokens.dtype.name}")
     settings = manifest.get("tokenizer", {})
     yield from _tokens(index, settings.get("eod") if eod is None else eod, settings)
-    if metadata_path(prefix).exists():
+    if metadata_path(prefix).is_file():
         check_row_count(prefix, index.num_documents)
         fields = ", ".join(open_metadata(prefix).column_names)
         yield Check("metadata", f"one row per document: {fields}")
     else:
-        missing = bool(manifest.get("metadata_fields"))
-        yield Check("metadata", "no file", not missing)
+        # Also a pipe, which would be waited for, for ever.
+        is_missing = bool(manifest.get("metadata_fields")) or metadata_path(prefix).exists()
+        yield Check("metadata", "no file", not is_missing)
     if not manifest:
         yield Check("manifest", "none: counts and checksums cannot be compared")
         return

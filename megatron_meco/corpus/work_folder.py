@@ -223,11 +223,11 @@ class WorkFolder:
             DataError: An unfinished preparation of something else is here.
         """
         try:
-            earlier = orjson.loads((self.path / _PLAN).read_bytes())
+            earlier = orjson.loads((self.path / _PLAN).read_bytes()) or "damaged"
         except FileNotFoundError:
             earlier = None
         except (OSError, ValueError):
-            earlier = {}
+            earlier = "damaged"
         if earlier != plan:
             if earlier is not None and not restart:
                 raise DataError(
@@ -253,16 +253,16 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove the folder, as far as it is this package's."""
         with contextlib.suppress(OSError):
-            remove_work_folder(self.path)
+            # Another process may have made a new one since this one's was removed.
+            if self._lock and os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                remove_work_folder(self.path)
 
 
 def _difference(earlier: Any, plan: dict[str, Any]) -> str:
-    if not isinstance(earlier, dict):
-        earlier = {}
-    # An import of shards has none.
-    before, now = earlier.get("inputs", []), plan.get("inputs", [])
-    if not _are_inputs(before):
+    # An import of shards has no inputs.
+    if not isinstance(earlier, dict) or not _are_inputs(earlier.get("inputs", [])):
         return f"{_PLAN} is damaged"
+    before, now = earlier.get("inputs", []), plan.get("inputs", [])
     for one, other in zip(before, now, strict=False):
         if one != other:
             if one[0] != other[0]:
