@@ -145,8 +145,9 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def run_task(self, rank: int) -> None:
         """Run one task in this process."""
-        # The executor logs every error with its trace; the parent tells it in one line.
-        logger.disable("datatrove.executor.base")
+        # It logs every error with its trace, and on a full disk that one of its log; the parent
+        # tells the error in one line.
+        logger.disable("datatrove")
         self._run_for_rank(rank, local_rank=1)
 
     def _run_here(self, on_counts: CountsCallback) -> None:

@@ -153,10 +153,11 @@ def find_files(
             raise
         # The libraries behind URLs raise what they like.
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+            where = str(getattr(error, "filename", None) or name)
             raise DataError(
-                f"cannot be read ({reason})",
-                where=repr(name) if not is_utf8(name) else name,
+                f"cannot be read ({told.splitlines()[0]})",
+                where=where if is_utf8(where) else repr(where),
                 remedy="Name files or folders that exist; for s3:// and others install the "
                 "package that fsspec asks for.",
             ) from None

@@ -78,7 +78,7 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
         ),
         (int,),
     ),
-    "special_tokens": (list,),
+    "special_tokens": (list, tuple),
 }
 
 # The type of ids in an index, int32, ends here.
@@ -314,23 +314,7 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="build_tokenizer",
             remedy=f"Use Megatron's names: {', '.join(TOKENIZER_DEFAULTS)}.",
         )
-    for name, value in extra.items():
-        kinds = _SETTING_TYPES.get(name, (bool,))
-        if value is not None and type(value) not in kinds:
-            told = " or ".join(kind.__name__ for kind in kinds)
-            raise FlagError(
-                f"{value!r} is no {told}",
-                where=f"--{name.replace('_', '-')}",
-                remedy="Use a value of the type that Megatron's flag has.",
-            )
-    for name, least in (("vocab_size", 1), ("tiktoken_num_special_tokens", 0)):
-        number = extra.get(name)
-        if number is not None and not least <= number < _MAX_VOCABULARY:
-            raise FlagError(
-                f"{number} tokens",
-                where=f"--{name.replace('_', '-')}",
-                remedy=f"Use a number between {least} and {_MAX_VOCABULARY - 1:,}.",
-            )
+    _check_settings(extra)
     for name, path in (
         ("tokenizer_model", tokenizer_model),
         ("vocab_file", extra.get("vocab_file")),
@@ -352,6 +336,27 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="--tokenizer-model",
             remedy="Name the folder or file that this tokenizer type reads.",
         )
+
+
+def _check_settings(extra: dict[str, Any]) -> None:
+    """Refuse values that a `PREFIX.prepare.json` from anywhere may hold, but no command line."""
+    for name, value in extra.items():
+        kinds = _SETTING_TYPES.get(name, (bool,))
+        if value is not None and type(value) not in kinds:
+            told = " or ".join(kind.__name__ for kind in kinds)
+            raise FlagError(
+                f"{value!r} is no {told}",
+                where=f"--{name.replace('_', '-')}",
+                remedy="Use a value of the type that Megatron's flag has.",
+            )
+    for name, least in (("vocab_size", 1), ("tiktoken_num_special_tokens", 0)):
+        number = extra.get(name)
+        if number is not None and not least <= number < _MAX_VOCABULARY:
+            raise FlagError(
+                f"{number} tokens",
+                where=f"--{name.replace('_', '-')}",
+                remedy=f"Use a number between {least} and {_MAX_VOCABULARY - 1:,}.",
+            )
 
 
 def _check_file(path: str | None, flag: str) -> None:
