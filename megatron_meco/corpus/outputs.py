@@ -288,8 +288,7 @@ def is_side_file(path: str) -> bool:
     """Whether a file belongs to a corpus of this package beside it, and is no input by itself."""
     for suffix in (".metadata.arrow", ".prepare.json", ".rejected.jsonl"):
         if path.endswith(suffix):
-            prefix = path.removesuffix(suffix)
-            return os.path.isfile(f"{prefix}.prepare.json") and os.path.isfile(f"{prefix}.idx")
+            return os.path.isfile(f"{path.removesuffix(suffix)}.idx")
     return False
 
 
@@ -361,6 +360,20 @@ def clear_work_folder(path: Path) -> None:
         if entry.name == _LOGS and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif _WORK_FILES.fullmatch(entry.name) and not entry.is_dir():
+            entry.unlink()
+
+
+def remove_temporary_files(path: Path) -> None:
+    """Remove from a work folder what killed writers have left, which takes up disk.
+
+    Args:
+        path: A folder with a marker where nobody writes.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name.startswith(".") and _WORK_FILES.fullmatch(entry.name):
             entry.unlink()
 
 

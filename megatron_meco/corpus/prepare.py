@@ -178,7 +178,8 @@ def _begin(
             f"sentences: {language}, learned from {counted(len(sample), 'text')}", file=sys.stderr
         )
     plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
-    work.begin(plan, chosen, restart=config.overwrite)
+    is_alone = config.executor == "local"
+    work.begin(plan, chosen, restart=config.overwrite, is_alone=is_alone)
     return chosen
 
 

@@ -27,6 +27,7 @@ from megatron_meco.corpus.outputs import (
     clear_work_folder,
     is_work_folder,
     make_marked_folder,
+    remove_temporary_files,
     remove_work_folder,
     work_folder_of,
 )
@@ -211,13 +212,21 @@ class WorkFolder:
             os.close(self._lock)
             self._lock = None
 
-    def begin(self, plan: dict[str, Any], chosen: dict[str, Any], *, restart: bool) -> None:
+    def begin(
+        self,
+        plan: dict[str, Any],
+        chosen: dict[str, Any],
+        *,
+        restart: bool,
+        is_alone: bool = True,
+    ) -> None:
         """Begin a preparation, or go on with one.
 
         Args:
             plan: What is prepared.
             chosen: The encoder.
             restart: Whether to start afresh where the unfinished one is another.
+            is_alone: Whether no task of an earlier call can be at work still, as on a cluster.
 
         Raises:
             DataError: An unfinished preparation of something else is here.
@@ -236,6 +245,9 @@ class WorkFolder:
                     remedy="Start afresh with --overwrite, or undo the change to go on.",
                 )
             self.clear()
+        if is_alone:
+            with contextlib.suppress(OSError):
+                remove_temporary_files(self.path)
         write_encoder(self.path, chosen)
         write_synced(self.path / _PLAN, json.dumps(plan))
 

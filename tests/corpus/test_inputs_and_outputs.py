@@ -262,6 +262,7 @@ def test_notes_in_a_work_folder_outlive_it(run: Run, monkeypatch: pytest.MonkeyP
     _write("in.jsonl")
     _stop_before_merging(monkeypatch, run, "in.jsonl")
     _write("c.unfinished/notes.txt", "notes")
+    _write("c.unfinished/.task-00000.bin.0123456789ab", "of a killed writer")
     assert run("in.jsonl").documents == 1
     assert sorted(os.listdir("c.unfinished")) == ["meco-work-folder.json", "notes.txt"]
     assert run(_write("in.jsonl", LINE * 2), overwrite=True).documents == 2
