@@ -87,15 +87,19 @@ def ours(
     from megatron_meco.corpus.documents import RejectedRecords, TaskReader
     from megatron_meco.corpus.executors import LocalExecutor
     from megatron_meco.corpus.merge import merge_tasks
+    from megatron_meco.corpus.outputs import make_marked_folder
     from megatron_meco.corpus.sources import find_files, plan_tasks
     from megatron_meco.corpus.task_writer import MegatronWriter
 
     folder = work / "ours.unfinished"
-    folder.mkdir()
+    make_marked_folder(folder)
     write_encoder(folder, settings)
     tasks = plan_tasks(find_files([source]))
     rejected = RejectedRecords()
-    steps = [TaskReader(tasks, "text", rejected), MegatronWriter(folder, ("url",), rejected)]
+    steps = [
+        TaskReader(tasks, "text", rejected, ("url",)),
+        MegatronWriter(folder, ("url",), rejected),
+    ]
     with LocalExecutor(steps, folder, len(tasks), workers) as executor:
         executor.wait_for_workers()
         begin = time.monotonic()

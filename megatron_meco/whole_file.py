@@ -1,4 +1,4 @@
-"""A file that stands under its name whole or not at all.
+"""A file, or a new folder, that stands under its name whole or not at all.
 
 It is written under a hidden temporary name in the same folder, put on the disk and renamed, so a
 reader sees the earlier file or the new one; of several writers, also on several nodes, the last one
@@ -10,8 +10,10 @@ up after a killed writer, whose temporary file `unfinished_files` finds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,8 +36,7 @@ def whole_file(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[Binar
     Raises:
         MeCoError: What `refuse` made.
     """
-    # Process numbers repeat between the nodes that share a folder.
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+    temporary = _temporary_name(path)
     try:
         # Not tempfile's: those can be read by nobody else, whatever the umask says.
         with temporary.open("xb") as file:
@@ -49,6 +50,47 @@ def whole_file(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[Binar
         if isinstance(error, OSError):
             raise refuse(error.strerror or str(error)) from error
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[Path]:
+    """Make a folder that gets its name when the block ends, and is gone when the block raises.
+
+    Args:
+        path: The folder, which must not exist; its parents are made.
+        refuse: Makes what is raised where the file system says no, from its reason.
+
+    Yields:
+        The folder under its temporary name, to write plain files into. The block only writes.
+
+    Raises:
+        MeCoError: What `refuse` made.
+    """
+    temporary = _temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if os.path.lexists(path):
+            # A rename would replace an empty folder without a word.
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise refuse(error.strerror or str(error)) from error
+        raise
+
+
+def _temporary_name(path: Path) -> Path:
+    # Process numbers repeat between the nodes that share a folder.
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}")
 
 
 def unfinished_files(path: Path) -> list[Path]:

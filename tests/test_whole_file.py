@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_meco.errors import DataError, MeCoError
-from megatron_meco.whole_file import unfinished_files, whole_file
+from megatron_meco.whole_file import unfinished_files, whole_file, whole_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,3 +153,38 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
         assert path.read_bytes() == b"two"
     assert path.read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep" / "folder"
+    with whole_folder(path, refuse) as folder:
+        (folder / "x").write_bytes(b"1")
+        assert not path.exists()
+    assert (path / "x").read_bytes() == b"1" and os.listdir(path.parent) == ["folder"]
+    with pytest.raises(DataError, match="File exists"), whole_folder(path, refuse):
+        pass
+    (path / "x").unlink()
+    with pytest.raises(DataError, match="File exists"), whole_folder(path, refuse):
+        pass
+    with pytest.raises(KeyError), whole_folder(tmp_path / "other", refuse) as folder:
+        (folder / "x").write_bytes(b"1")
+        raise KeyError
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(DataError, match="No space left"),
+        whole_folder(path / "y", refuse) as folder,
+    ):
+        (folder / "x").write_bytes(b"1")
+    assert os.listdir(tmp_path) == ["deep"] and os.listdir(path) == []
+
+
+def test_there_is_one_way_to_write_a_corpus() -> None:
+    """Names made of process numbers meet on a folder that several nodes share."""
+    for path in (ROOT / "megatron_meco" / "corpus").glob("*.py"):
+        assert "getpid" not in path.read_text(), path

@@ -10,25 +10,34 @@ the tokenizer for the sample alone. Given up: joining on anything but the order.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from datatrove.data import Document
 
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader, is_arrow_stream
+from megatron_meco.corpus.documents import (
+    RejectedRecords,
+    TaskReader,
+    told_columns,
+    told_records,
+)
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
+from megatron_meco.corpus.outputs import (
+    check_fields,
+    check_local,
+    check_no_input,
+    is_metadata_file,
+)
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.readers import count_lines
-from megatron_meco.corpus.records import metadata_of
-from megatron_meco.corpus.sources import find_files, plan_tasks
-from megatron_meco.corpus.task_writer import batches, metadata_columns
+from megatron_meco.corpus.records import BadRecord, metadata_of
+from megatron_meco.corpus.sources import Part, SourceFile, check_unchanged, find_files, plan_tasks
+from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     TextEncoder,
@@ -37,10 +46,33 @@ from megatron_meco.corpus.tokenizer import (
     resolve_eod,
     text_encoder,
 )
+from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
+# What pyarrow's reader of CSV takes for no value.
+_NULLS = frozenset(
+    [
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "n/a",
+        "nan",
+        "null",
+    ]
+)
 _ORDER = "Give exactly the files that the corpus was made of, in the same order."
 
 
@@ -94,10 +126,12 @@ def attach_from_files(
         DataError: The files are not what the corpus was made of.
     """
     index = _open(prefix, overwrite)
-    step = max(index.num_documents // max(num_verified, 1), 1)
-    verified = 0
-    with _metadata(prefix, fields) as writer, _progress(index) as progress:
-        for batch in _document_batches(inputs, text_field):
+    files = find_files(inputs, prefix)
+    check_no_input([metadata_path(prefix)], [file.path for file in files])
+    step = max(index.num_documents // num_verified, 1)
+    verified = text_bytes = 0
+    with MetadataWriter(prefix, fields) as writer, _progress(index) as progress:
+        for batch in _document_batches(files, text_field, fields):
             begin = writer.num_rows
             if begin + len(batch) > index.num_documents:
                 raise _other_count("more than ", index.num_documents, index, prefix)
@@ -105,14 +139,15 @@ def attach_from_files(
                 _verify(batch[number - begin], number, index, tokenizer, prefix)
                 verified += 1
             writer.append(metadata_columns(batch, fields))
-            progress.update(writer.num_rows, writer.num_rows, 0)
+            text_bytes += text_bytes_of(batch)
+            progress.update(writer.num_rows, writer.num_rows, text_bytes)
         if writer.num_rows != index.num_documents:
             raise _other_count("", writer.num_rows, index, prefix)
     return index.num_documents, verified
 
 
 def attach_from_table(
-    prefix: Path, tables: list[Path], fields: list[str], *, overwrite: bool = False
+    prefix: Path, tables: Sequence[str | Path], fields: list[str], *, overwrite: bool = False
 ) -> int:
     """Write the metadata of a corpus from tables with one row per document.
 
@@ -129,11 +164,12 @@ def attach_from_table(
         DataError: A table cannot be read, lacks a column, or the number of rows is another.
     """
     index = _open(prefix, overwrite)
-    with _metadata(prefix, fields) as writer, _progress(index) as progress:
-        for path in tables:
-            for rows in _table_rows(path, fields):
+    check_no_input([metadata_path(prefix)], tables)
+    with MetadataWriter(prefix, fields) as writer, _progress(index) as progress:
+        for table in find_files(tables):
+            for rows in _table_rows(table, fields):
                 writer.append([[metadata_of(row, name) for row in rows] for name in fields])
-                progress.update(writer.num_rows, writer.num_rows, 0)
+                progress.update(writer.num_rows, writer.num_rows)
         if writer.num_rows != index.num_documents:
             raise _other_count("", writer.num_rows, index, prefix)
     return index.num_documents
@@ -144,34 +180,28 @@ def _open(prefix: Path, overwrite: bool) -> CorpusIndex:
     broken = broken_structure(index)
     if broken:
         raise DataError(broken, where=f"{prefix}.idx", remedy="Copy or prepare the corpus again.")
-    if metadata_path(prefix).exists() and not overwrite:
+    path = metadata_path(prefix)
+    if os.path.lexists(path) and not overwrite:
+        raise DataError("already there", where=str(path), remedy="Add --overwrite to replace it.")
+    if os.path.lexists(path) and not is_metadata_file(path):
         raise DataError(
-            "already there",
-            where=str(metadata_path(prefix)),
-            remedy="Add --overwrite to replace it.",
+            "is no metadata file of this package; --overwrite replaces no other",
+            where=str(path),
+            remedy="Move or remove it yourself.",
         )
     return index
-
-
-def _metadata(prefix: Path, fields: list[str]) -> MetadataWriter:
-    try:
-        return MetadataWriter(prefix, fields)
-    except OSError as error:
-        raise DataError(
-            f"cannot be written ({error.strerror or error})",
-            where=str(metadata_path(prefix)),
-            remedy="The metadata goes beside the corpus: its folder must allow that.",
-        ) from None
 
 
 def _progress(index: CorpusIndex) -> DocumentProgress:
     return DocumentProgress("attach", index.num_documents)
 
 
-def _document_batches(inputs: list[str], text_field: str) -> Iterator[list[Document]]:
-    tasks = plan_tasks(find_files(inputs))
+def _document_batches(
+    files: list[SourceFile], text_field: str, fields: list[str]
+) -> Iterator[list[Document]]:
+    tasks = plan_tasks(files)
     rejected = RejectedRecords()
-    reader = TaskReader(tasks, text_field, rejected)
+    reader = TaskReader(tasks, text_field, rejected, fields)
     for rank in range(len(tasks)):
         yield from batches(reader.run(rank=rank))
         rejected.reset()
@@ -194,66 +224,43 @@ def _verify(
 
 def _other_count(more: str, found: int, index: CorpusIndex, prefix: Path) -> DataError:
     return DataError(
-        f"{more}{found:,} documents in the input, {index.num_documents:,} in the corpus",
+        f"{more}{counted(found, 'document')} in the input, {index.num_documents:,} in the corpus",
         where=str(prefix),
         remedy=_ORDER,
     )
 
 
-def _table_rows(path: Path, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
-    try:
-        for batch in _record_batches(path):
-            names = batch.schema.names
-            columns = {f if f in names else f.split(".")[0] for f in fields}
-            missing = sorted(columns - set(names))
-            if missing:
-                raise DataError(
-                    f"no column {missing[0]!r}; there are {', '.join(names)}",
-                    where=str(path),
-                    remedy="Name columns with --metadata-fields.",
-                )
-            wanted = batch.select(sorted(columns))
-            for begin in range(0, wanted.num_rows, _ROWS):
-                yield wanted.slice(begin, _ROWS).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        what = (str(error).splitlines() or [type(error).__name__])[0]
+def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
+    part = Part(table.path, table.format, 0, table.num_bytes, True, table.stamp)
+    names = told_columns(part)
+    missing = sorted({f if f in names else f.partition(".")[0] for f in fields} - set(names))
+    if missing:
         raise DataError(
-            f"cannot be read to its end ({what})", where=str(path), remedy="Write it again."
-        ) from None
-
-
-def _record_batches(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        with pa.parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_ROWS)
-    elif path.suffix == ".csv":
-        # As text: `007` is no number here.
-        with path.open("rb") as file:
-            names = pa.csv.open_csv(file).schema.names
-        options = pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True
+            f"no column {missing[0]!r}; there are {', '.join(names)}",
+            where=part.path,
+            remedy="Name columns with --metadata-fields.",
         )
-        yield from pa.csv.open_csv(
-            path,
-            convert_options=options,
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        )
-    elif is_arrow_stream(str(path)):
-        with pa.memory_map(str(path)) as source:
-            yield from pa.ipc.open_stream(source)
-    else:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            for i in range(reader.num_record_batches):
-                yield reader.get_batch(i)
+    rows: list[dict[str, Any]] = []
+    for number, record in told_records(part, fields, parquet_rows=_ROWS, newline=""):
+        if isinstance(record, BadRecord):
+            raise DataError(
+                str(record),
+                where=f"{part.path}, row {number:,}",
+                remedy="Mend the row: each one belongs to a document.",
+            )
+        is_csv = part.format == "csv"
+        rows.append({k: None if is_csv and v in _NULLS else v for k, v in record.items()})
+        if len(rows) == _ROWS:
+            yield rows
+            rows = []
+    check_unchanged(part)
+    yield rows
 
 
 def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meco attach` to its parser."""
     add = parser.add_argument
-    add("prefix", metavar="PREFIX", type=Path, help="the corpus, as in --data-path")
+    add("prefix", metavar="PREFIX", help="the corpus, as in --data-path")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--from", nargs="+", dest="inputs", metavar="INPUT", help="what the corpus was made of"
@@ -261,7 +268,6 @@ def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--table",
         nargs="+",
-        type=Path,
         metavar="FILE",
         help=f"{', '.join(_TABLES)} with one row per document",
     )
@@ -291,24 +297,29 @@ def run_attach(args: argparse.Namespace) -> int:
     Raises:
         MeCoError: The metadata cannot be attached; nothing has been written.
     """
+    check_local(args.prefix, "PREFIX")
+    prefix = Path(args.prefix)
     fields = [name.strip() for name in args.metadata_fields.split(",")]
-    if len(set(fields)) < len(fields) or not all(fields):
+    check_fields(fields)
+    check_fields([args.text_field], "--text-field")
+    if args.verify_documents < 1:
         raise FlagError(
-            f"empty or repeated names in {args.metadata_fields!r}",
-            where="--metadata-fields",
-            remedy="Name every field once, with commas between.",
+            f"{args.verify_documents} documents",
+            where="--verify-documents",
+            remedy="Use a number above 0.",
         )
     if args.table:
         for path in args.table:
-            if path.suffix not in _TABLES or not path.is_file():
-                what = "no such file" if not path.is_file() else "not a kind of table known here"
+            check_local(path, "--table")
+            if not path.endswith(_TABLES) or not os.path.isfile(path):
+                what = "not a kind of table known here" if os.path.isfile(path) else "no such file"
                 remedy = f"Give files that end in {', '.join(_TABLES)}."
-                raise DataError(what, where=str(path), remedy=remedy)
-        count = attach_from_table(args.prefix, args.table, fields, overwrite=args.overwrite)
+                raise DataError(what, where=path, remedy=remedy)
+        count = attach_from_table(prefix, args.table, fields, overwrite=args.overwrite)
         verified = "their order cannot be checked"
     else:
         count, number = attach_from_files(
-            args.prefix,
+            prefix,
             args.inputs,
             fields,
             _tokenizer(args),
@@ -317,7 +328,7 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         verified = f"{number:,} of them tokenised again and equal"
-    print(f"written: {metadata_path(args.prefix)}, {count:,} rows ({verified})")
+    print(f"written: {metadata_path(prefix)}, {counted(count, 'row')} ({verified})")
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import orjson
 
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
 from megatron_meco.errors import DataError
@@ -192,15 +193,42 @@ def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
     Raises:
         DataError: There is none.
     """
+    settings = load_settings(folder)
     try:
-        chosen = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        return encoder_of(settings), settings
+    # What a damaged tokenizer raises is of no common type.
+    except Exception as error:
+        raise _no_encoder(folder, error) from error
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """Return what was kept with the encoder of a folder.
+
+    Args:
+        folder: Where `write_encoder` kept it.
+
+    Returns:
+        What it was given.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        settings = orjson.loads((folder / _FILE).read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"no readable encoder ({error})",
-            where=str(folder / _FILE),
-            remedy="Remove the folder and prepare again.",
-        ) from None
-    return encoder_of(chosen), chosen
+        raise _no_encoder(folder, error) from None
+    return settings
+
+
+def _no_encoder(folder: Path, error: Exception) -> DataError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(
+        f"no readable encoder ({reason})",
+        where=str(folder / _FILE),
+        remedy="Remove the work folder, and prepare again.",
+    )
 
 
 def encoder_of(chosen: dict[str, Any]) -> BulkEncoder:

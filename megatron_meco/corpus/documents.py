@@ -1,8 +1,8 @@
 """Readers for datatrove pipelines that account for every record.
 
-`TaskReader` reads what a task of `meco prepare` consists of: JSONL by lines of our own, because
-datatrove's reader drops a bad line without saying which; Parquet, Arrow, CSV and WARC by
-datatrove's readers, with records counted and rejected by name. `JsonLinesReader` is the same for
+`TaskReader` reads what a task of `meco prepare` consists of: JSONL by lines, because datatrove's
+reader drops a bad line without saying which; Parquet, Arrow, CSV and WARC by `formats`, because
+datatrove's readers take files that end early for whole ones. `JsonLinesReader` is the same for
 one's own pipeline. What is rejected goes into a `RejectedRecords` that reader and writer of one
 pipeline share. Costs about three microseconds per document beyond JSON. Given up: datatrove's
 `limit`, `skip` and statistics per document in `TaskReader`.
@@ -10,20 +10,26 @@ pipeline share. Costs about three microseconds per document beyond JSON. Given u
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers import CSVReader, IpcReader, ParquetReader, WarcReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 
+from megatron_meco.corpus.formats import Record, column_names, read_records
 from megatron_meco.corpus.readers import count_lines, read_chunks
-from megatron_meco.corpus.records import BadRecord, Rejected, excerpt_of, parse_record, text_of
-from megatron_meco.corpus.sources import Part, open_source
+from megatron_meco.corpus.records import (
+    NO_OBJECT,
+    BadRecord,
+    Rejected,
+    excerpt_of,
+    parse_record,
+    text_of,
+)
+from megatron_meco.corpus.sources import Part, check_unchanged
+from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -129,7 +135,10 @@ def read_lines(part: Part, text_field: str, rejected: RejectedRecords) -> Iterat
     num_lines = 0
     read_before = rejected.source_bytes
     path, begin = part.path, part.begin
-    for chunk in read_chunks(path, begin, None if part.is_whole else part.end):
+    end = None if part.is_whole else part.end
+    # A reader of one's own pipeline does not know the size.
+    num_bytes = part.end if part.is_whole and part.end else None
+    for chunk in read_chunks(path, begin, end, num_bytes=num_bytes):
         lines = chunk.data.split(b"\n")
         if chunk.first_line == 1 and begin == 0:
             lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
@@ -138,6 +147,18 @@ def read_lines(part: Part, text_field: str, rejected: RejectedRecords) -> Iterat
                 continue
             try:
                 record = parse_record(raw)
+            except BadRecord as bad:
+                if number == chunk.first_line + len(lines) - 1 and str(bad) != NO_OBJECT:
+                    # Without a line end, as only the last line of a file can be.
+                    raise DataError(
+                        f"the file ends inside a line ({bad})",
+                        where=f"{path}, line {number + count_lines(path, begin):,}",
+                        remedy="Fetch the file again; if it is whole, add a line end, and the "
+                        "line is set aside.",
+                    ) from None
+                rejected.add(Rejected(path, number, str(bad), excerpt_of(raw)), begin)
+                continue
+            try:
                 text = text_of(record, text_field)
             except BadRecord as bad:
                 rejected.add(Rejected(path, number, str(bad), excerpt_of(raw)), begin)
@@ -157,16 +178,24 @@ class TaskReader(PipelineStep):  # type: ignore[misc]
         tasks: The parts of each task, as `plan_tasks` gives them.
         text_field: Where the text is; dots lead into nested values.
         rejected: Where bad records go.
+        metadata_fields: The fields that are wanted beside the text; None: all.
     """
 
     name = "TaskReader"
     type = "READER"
 
-    def __init__(self, tasks: list[list[Part]], text_field: str, rejected: RejectedRecords) -> None:
+    def __init__(
+        self,
+        tasks: list[list[Part]],
+        text_field: str,
+        rejected: RejectedRecords,
+        metadata_fields: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.tasks = tasks
         self.text_field = text_field
         self.rejected = rejected
+        self.fields = None if metadata_fields is None else [text_field, *metadata_fields]
 
     def run(
         self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
@@ -189,78 +218,90 @@ class TaskReader(PipelineStep):  # type: ignore[misc]
                 yield from read_lines(part, self.text_field, self.rejected)
             else:
                 yield from self._read_records(part)
+            check_unchanged(part)
 
     def _read_records(self, part: Part) -> Iterator[Document]:
-        before = self.rejected.source_bytes
-        kind, settings = _READERS[part.format]
-        if part.format == "arrow":
-            settings = {"stream": is_arrow_stream(part.path)}
-        folder, _, name = part.path.rpartition("/")
-        adapter = _Adapter(part.path, self.text_field, self.rejected)
-        reader = kind(folder or ".", adapter=adapter.adapt, **settings)
+        path, rejected = part.path, self.rejected
+        before, number = rejected.source_bytes, 0
+        for number, record in told_records(part, self.fields):
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                text = text_of(record, self.text_field)
+                if part.format == "warc" and _is_html(text):
+                    raise BadRecord("HTML, not text")
+            except BadRecord as bad:
+                known = {} if isinstance(record, BadRecord) else record
+                excerpt = bad.excerpt or str(known.get(self.text_field, ""))[:200]
+                rejected.add(Rejected(path, number, str(bad), excerpt), 0)
+                continue
+            record.pop(self.text_field, None)
+            yield SourceDocument(text, "", [], record, path, number)
+        rejected.source_bytes = before + part.end - part.begin
+        rejected.lines_of_parts.append((path, 0, number))
+
+
+def told_records(
+    part: Part, names: Sequence[str] | None, **settings: Any
+) -> Iterator[tuple[int, Record]]:
+    """Yield what `read_records` does, with one clear error where the file cannot be read.
+
+    Args:
+        part: A whole file.
+        names: The fields to read; None: all.
+        **settings: Further settings of `read_records`.
+
+    Yields:
+        The number of each record, and the record.
+
+    Raises:
+        DataError: The file cannot be read to its end.
+    """
+    records = read_records(part.path, part.format, names, **settings)
+    number = 0
+    while True:
         try:
-            for document in reader.read_file(name):
-                location = document.metadata.pop(_LOCATION)
-                yield SourceDocument(
-                    document.text, "", [], document.metadata[_RECORD], part.path, location
-                )
-        except DataError:
-            raise
-        except _READ_ERRORS as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"cannot be read to its end as {part.format} ({what})",
-                where=part.path,
-                remedy="Fetch the file again or leave it out.",
-            ) from None
-        self.rejected.source_bytes = before + part.end - part.begin
-        self.rejected.lines_of_parts.append((part.path, 0, adapter.num_records))
+            number, record = next(records)
+        except StopIteration:
+            return
+        # The libraries behind the formats raise what they like over a damaged file.
+        except Exception as error:
+            raise _unreadable(part, number, error) from error
+        yield number, record
 
 
-_LOCATION, _RECORD = "meco_location", "meco_record"
-_READ_ERRORS = (pa.ArrowException, csv.Error, EOFError, KeyError, OSError, UnicodeError, ValueError)
-_READERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # Row groups may hold texts of megabytes: a batch of a thousand would be gigabytes.
-    "parquet": (ParquetReader, {"batch_size": 100}),
-    "arrow": (IpcReader, {}),
-    "csv": (CSVReader, {}),
-    "warc": (WarcReader, {}),
-}
+def told_columns(part: Part) -> list[str]:
+    """Return what `column_names` does, with one clear error where the file cannot be read.
+
+    Args:
+        part: A table.
+
+    Returns:
+        The names.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return column_names(part.path, part.format)
+    except Exception as error:
+        raise _unreadable(part, 0, error) from error
 
 
-@dataclass
-class _Adapter:
-    """Counts the records that a reader of datatrove finds and rejects those without text."""
-
-    path: str
-    text_field: str
-    rejected: RejectedRecords
-    num_records: int = field(default=0)
-
-    def adapt(self, reader: Any, data: dict[str, Any], path: str, number: int) -> dict[str, Any]:
-        """Return what datatrove makes a document of; without text it makes none."""
-        self.num_records += 1
-        # A WARC file has records that are no pages; its own count includes them.
-        place = number + 1 if isinstance(reader, WarcReader) else self.num_records
-        try:
-            text = text_of(data, self.text_field)
-            if isinstance(reader, WarcReader) and _is_html(text):
-                raise BadRecord("HTML, not text")
-        except BadRecord as bad:
-            shown = str(data.get(self.text_field, ""))[:200]
-            self.rejected.add(Rejected(self.path, place, str(bad), shown), 0)
-            # A name that is no text: datatrove warns once about documents without one.
-            return {"text": ""}
-        data.pop(self.text_field, None)
-        return {"text": text, "id": "", "metadata": {_LOCATION: place, _RECORD: data}}
+def _unreadable(part: Part, number: int, error: Exception) -> DataError:
+    reason = error.what if isinstance(error, DataError) else str(error).strip()
+    reason = (reason or type(error).__name__).splitlines()[0]
+    after = counted(number, "record" if part.format == "warc" else "row")
+    is_missing = isinstance(error, ImportError)
+    return DataError(
+        f"cannot be read to its end as {part.format}, after {after} ({reason[:300]})",
+        where=part.path,
+        remedy="Install what is missing."
+        if is_missing
+        else "Fetch the file again or leave it out.",
+    )
 
 
 def _is_html(text: str) -> bool:
     beginning = text[:2000].lower()
     return "<html" in beginning or "<!doctype html" in beginning
-
-
-def is_arrow_stream(path: str) -> bool:
-    """Whether an Arrow file is of the streaming kind, as Hugging Face's data sets are."""
-    with open_source(path) as file:
-        return file.read(6) != b"ARROW1"

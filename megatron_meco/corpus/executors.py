@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import TracebackType
@@ -34,11 +34,21 @@ from loguru import logger
 
 from megatron_meco.corpus.merge import merge_tasks
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.task_writer import read_record, report_progress_to
+from megatron_meco.corpus.task_writer import (
+    cannot_write,
+    cannot_write_for,
+    read_record,
+    report_progress_to,
+)
+from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.whole_file import whole_file
 
 _COUNTS = 4
 _SECONDS_BETWEEN_LOOKS = 0.2
+# Workers that any machine may be asked for, and per core beyond that.
+_WORKERS = 64
+_WORKERS_PER_CORE = 4
 
 # Told the counts of all tasks so far: source bytes, documents, tokens, text bytes.
 type CountsCallback = Callable[[list[int]], None]
@@ -116,10 +126,14 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         Raises:
             DataError: What a task raised; the first one ends the others.
         """
-        if self._pool is None:
-            self._run_here(on_counts)
-        else:
-            self._run_in_pool(self._pool, on_counts)
+        try:
+            if self._pool is None:
+                self._run_here(on_counts)
+            else:
+                self._run_in_pool(self._pool, on_counts)
+        except OSError as error:
+            # Readers turn theirs into DataErrors: this is datatrove's log, or the pickle.
+            raise cannot_write(error, self.work_folder) from error
 
     def _unfinished(self) -> list[int]:
         return [rank for rank in range(self.tasks) if not self.is_rank_completed(rank)]
@@ -131,8 +145,9 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def run_task(self, rank: int) -> None:
         """Run one task in this process."""
-        # The executor logs every error with its trace; the parent tells it in one line.
-        logger.disable("datatrove.executor.base")
+        # It logs every error with its trace, and on a full disk that one of its log; the parent
+        # tells the error in one line.
+        logger.disable("datatrove")
         self._run_for_rank(rank, local_rank=1)
 
     def _run_here(self, on_counts: CountsCallback) -> None:
@@ -152,7 +167,8 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
     def _run_in_pool(self, pool: ProcessPoolExecutor, on_counts: CountsCallback) -> None:
         # Once for all tasks: a long list of input files would go with each of them.
         pickled = self.work_folder / "executor.pickle"
-        pickled.write_bytes(pickle.dumps(self))
+        with whole_file(pickled, partial(cannot_write_for, path=pickled)) as file:
+            file.write(pickle.dumps(self))
         counts = np.frombuffer(self._shared, dtype=np.int64).reshape(self.tasks, _COUNTS)
         try:
             pending: set[Future[None]] = {
@@ -169,6 +185,29 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
                 where=f"--workers {self.workers}",
                 remedy="Usually memory ran out: use fewer workers, or look for a huge document.",
             ) from None
+
+
+def check_workers(workers: int, *, is_local: bool = True) -> None:
+    """Refuse a number of workers that cannot work.
+
+    Args:
+        workers: What `--workers` says.
+        is_local: Whether they are processes of this machine.
+
+    Raises:
+        FlagError: There are none, or too many for this machine.
+    """
+    # Not `< 1`, which lets what is no number pass.
+    if not workers >= 1:
+        raise FlagError(f"{workers} workers", where="--workers", remedy="Use a number above 0.")
+    cores = os.cpu_count() or 1
+    most = max(_WORKERS, _WORKERS_PER_CORE * cores)
+    if is_local and workers > most:
+        raise FlagError(
+            f"{workers:,} workers on {counted(cores, 'core')}",
+            where="--workers",
+            remedy=f"Use {most:,} at most; about one for each core is fastest.",
+        )
 
 
 def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[int]) -> None:
@@ -243,22 +282,49 @@ class MergeStep(PipelineStep):  # type: ignore[misc]
         prefix: Where the corpus goes.
         num_tasks: The number of tasks.
         manifest: What `PREFIX.prepare.json` says beside the counts.
+        overwrite: Whether to replace a corpus that is already there.
     """
 
     name = "Merge"
     type = "WRITER"
 
-    def __init__(self, folder: Path, prefix: Path, num_tasks: int, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        prefix: Path,
+        num_tasks: int,
+        manifest: dict[str, Any],
+        overwrite: bool = False,
+    ):
         super().__init__()
         self.folder, self.prefix = folder, prefix
         self.num_tasks, self.manifest = num_tasks, manifest
+        self.overwrite = overwrite
 
     def run(
         self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
         """Join the tasks; yields nothing."""
-        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest)
+        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest, None, self.overwrite)
         yield from ()
+
+
+def check_slurm_options(options: dict[str, Any]) -> None:
+    """Refuse settings without those that Slurm cannot do without.
+
+    Args:
+        options: Settings of datatrove's `SlurmPipelineExecutor`.
+
+    Raises:
+        FlagError: One is missing.
+    """
+    missing = [name for name in ("time", "partition") if name not in options]
+    if missing:
+        raise FlagError(
+            f"Slurm needs {' and '.join(missing)}",
+            where="--executor-option",
+            remedy="For example: --executor-option time=10:00:00 --executor-option partition=cpu.",
+        )
 
 
 def submit_to_slurm(
@@ -276,17 +342,10 @@ def submit_to_slurm(
         The id of the second job.
 
     Raises:
-        FlagError: An option is missing or unknown, or `sbatch` does not work.
+        FlagError: An option is unknown, or `sbatch` does not work.
     """
     from datatrove.executor import SlurmPipelineExecutor
 
-    missing = [name for name in ("time", "partition") if name not in options]
-    if missing:
-        raise FlagError(
-            f"Slurm needs {' and '.join(missing)}",
-            where="--executor-option",
-            remedy="For example: --executor-option time=10:00:00 --executor-option partition=cpu.",
-        )
     activate = f"source {Path(sys.prefix, 'bin', 'activate')}"
     # Finished tasks are known by their own records, which the writer looks at.
     settings = {"env_command": activate, **options, "skip_completed": False}
@@ -375,7 +434,8 @@ def parse_options(words: list[str]) -> dict[str, Any]:
             )
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        # Python's own parser is stopped by depth.
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             options[key] = value
     return options
 

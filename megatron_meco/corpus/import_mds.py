@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meco import __version__
-from megatron_meco.corpus.executors import LocalExecutor, run_with_progress
+from megatron_meco.corpus.executors import LocalExecutor, check_workers, run_with_progress
+from megatron_meco.corpus.manifest import MANIFEST_FORMAT
 from megatron_meco.corpus.mds import (
+    INDEX_NAME,
     Shard,
     find_indices,
     ids_decoder,
@@ -28,21 +30,23 @@ from megatron_meco.corpus.mds import (
     text_decoder,
 )
 from megatron_meco.corpus.mds_importer import MdsImporter
-from megatron_meco.corpus.merge import (
-    MergedCorpus,
+from megatron_meco.corpus.merge import MergedCorpus, merge_tasks, num_finished, with_state
+from megatron_meco.corpus.outputs import (
+    check_fields,
+    check_local,
     check_output,
-    merge_tasks,
-    num_finished,
-    with_state,
+    check_prefix,
 )
+from megatron_meco.corpus.sources import is_remote, tell_repeated, warn
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     build_tokenizer,
     resolve_bos,
     resolve_eod,
 )
+from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import WorkFolder
-from megatron_meco.errors import DataError, FlagError, MeCoError
+from megatron_meco.errors import DataError, MeCoError
 
 _TASK_BYTES = 1 << 30
 
@@ -97,9 +101,14 @@ def import_mds(config: ImportConfig) -> MergedCorpus:
     indices = [path for folder in config.folders for path in find_indices(os.fspath(folder))]
     read = [read_index(path) for path in indices]
     tasks = _plan_tasks([shard for shards, _ in read for shard in shards], config)
+    paths = [*indices, *(shard.path for shards in tasks for shard in shards)]
+    check_output(config.output, WorkFolder(config.output).path, paths, overwrite=config.overwrite)
+    tell_repeated(indices)
+    _tell_unlisted(paths)
     with WorkFolder(config.output) as work:
         try:
-            check_output(config.output, work.path, overwrite=config.overwrite)
+            # Once more: another process may have been at work until now.
+            check_output(config.output, work.path, paths, overwrite=config.overwrite)
             settings = _settings(config)
             step = MdsImporter(
                 work.path,
@@ -129,7 +138,7 @@ def _run(
     sizes = [sum(shard.stored_bytes for shard in shards) for shards in tasks]
     try:
         run_with_progress(executor, "import-mds", sizes)
-        return merge_tasks(folder, config.output, len(tasks), manifest)
+        return merge_tasks(folder, config.output, len(tasks), manifest, None, config.overwrite)
     except MeCoError as error:
         raise with_state(error, folder, len(tasks)) from error
 
@@ -162,10 +171,31 @@ def _plan_tasks(shards: list[Shard], config: ImportConfig) -> list[list[Shard]]:
     return tasks
 
 
+def _tell_unlisted(paths: list[str]) -> None:
+    """Say on stderr which shards lie beside those of the indices and are in none."""
+    # A shard may lie there packed and unpacked.
+    listed = {_without_packing(path) for path in paths}
+    folders = sorted({os.path.dirname(path) for path in paths if not is_remote(path)})
+    found = [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(folder or "."))]
+    unlisted = [
+        path
+        for path in found
+        if ".mds" in os.path.basename(path) and _without_packing(path) not in listed
+    ]
+    if unlisted:
+        warn(f"{counted(len(unlisted), 'shard')} in no {INDEX_NAME}, first {unlisted[0]}")
+
+
+def _without_packing(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{name.partition('.mds')[0]}"
+
+
 def _settings(config: ImportConfig) -> dict[str, Any]:
+    # First: it keeps Megatron's imports from talking.
+    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     from megatron.core.datasets.indexed_dataset import DType
 
-    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     return {
         "eod": resolve_eod(tokenizer),
         "bos": resolve_bos(tokenizer),
@@ -179,7 +209,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
     return {
-        "format": 3,
+        "format": MANIFEST_FORMAT,
         "indices": [{"path": path, "sha256": digest} for path, digest in inputs],
         "ids_column": config.ids_column,
         "ids_dtype": config.token_dtype,
@@ -195,30 +225,20 @@ def _manifest(
 
 
 def _check_config(config: ImportConfig) -> None:
-    fields = config.metadata_fields
-    if len(set(fields)) < len(fields) or not all(fields):
-        raise FlagError(
-            f"empty or repeated names in {','.join(fields)!r}",
-            where="--metadata-fields",
-            remedy="Name every column once, with commas between.",
-        )
-    if config.workers < 1:
-        raise FlagError(
-            f"{config.workers} workers", where="--workers", remedy="Use a number above 0."
-        )
-    if not config.output.name or config.output.is_dir():
-        raise FlagError(
-            f"{str(config.output)!r} is a folder",
-            where="--output",
-            remedy="Add the beginning of the file names, for example `data/corpus`.",
-        )
+    for folder in config.folders:
+        if not is_remote(folder):
+            check_local(folder, "DIR")
+    check_fields(config.metadata_fields)
+    check_fields((config.ids_column,), "--ids-column")
+    check_workers(config.workers)
+    check_prefix(config.output)
 
 
 def add_import_mds_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meco import-mds` to its parser."""
     add = parser.add_argument
     add("folders", nargs="+", metavar="DIR", help="folder with index.json, or one of such folders")
-    add("--output", required=True, type=Path, metavar="PREFIX", help="prefix of the files written")
+    add("--output", required=True, metavar="PREFIX", help="prefix of the files written")
     add("--tokenizer-type", required=True, metavar="T", help=f"one of {', '.join(TOKENIZER_TYPES)}")
     add("--tokenizer-model", metavar="M", help="of the tokenizer that made the ids")
     add("--ids-column", default="input_ids", metavar="NAME", help="default: %(default)s")
@@ -244,7 +264,7 @@ def run_import_mds(args: argparse.Namespace) -> int:
     merged = import_mds(
         ImportConfig(
             folders=tuple(args.folders),
-            output=args.output,
+            output=check_prefix(args.output),
             tokenizer_type=args.tokenizer_type,
             tokenizer_model=args.tokenizer_model,
             ids_column=args.ids_column,
@@ -254,9 +274,10 @@ def run_import_mds(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     )
-    print(f"{merged.documents:,} documents, {merged.tokens:,} tokens (EODs included)")
+    tokens = counted(merged.tokens, "token")
+    print(f"{counted(merged.documents, 'document')}, {tokens} (EODs included)")
     for reason, count in sorted(merged.rejected.items()):
-        print(f"rejected: {count:,} rows: {reason}")
+        print(f"rejected: {counted(count, 'row')}: {reason}")
     for path in merged.files:
         print(f"written: {path}")
     return 0

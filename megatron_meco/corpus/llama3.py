@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_meco.corpus.outputs import check_local
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.whole_file import whole_folder
 
 _BOS = "<|begin_of_text|>"
 _EOS = "<|end_of_text|>"
@@ -42,7 +43,7 @@ def write_llama3_tokenizer(folder: Path) -> dict[str, int]:
         FlagError: The folder exists already, or the package `llama-models` is not installed.
         DataError: What came out encodes differently from Meta's own code.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FlagError(
             f"{str(folder)!r} exists already", where="DIR", remedy="Name a folder to be made."
         )
@@ -105,29 +106,30 @@ def _converted(special: list[str]) -> Any:
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
-    unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
-        tokenizer.save_pretrained(unfinished)
+    def refuse(reason: str) -> FlagError:
+        return FlagError(
+            f"cannot be written ({reason})",
+            where=str(folder),
+            remedy="Name a folder that can be made.",
+        )
+
+    with whole_folder(folder, refuse) as unfinished:
+        try:
+            tokenizer.save_pretrained(unfinished)
+        # Rust's errors of a full disk are of no better type.
+        except Exception as error:
+            raise refuse(str(error)) from error
         config = unfinished / "tokenizer_config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
         # transformers 5 writes a class that transformers 4 does not know.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder)
-    except OSError as error:
-        raise FlagError(
-            f"cannot be written ({error.strerror or error})",
-            where=str(folder),
-            remedy="Name a folder that can be made.",
-        ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meco tokenizer` to its parser."""
     parser.add_argument("name", choices=["llama3"], help="which tokenizer to make")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to make")
+    parser.add_argument("folder", metavar="DIR", help="the folder to make")
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
@@ -142,12 +144,14 @@ def run_tokenizer(args: argparse.Namespace) -> int:
     Raises:
         MeCoError: The folder cannot be made.
     """
-    ids = write_llama3_tokenizer(args.folder)
-    print(f"written: {args.folder}")
+    check_local(args.folder, "DIR")
+    folder = Path(args.folder)
+    ids = write_llama3_tokenizer(folder)
+    print(f"written: {folder}")
     for token, number in ids.items():
         print(f"  {token} {number}")
     print(
         "Use it with: --tokenizer-type HuggingFaceTokenizer --tokenizer-model "
-        f"{args.folder}\nIt falls under Meta's Llama 3 Community License."
+        f"{folder}\nIt falls under Meta's Llama 3 Community License."
     )
     return 0

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from megatron_meco.corpus.sources import is_remote, open_source
+from megatron_meco.corpus.sources import is_remote, open_source, walk_once
 from megatron_meco.errors import DataError, FlagError
 
 INDEX_NAME = "index.json"
+_SHARD = ".mds"
 _FETCH = "Fetch the shard again."
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _SCALARS = {
@@ -83,6 +84,8 @@ class Shard:
 def find_indices(folder: str) -> list[str]:
     """Return the indices of a folder: its own, or else those of its subfolders by name.
 
+    Links to folders are followed, each folder once.
+
     Args:
         folder: A folder, or a URL of one that has its own index.
 
@@ -90,25 +93,37 @@ def find_indices(folder: str) -> list[str]:
         The paths.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or a subfolder has shards and none.
     """
     own = f"{folder.rstrip('/')}/{INDEX_NAME}"
     if is_remote(folder) or os.path.isfile(own):
         return [own]
     found = []
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        if INDEX_NAME in names:
-            # It describes everything below it.
-            folders.clear()
-            found.append(os.path.join(place, INDEX_NAME))
+    try:
+        for place, folders, names in walk_once(folder.rstrip("/") or "/"):
+            if INDEX_NAME in names:
+                # It describes everything below it.
+                folders.clear()
+                found.append(os.path.join(place, INDEX_NAME))
+            elif any(_SHARD in name for name in names):
+                raise DataError(
+                    f"shards without their {INDEX_NAME}",
+                    where=place,
+                    remedy="Fetch the file, or leave the folder out.",
+                )
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror or error})",
+            where=str(error.filename or folder),
+            remedy="Name folders that can be read.",
+        ) from None
     if not found:
         raise DataError(
             f"no {INDEX_NAME}",
             where=folder,
             remedy="Name folders that mosaicml-streaming wrote, the file included.",
         )
-    return found
+    return sorted(found, key=lambda path: path.split("/"))
 
 
 def read_index(path: str) -> tuple[list[Shard], str]:

@@ -25,7 +25,7 @@ from megatron_meco.corpus.mds import (
     text_decoder,
 )
 from megatron_meco.corpus.records import Rejected
-from megatron_meco.corpus.task_writer import TaskFiles, record_path, tell_progress
+from megatron_meco.corpus.task_writer import TaskFiles, read_record, tell_progress
 from megatron_meco.errors import DataError
 
 _BATCH_IDS = 4 << 20
@@ -77,7 +77,7 @@ class MdsImporter(PipelineStep):  # type: ignore[misc]
         Raises:
             DataError: A shard is damaged, or the files cannot be written.
         """
-        if record_path(self.folder, rank).exists():
+        if read_record(self.folder, rank) is not None:
             return
         fields = list(self.metadata_fields)
         done = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,10 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
+from megatron_meco.corpus.bulk import load_settings
 from megatron_meco.corpus.index_file import header
+from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
+from megatron_meco.corpus.outputs import (
+    PUBLISHING,
+    check_output,
+    check_prefix,
+    check_work_folder,
+    output_paths,
+    remove_work_folder,
+)
 from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.task_writer import (
     TaskRecord,
@@ -33,11 +43,11 @@ from megatron_meco.corpus.task_writer import (
     task_prefix,
     write_synced,
 )
+from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, MeCoError
 
 _COPY_BYTES = 8 << 20
 _HISTOGRAM_BINS = 1 << 20
-_PUBLISHING = "publishing"
 
 
 @dataclass
@@ -75,31 +85,6 @@ class MergedCorpus:
     """The files written."""
 
 
-def output_paths(prefix: Path) -> list[Path]:
-    """Return every file that a preparation may write, the index last."""
-    names = (".bin", ".prepare.json", ".rejected.jsonl", ".idx")
-    return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
-
-
-def check_output(prefix: Path, folder: Path, *, overwrite: bool) -> None:
-    """Refuse to write over a corpus that is not this preparation's own.
-
-    Args:
-        prefix: Where the corpus goes.
-        folder: The work folder.
-        overwrite: Whether one that is there is to be replaced.
-
-    Raises:
-        DataError: A file is there.
-    """
-    existing = [path for path in output_paths(prefix) if path.exists()]
-    # Killed while the files got their names: they are this preparation's own.
-    if existing and not overwrite and not (folder / _PUBLISHING).exists():
-        raise DataError(
-            "already there", where=str(existing[0]), remedy="Add --overwrite to replace it."
-        )
-
-
 def num_finished(folder: Path, num_tasks: int) -> int:
     """Return how many of the tasks of a work folder are finished."""
     return sum(read_record(folder, rank) is not None for rank in range(num_tasks))
@@ -123,6 +108,7 @@ def merge_tasks(
     num_tasks: int,
     manifest: dict[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    overwrite: bool = False,
 ) -> MergedCorpus:
     """Write the corpus that finished tasks make, and remove their folder.
 
@@ -132,29 +118,34 @@ def merge_tasks(
         num_tasks: The number of tasks.
         manifest: What `PREFIX.prepare.json` says beside the counts.
         on_progress: Called with the number of tasks joined so far.
+        overwrite: Whether to replace a corpus that is already there.
 
     Returns:
         Counts and files.
 
     Raises:
-        DataError: A task is not finished, there are no documents at all, or the disk is full.
+        DataError: A task is not finished, there are no documents at all, files are there that are
+            not to be replaced, or the disk is full.
     """
-    folder, prefix = Path(folder), Path(prefix)
+    folder, prefix = Path(folder), check_prefix(os.fspath(prefix), "prefix")
+    if folder.exists():
+        check_work_folder(folder)
+    check_output(prefix, folder, (), overwrite=overwrite)
     records = _records(folder, num_tasks)
-    settings = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    settings = load_settings(folder)
     merged = _counts(records)
     try:
         _write_rejected(folder, records, merged)
         if merged.documents == 0:
             # Nothing that running again could use.
-            shutil.rmtree(folder)
+            remove_work_folder(folder)
             raise _no_documents(merged)
         _write_tokens(folder, num_tasks, merged, on_progress)
-        _write_index(folder, num_tasks, merged, np.dtype(settings["dtype"]))
-        _write_metadata(folder, num_tasks, merged)
+        _write_index(folder, records, merged, np.dtype(settings["dtype"]))
+        _write_metadata(folder, records, merged)
         write_synced(folder / "corpus.prepare.json", _manifest_text(merged, manifest or {}))
-        merged.files = _publish(folder, prefix)
-        shutil.rmtree(folder)
+        merged.files = _publish(folder, prefix, overwrite=overwrite)
+        remove_work_folder(folder)
     except OSError as error:
         raise cannot_write(error, prefix) from error
     return merged
@@ -165,7 +156,7 @@ def _records(folder: Path, num_tasks: int) -> list[TaskRecord]:
     missing = [rank for rank, record in enumerate(records) if record is None]
     if missing:
         raise DataError(
-            f"{len(missing):,} of {num_tasks:,} tasks are not finished, the first is {missing[0]}",
+            f"{len(missing):,} of {counted(num_tasks, 'task')} not finished, first {missing[0]}",
             where=str(record_path(folder, missing[0])),
             remedy="Run the same command again: it goes on with what is missing.",
         )
@@ -197,7 +188,7 @@ def _no_documents(merged: MergedCorpus) -> DataError:
         )
     total = merged.rejected.total()
     return DataError(
-        f"no documents: all {total:,} lines rejected, here: {first.reason}",
+        f"no documents: all {counted(total, 'line')} rejected, here: {first.reason}",
         where=f"{first.path}, line {first.line}",
         remedy="Check the file and --text-field.",
     )
@@ -207,17 +198,34 @@ def _write_rejected(folder: Path, records: list[TaskRecord], merged: MergedCorpu
     """Join the rejected records and number their lines from the beginning of the file."""
     lines_before = _lines_before(records)
     with (folder / "corpus.rejected.jsonl").open("w", encoding="utf-8") as out:
-        for rank in range(len(records)):
+        for rank, record in enumerate(records):
             path = Path(f"{task_prefix(folder, rank)}.rejected.jsonl")
-            with path.open(encoding="utf-8") as file:
+            found = 0
+            with path.open("rb") as file:
                 for line in file:
-                    told = json.loads(line)
-                    told["line"] += lines_before.get((told["path"], told.pop("begin")), 0)
-                    if merged.first_rejected is None:
-                        merged.first_rejected = Rejected(**told)
+                    try:
+                        told = orjson.loads(line)
+                        told["line"] += lines_before.get((told["path"], told.pop("begin")), 0)
+                        one = Rejected(**told)
+                    except (KeyError, TypeError, ValueError) as error:
+                        raise _damaged_task(folder, rank, path, str(error)) from None
+                    merged.first_rejected = merged.first_rejected or one
                     out.write(json.dumps(told, ensure_ascii=False) + "\n")
+                    found += 1
+            if found != sum(record.rejected.values()):
+                raise _damaged_task(folder, rank, path, counted(found, "line"))
     if not merged.rejected:
         (folder / "corpus.rejected.jsonl").unlink()
+
+
+def _damaged_task(folder: Path, rank: int, path: Path, reason: str) -> DataError:
+    """Have a task run again whose files are not what it wrote."""
+    record_path(folder, rank).unlink(missing_ok=True)
+    return DataError(
+        f"is damaged ({reason.splitlines()[0] if reason else 'empty'})",
+        where=str(path),
+        remedy="Run the same command again: it does this task anew.",
+    )
 
 
 def _lines_before(records: list[TaskRecord]) -> dict[tuple[str, int], int]:
@@ -252,16 +260,26 @@ def _arrays(folder: Path, num_tasks: int, suffix: str) -> Iterator[np.ndarray[An
         yield np.fromfile(f"{task_prefix(folder, rank)}{suffix}", dtype=np.int32)
 
 
-def _write_index(folder: Path, num_tasks: int, merged: MergedCorpus, dtype: np.dtype[Any]) -> None:
+def _write_index(
+    folder: Path, records: list[TaskRecord], merged: MergedCorpus, dtype: np.dtype[Any]
+) -> None:
     """Write what Megatron's own index builder would, without lists of all documents."""
+    num_tasks = len(records)
     histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
     with (folder / "corpus.idx").open("wb") as out:
         out.write(header(dtype, merged.sequences, merged.documents))
-        for lengths, counts in zip(
-            _arrays(folder, num_tasks, ".lengths"),
-            _arrays(folder, num_tasks, ".sequences"),
-            strict=True,
+        for rank, (lengths, counts) in enumerate(
+            zip(
+                _arrays(folder, num_tasks, ".lengths"),
+                _arrays(folder, num_tasks, ".sequences"),
+                strict=True,
+            )
         ):
+            told = (records[rank].tokens, records[rank].sequences)
+            sums = (int(lengths.sum(dtype=np.int64)), int(counts.sum(dtype=np.int64)))
+            if sums != told or (lengths < 1).any() or (counts < 1).any():
+                path = Path(f"{task_prefix(folder, rank)}.lengths")
+                raise _damaged_task(folder, rank, path, "other numbers than its record has")
             out.write(lengths)
             begins = np.cumsum(counts, dtype=np.int64) - counts
             # Every document has a sequence, which reduceat relies on.
@@ -291,16 +309,25 @@ def _median(histogram: np.ndarray[Any, Any]) -> float:
     return (low + high) / 2
 
 
-def _write_metadata(folder: Path, num_tasks: int, merged: MergedCorpus) -> None:
+def _write_metadata(folder: Path, records: list[TaskRecord], merged: MergedCorpus) -> None:
     fields = list(merged.missing_metadata)
     if not fields:
         return
     with MetadataWriter(folder / "corpus", fields) as writer:
-        for rank in range(num_tasks):
-            with pa.memory_map(str(metadata_path(task_prefix(folder, rank)))) as source:
-                reader = pa.ipc.open_file(source)
-                for i in range(reader.num_record_batches):
-                    writer.append_batch(reader.get_batch(i))
+        for rank, record in enumerate(records):
+            path, before = metadata_path(task_prefix(folder, rank)), writer.num_rows
+            try:
+                with pa.memory_map(str(path)) as source:
+                    reader = pa.ipc.open_file(source)
+                    for i in range(reader.num_record_batches):
+                        batch = reader.get_batch(i)
+                        batch.validate(full=True)
+                        writer.append_batch(batch)
+            except pa.ArrowException as error:
+                raise _damaged_task(folder, rank, path, str(error)) from None
+            if writer.num_rows - before != record.documents:
+                found = counted(writer.num_rows - before, "row")
+                raise _damaged_task(folder, rank, path, found)
     merged.checksums[".metadata.arrow"] = checksum_of(metadata_path(folder / "corpus"))
 
 
@@ -317,23 +344,16 @@ def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:
     return json.dumps({**manifest, **counts}, indent=2, ensure_ascii=False) + "\n"
 
 
-def checksum_of(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hexadecimal digits."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_COPY_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
-
-
-def _publish(folder: Path, prefix: Path) -> list[Path]:
+def _publish(folder: Path, prefix: Path, *, overwrite: bool) -> list[Path]:
     made = dict(zip(output_paths(prefix), output_paths(folder / "corpus"), strict=True))
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for path in made.values():
         if path.exists():
             _sync(path)
+    # Once more: a file may have come in the hours since.
+    check_output(prefix, folder, (), overwrite=overwrite)
     # From here on files of this preparation stand under their names.
-    write_synced(folder / _PUBLISHING, "")
+    write_synced(folder / PUBLISHING, "")
     # An older index goes first: it must never stand beside a newer .bin.
     for path in reversed(made):
         path.unlink(missing_ok=True)

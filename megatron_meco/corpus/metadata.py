@@ -9,6 +9,7 @@ column cannot be mapped, and types other than strings, because a prefix is text.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ from typing import Self
 import pyarrow as pa
 
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file
 
 _SUFFIX = ".metadata.arrow"
 _ROWS_PER_BATCH = 65_536
@@ -79,26 +81,30 @@ def check_row_count(prefix: str | os.PathLike[str], num_documents: int) -> None:
 class MetadataWriter:
     """Writes a metadata file row by row group; it appears under its name only when complete.
 
-    Use it as a context manager: leaving it normally publishes the file, leaving it by an exception
-    removes what was written. `finish` and `publish` do the same in two steps for a caller that
-    publishes several files together.
+    Use it as a context manager: leaving it normally publishes the file in place of an older one,
+    leaving it by an exception removes what was written. The file is there from the construction on,
+    under a temporary name.
 
     Args:
         prefix: The corpus that the metadata belongs to.
         fields: The column names, in order.
+
+    Raises:
+        DataError: The file cannot be written, now or later.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], fields: list[str]) -> None:
         self.path = metadata_path(prefix)
-        self.temporary_path = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         self.num_rows = 0
         self._schema = pa.schema(
             [(name, pa.string()) for name in fields], metadata={"megatron_meco.format": "1"}
         )
         self._pending: list[pa.RecordBatch] = []
-        self._finished = False
-        self._file = self.temporary_path.open("wb")
-        self._writer = pa.ipc.new_file(self._file, self._schema)
+        with ExitStack() as stack:
+            file = stack.enter_context(whole_file(self.path, self._cannot_write))
+            self.temporary_path = Path(file.name)
+            self._writer = pa.ipc.new_file(file, self._schema)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -109,11 +115,12 @@ class MetadataWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.finish()
-            self.publish()
-        else:
-            self.abort()
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._flush()
+            self._writer.close()
 
     def append(self, columns: list[list[str | None]]) -> None:
         """Append rows, given as one list of values per field.
@@ -138,24 +145,12 @@ class MetadataWriter:
         ):
             self._flush()
 
-    def finish(self) -> None:
-        """Complete the file under its temporary name and put it on the disk."""
-        self._flush()
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._finished = True
-
-    def publish(self) -> None:
-        """Give the finished file its name, replacing an older one."""
-        assert self._finished, "publish() before finish()"
-        os.replace(self.temporary_path, self.path)
-
-    def abort(self) -> None:
-        """Remove what was written; a published file stays."""
-        self._file.close()
-        self.temporary_path.unlink(missing_ok=True)
+    def _cannot_write(self, reason: str) -> DataError:
+        return DataError(
+            f"cannot be written ({reason})",
+            where=str(self.path),
+            remedy="Free space in its folder, or make the folder one that can be written.",
+        )
 
     def _flush(self) -> None:
         # Joined first: every batch costs a footer entry and a chunk in every later operation.

@@ -19,8 +19,11 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.corpus.metadata import metadata_path, open_metadata
+from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
+from megatron_meco.corpus.wording import counted
+from megatron_meco.errors import DataError, FlagError
 
 _SAMPLED_VALUES = 1000
 
@@ -122,22 +125,29 @@ def run_metadata(args: argparse.Namespace) -> int:
     Raises:
         DataError: There is no metadata, or it cannot be read.
     """
+    check_local(args.prefix, "PREFIX")
+    if args.top < 0:
+        raise FlagError(f"{args.top} values", where="--top", remedy="Use 0 or a number above it.")
+    path = metadata_path(args.prefix)
+    if path.exists() and not path.is_file():
+        # A pipe would be waited for, for ever.
+        raise DataError("no plain file", where=str(path), remedy="Remove it.")
     num_documents, reports = report_metadata(args.prefix, args.top)
     if args.json:
         fields = [asdict(report) for report in reports]
         print(json.dumps({"documents": num_documents, "fields": fields}, ensure_ascii=False))
         return 0
     console = Console(highlight=False, markup=False)
-    console.print(f"{num_documents:,} documents")
+    console.print(counted(num_documents, "document"))
     for report in reports:
         console.print(
             f"\n{report.name}: {100 * report.present:.2f} % of documents, "
-            f"{report.distinct:,} distinct values"
+            f"{counted(report.distinct, 'distinct value')}"
         )
         if report.most_frequent_hosts is None:
             _print_shares(console, report.most_frequent)
         else:
-            console.print(f"{report.hosts:,} distinct hosts")
+            console.print(counted(report.hosts, "distinct host"))
             _print_shares(console, report.most_frequent_hosts)
     return 0
 

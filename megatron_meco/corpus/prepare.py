@@ -21,20 +21,19 @@ from megatron_meco.corpus.documents import RejectedRecords, TaskReader
 from megatron_meco.corpus.executors import (
     LocalExecutor,
     MergeStep,
+    check_slurm_options,
+    check_workers,
     run_on_ray,
     run_with_progress,
     submit_to_slurm,
 )
-from megatron_meco.corpus.merge import (
-    MergedCorpus,
-    check_output,
-    merge_tasks,
-    num_finished,
-    with_state,
-)
+from megatron_meco.corpus.manifest import MANIFEST_FORMAT
+from megatron_meco.corpus.merge import MergedCorpus, merge_tasks, num_finished, with_state
+from megatron_meco.corpus.outputs import check_fields, check_output, check_prefix, logs_of
 from megatron_meco.corpus.sentences import check_language
-from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks
+from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks, tell_repeated
 from megatron_meco.corpus.task_writer import MegatronWriter
+from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import (
     ENCODERS,
     WorkFolder,
@@ -128,15 +127,19 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         MeCoError: Something cannot be read, understood or written. Finished tasks are kept, and
             the same call goes on with the rest.
     """
-    files = find_files(config.inputs)
+    files = find_files(config.inputs, config.output)
+    paths = [file.path for file in files]
+    check_output(config.output, WorkFolder(config.output).path, paths, overwrite=config.overwrite)
+    tell_repeated(paths)
     tasks = plan_tasks(files)
     workers = config.workers if config.executor == "local" else 1
     with WorkFolder(config.output) as work:
         try:
-            check_output(config.output, work.path, overwrite=config.overwrite)
+            # Once more: another process may have been at work until now.
+            check_output(config.output, work.path, paths, overwrite=config.overwrite)
             rejected = RejectedRecords(strict=config.strict)
             steps = [
-                TaskReader(tasks, config.text_field, rejected),
+                TaskReader(tasks, config.text_field, rejected, config.metadata_fields),
                 MegatronWriter(work.path, config.metadata_fields, rejected),
             ]
             with LocalExecutor(steps, work.path, len(tasks), workers) as executor:
@@ -171,9 +174,12 @@ def _begin(
         from megatron_meco.corpus.punkt import learn_sentences
 
         chosen["sentences"] = learn_sentences(sample, language)
-        print(f"sentences: {language}, learned from {len(sample):,} texts", file=sys.stderr)
+        print(
+            f"sentences: {language}, learned from {counted(len(sample), 'text')}", file=sys.stderr
+        )
     plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
-    work.begin(plan, chosen, restart=config.overwrite)
+    is_alone = config.executor == "local"
+    work.begin(plan, chosen, restart=config.overwrite, is_alone=is_alone)
     return chosen
 
 
@@ -186,17 +192,17 @@ def _run(
 ) -> PrepareReport:
     try:
         if config.executor == "slurm":
-            step = MergeStep(folder, config.output, len(tasks), manifest)
+            step = MergeStep(folder, config.output, len(tasks), manifest, config.overwrite)
             options = {"workers": config.workers, **config.executor_options}
-            logs = Path(f"{config.output}.logs")
-            return PrepareReport(job=submit_to_slurm(executor.pipeline, step, logs, options))
+            job = submit_to_slurm(executor.pipeline, step, logs_of(config.output), options)
+            return PrepareReport(job=job)
         if config.executor == "ray":
             options = config.executor_options
             run_on_ray(executor.pipeline, len(tasks), config.workers, folder, options)
         else:
             sizes = [sum(part.end - part.begin for part in parts) for parts in tasks]
             run_with_progress(executor, "prepare", sizes)
-        merged = merge_tasks(folder, config.output, len(tasks), manifest)
+        merged = merge_tasks(folder, config.output, len(tasks), manifest, None, config.overwrite)
         return PrepareReport(**vars(merged))
     except MeCoError as error:
         raise with_state(error, folder, len(tasks)) from error
@@ -207,7 +213,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
     return {
-        "format": 3,
+        "format": MANIFEST_FORMAT,
         "inputs": [{"path": file.path, "bytes": file.num_bytes} for file in files],
         "text_field": config.text_field,
         "metadata_fields": list(config.metadata_fields),
@@ -233,23 +239,10 @@ def _manifest(
 
 
 def _check(config: PrepareConfig) -> None:
-    if config.workers < 1:
-        raise FlagError(
-            f"{config.workers} workers", where="--workers", remedy="Use a number above 0."
-        )
-    fields = config.metadata_fields
-    if len(set(fields)) < len(fields) or not all(fields):
-        raise FlagError(
-            f"empty or repeated names in {','.join(fields)!r}",
-            where="--metadata-fields",
-            remedy="Name every field once, with commas between.",
-        )
-    if not config.output.name or config.output.is_dir():
-        raise FlagError(
-            f"{str(config.output)!r} is a folder",
-            where="--output",
-            remedy="Add the beginning of the file names, for example `data/corpus`.",
-        )
+    check_workers(config.workers, is_local=config.executor == "local")
+    check_fields(config.metadata_fields)
+    check_fields((config.text_field,), "--text-field")
+    check_prefix(config.output)
     for flag, value, known in (
         ("--encoder", config.encoder, ENCODERS),
         ("--executor", config.executor, EXECUTORS),
@@ -265,3 +258,5 @@ def _check(config: PrepareConfig) -> None:
             where="--executor-option",
             remedy="Leave it out, or use --executor slurm or ray.",
         )
+    if config.executor == "slurm":
+        check_slurm_options(config.executor_options)

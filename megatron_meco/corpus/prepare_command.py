@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_meco.corpus.executors import parse_options
+from megatron_meco.corpus.outputs import check_prefix
 from megatron_meco.corpus.prepare import EXECUTORS, PrepareConfig, PrepareReport, prepare
 from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
 from megatron_meco.corpus.tokenizer import TOKENIZER_TYPES
+from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import ENCODERS
 from megatron_meco.errors import FlagError, MeCoError
 
@@ -44,7 +46,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         help="file, folder or pattern; JSONL (plain, .gz, .zst), .parquet, .arrow, .csv, "
         ".warc.wet.gz; local or a URL such as s3://bucket/folder, hf://datasets/org/name",
     )
-    add("--output", required=True, type=Path, metavar="PREFIX", help="prefix of the files written")
+    add("--output", required=True, metavar="PREFIX", help="prefix of the files written")
     add("--tokenizer-type", required=True, metavar="T", help=f"one of {', '.join(TOKENIZER_TYPES)}")
     add("--tokenizer-model", metavar="M", help="folder or file of the tokenizer")
     add("--text-field", default="text", metavar="NAME", help="default: %(default)s")
@@ -98,7 +100,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         report = prepare(
             PrepareConfig(
                 inputs=tuple(args.inputs),
-                output=args.output,
+                output=check_prefix(args.output),
                 tokenizer_type=args.tokenizer_type,
                 tokenizer_model=args.tokenizer_model,
                 tokenizer_extra={name: v for name, v in settings.items() if v is not None},
@@ -116,7 +118,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     except MeCoError as error:
         print(f"meco prepare: {error}", file=sys.stderr)
         return 1
-    _print_summary(report, args.output)
+    _print_summary(report, Path(args.output))
     return 0
 
 
@@ -146,9 +148,9 @@ def _print_summary(report: PrepareReport, output: Path) -> None:
     table.add_row("EOD", f"{report.eod} {report.eod_text!r}")
     for name, count in report.missing_metadata.items():
         share = 100 * count / report.documents
-        table.add_row(f"without {name!r}", f"{count:,} documents ({share:.1f} %)")
+        table.add_row(f"without {name!r}", f"{counted(count, 'document')} ({share:.1f} %)")
     for reason, count in sorted(report.rejected.items()):
-        table.add_row("rejected", f"{count:,} {'line' if count == 1 else 'lines'}: {reason}")
+        table.add_row("rejected", f"{counted(count, 'line')}: {reason}")
     for path in report.files:
         table.add_row("written", f"{path} ({path.stat().st_size / 1e6:,.1f} MB)")
     Console(highlight=False, markup=False).print(table)

@@ -16,6 +16,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_meco.corpus.wording import counted
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -52,20 +54,20 @@ class DocumentProgress:
         elif kind is None:
             self._print_line()
 
-    def update(self, done: int, documents: int, text_bytes: int, tokens: int = 0) -> None:
+    def update(self, done: int, documents: int, text_bytes: int = 0, tokens: int = 0) -> None:
         """Tell the state of the pass; all counts are from its beginning.
 
         Args:
             done: Work done, in the unit of `total`.
             documents: Documents finished.
-            text_bytes: Bytes of document text finished.
+            text_bytes: Bytes of document text finished, where there is any.
             tokens: Tokens made of it, where there are any.
         """
         seconds = max(time.monotonic() - self._begin, 1e-9)
-        self._state = (
-            f"{documents:,} documents  {documents / seconds:,.0f} docs/s  "
-            f"{text_bytes / 1e6 / seconds:.1f} MB/s"
-        )
+        self._state = f"{counted(documents, 'document')}  {documents / seconds:,.0f} docs/s"
+        if text_bytes:
+            rate = text_bytes / seconds
+            self._state += f"  {rate / 1e6:.1f} MB/s" if rate >= 5e4 else f"  {rate / 1e3:.1f} kB/s"
         if tokens:
             self._state += f"  {tokens / 1e6 / seconds:.2f} M tokens/s"
         if self._bar is not None:

@@ -1,22 +1,24 @@
-"""Read JSONL files (plain, gzip, Zstandard) as chunks of whole lines.
+"""Read files (plain, gzip, Zstandard) to their end, and JSONL as chunks of whole lines.
 
-Lines are cut in bulk at the byte 0x0A; nothing here looks at a single line, so reading runs at the
-speed of the decompressor. A byte range of a plain file holds the lines that begin in it, so ranges
-that cover a file give each line once. Memory is one chunk plus the longest line. Given up: reading
-one compressed file in parallel.
+A compressed file that ends early is an error, whatever its reader would make of it. Lines are cut
+in bulk at the byte 0x0A; nothing here looks at a single line, so reading runs at the speed of the
+decompressor. A byte range of a plain file holds the lines that begin in it, so ranges that cover a
+file give each line once. Memory is one chunk plus the longest line. Given up: reading one
+compressed file in parallel.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
-from megatron_meco.corpus.sources import open_source
+from megatron_meco.corpus.sources import READ_SUFFIXES, open_source
 from megatron_meco.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
@@ -25,6 +27,19 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Long-range archives use windows up to 2 GiB, above the library's default limit.
 _ZSTD_MAX_WINDOW = 1 << 31
+# What others begin with: read as lines or rows, they would be rejected piece by piece.
+_OTHER_FORMATS = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ\x00": "xz",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+    b"\x04\x22\x4d\x18": "LZ4",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
+    **{b"BZh%d\x17rE8P\x90" % level: "bzip2" for level in range(1, 10)},
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,11 @@ class LineChunk:
 
 
 def read_chunks(
-    path: str, begin: int = 0, end: int | None = None, chunk_bytes: int = _CHUNK_BYTES
+    path: str,
+    begin: int = 0,
+    end: int | None = None,
+    chunk_bytes: int = _CHUNK_BYTES,
+    num_bytes: int | None = None,
 ) -> Iterator[LineChunk]:
     """Yield lines of a file in order, in chunks of about `chunk_bytes`.
 
@@ -54,6 +73,7 @@ def read_chunks(
         begin: The first byte to look at; only a plain file has others than 0.
         end: Lines that begin at this byte or later are left out; None: the end of the file.
         chunk_bytes: The size that a chunk reaches before it is cut.
+        num_bytes: The size of the file as it is stored; None: not compared.
 
     Yields:
         Chunks of whole lines; the lines of a range are counted from 1.
@@ -62,7 +82,7 @@ def read_chunks(
         DataError: The file cannot be read to its end.
     """
     first_line = 1
-    for data, at, consumed in _whole_lines(path, begin, chunk_bytes):
+    for data, at, consumed in _whole_lines(path, begin, chunk_bytes, num_bytes):
         own = data if end is None else _begun_before(end - at, data)
         if own:
             yield LineChunk(path, first_line, own, consumed)
@@ -93,7 +113,9 @@ def count_lines(path: str, end: int) -> int:
     return sum(chunk.data.count(b"\n") for chunk in read_chunks(path, 0, end)) if end else 0
 
 
-def _whole_lines(path: str, begin: int, chunk_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+def _whole_lines(
+    path: str, begin: int, chunk_bytes: int, num_bytes: int | None
+) -> Iterator[tuple[bytes, int, int]]:
     """Yield `(whole lines, where they begin, bytes consumed)`; the first begins after `begin`."""
     parts: list[bytes] = []
     size = 0
@@ -101,7 +123,7 @@ def _whole_lines(path: str, begin: int, chunk_bytes: int) -> Iterator[tuple[byte
     at = max(begin - 1, 0)
     is_inside_line = begin > 0
     consumed = 0
-    for block, position in _blocks(path, at):
+    for block, position in _blocks(path, at, num_bytes):
         consumed = position - begin
         if is_inside_line:
             found = block.find(b"\n") + 1
@@ -125,34 +147,101 @@ def _whole_lines(path: str, begin: int, chunk_bytes: int) -> Iterator[tuple[byte
         yield b"".join(parts), at, consumed
 
 
-def _blocks(path: str, begin: int) -> Iterator[tuple[bytes, int]]:
+def open_decompressed(path: str) -> BinaryIO:
+    """Open a file (plain, gzip, Zstandard) for reading what it holds, from its beginning.
+
+    Args:
+        path: A file or its URL.
+
+    Returns:
+        A stream that cannot seek. Reading it raises a DataError where the file cannot be read to
+        its end.
+    """
+    return io.BufferedReader(_BlockStream(_blocks(path, 0, None)), _BLOCK_BYTES)
+
+
+class _BlockStream(io.RawIOBase):
+    """Blocks of bytes as a stream."""
+
+    def __init__(self, blocks: Iterator[tuple[bytes, int]]) -> None:
+        self._blocks = blocks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block[0])
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[bytes, int]]:
     """Yield `(decompressed bytes, file position)`, foreign errors turned into ours."""
+    position = 0
     try:
         with open_source(path) as file:
-            magic = file.read(4)
+            magic = file.read(16)
+            other = next((n for start, n in _OTHER_FORMATS.items() if magic.startswith(start)), "")
+            if other:
+                raise DataError(
+                    f"is {other}, not what its name says",
+                    where=path,
+                    remedy=f"Name the file by its format ({', '.join(READ_SUFFIXES)}, with .gz or "
+                    ".zst where that is usual), or convert it.",
+                )
             file.seek(begin)
             if path.endswith(".gz") or magic.startswith(_GZIP_MAGIC):
-                yield from _gzip_blocks(file)
-            elif path.endswith(".zst") or magic == _ZSTD_MAGIC:
-                yield from _zstd_blocks(file)
+                blocks = _gzip_blocks(file)
+            elif path.endswith(".zst") or magic.startswith(_ZSTD_MAGIC):
+                blocks = _zstd_blocks(file)
             else:
-                while block := file.read(_BLOCK_BYTES):
-                    yield block, file.tell()
+                blocks = _plain_blocks(file)
+            for block in blocks:
+                position = file.tell()
+                yield block, position
+            position = file.tell()
+            if num_bytes is not None and position < num_bytes:
+                raise EOFError
+    except DataError:
+        raise
     except EOFError:
-        raise _unreadable(path, "the compressed file ends too early (truncated)") from None
+        raise _unreadable(
+            path, f"the file ends too early (truncated), after {position:,} bytes"
+        ) from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise _unreadable(path, f"the compressed file is damaged ({error})") from None
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read ({error.strerror or error})") from None
+        raise _unreadable(
+            path, f"the compressed file is damaged after {position:,} bytes ({error})"
+        ) from None
+    # The libraries behind URLs raise what they like.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise _unreadable(
+            path, f"cannot be read after {position:,} bytes ({reason.splitlines()[0]})"
+        ) from error
 
 
-def _gzip_blocks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _plain_blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(_BLOCK_BYTES):
+        yield block
+
+
+def _gzip_blocks(file: BinaryIO) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=file) as stream:
         while block := stream.read(_BLOCK_BYTES):
-            yield block, file.tell()
+            yield block
+    if file.tell() == 0:
+        # The class takes a file without any byte for one without content.
+        raise EOFError
 
 
-def _zstd_blocks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
     # Not `stream_reader`: at a truncated frame it ends without an error, and documents are lost.
     codec = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
     frame = codec.decompressobj()
@@ -161,7 +250,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         while block:
             at_border = False
             if out := frame.decompress(block):
-                yield out, file.tell()
+                yield out
             block = b""
             if frame.eof:
                 block, frame, at_border = frame.unused_data, codec.decompressobj(), True

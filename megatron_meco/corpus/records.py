@@ -16,6 +16,8 @@ from typing import Any
 import orjson
 
 _EXCERPT = 200
+NO_OBJECT = "not a JSON object"
+"""The reason why a line that is whole JSON is no record."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,16 @@ class Rejected:
 
 
 class BadRecord(Exception):
-    """The reason why a record is no document."""
+    """The reason why a record is no document.
+
+    Args:
+        reason: One of a small set, so that reasons can be counted.
+        excerpt: The beginning of the record, where the one who rejects it does not have it.
+    """
+
+    def __init__(self, reason: str, excerpt: str = "") -> None:
+        super().__init__(reason)
+        self.excerpt = excerpt
 
 
 def parse_record(raw: bytes) -> dict[str, Any]:
@@ -56,7 +67,7 @@ def parse_record(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         record = _parse_slowly(raw)
     if not isinstance(record, dict):
-        raise BadRecord("not a JSON object")
+        raise BadRecord(NO_OBJECT)
     return record
 
 

@@ -9,11 +9,25 @@ files that may be cut. Given up: cutting compressed files, and Parquet inside a 
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable, Sequence
+import stat
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from megatron_meco.corpus.outputs import (
+    is_side_file,
+    is_utf8,
+    is_work_folder,
+    logs_of,
+    output_paths,
+    work_folder_of,
+)
+from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
 
 _SUFFIXES = {
@@ -26,9 +40,12 @@ _SUFFIXES = {
     ".warc": "warc",
     ".wet": "warc",
 }
+READ_SUFFIXES = tuple(_SUFFIXES)
 _COMPRESSIONS = (".gz", ".zst")
 # Compressed by the reader of the format itself, or never.
 FORMATS = tuple(dict.fromkeys(_SUFFIXES.values()))
+# What others compress and pack with, which is not read here.
+_NOT_READ = (".7z", ".bz2", ".br", ".lz4", ".lzma", ".rar", ".sz", ".tar", ".tgz", ".xz", ".zip")
 # A Hugging Face data set saved to disk keeps its description beside its data.
 _NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -74,6 +91,9 @@ class Part:
     is_whole: bool
     """Whether the part is the whole file."""
 
+    stamp: str = ""
+    """The file's `SourceFile.stamp`; empty: it is not looked at again."""
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is a URL for fsspec."""
@@ -93,6 +113,10 @@ def open_source(path: str) -> BinaryIO:
         OSError: It cannot be opened.
     """
     if not is_remote(path):
+        # A pipe would be waited for, for ever.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "not a plain file", path)
         return open(path, "rb")
     filesystem, name = _filesystem(path)
     return cast(BinaryIO, filesystem.open(name, "rb"))
@@ -103,35 +127,76 @@ def is_compressed(path: str, magic: bytes) -> bool:
     return path.endswith(_COMPRESSIONS) or magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
 
 
-def find_files(inputs: Iterable[str | os.PathLike[str]]) -> list[SourceFile]:
-    """Return the files that the inputs name.
+def find_files(
+    inputs: Iterable[str | os.PathLike[str]], own: Path | None = None
+) -> list[SourceFile]:
+    """Return the files that the inputs name, and tell on stderr of what is passed over.
 
     Args:
-        inputs: Files, folders (searched for data files, in the order of their names), patterns
-            with `*`; local or `protocol://`.
+        inputs: Files, folders (searched for data files, in the order of their names, links to
+            folders followed once), patterns with `*`; local or `protocol://`.
+        own: The prefix of a corpus whose files and work folder are no inputs.
 
     Returns:
         The files in the order of their documents.
 
     Raises:
-        DataError: There is no such file, or nothing in a folder.
+        DataError: There is no such file, or nothing in a folder; or a file cannot be an input.
     """
+    search = _Search(own)
     files: list[SourceFile] = []
     for given in inputs:
         name = os.fspath(given)
         try:
-            files += _find(name)
-        except (OSError, ImportError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            reason = str(error) or type(error).__name__
+            files += search.find(name)
+        except DataError:
+            raise
+        # The libraries behind URLs raise what they like.
+        except Exception as error:
+            told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+            where = str(getattr(error, "filename", None) or name)
             raise DataError(
-                f"cannot be read ({reason.splitlines()[0]})",
-                where=name,
+                f"cannot be read ({told.splitlines()[0]})",
+                where=where if is_utf8(where) else repr(where),
                 remedy="Name files or folders that exist; for s3:// and others install the "
                 "package that fsspec asks for.",
             ) from None
+    if not files:
+        raise DataError(
+            "no file but those of the corpus itself",
+            where="INPUT",
+            remedy="Name the original files.",
+        )
+    search.tell(files)
     return files
+
+
+def tell_repeated(paths: Iterable[str]) -> None:
+    """Tell on stderr of files that are given more than once, under whatever names.
+
+    Args:
+        paths: Paths and URLs.
+    """
+    counts: Counter[Any] = Counter()
+    repeated = []
+    for path in paths:
+        identity: Any = path
+        if not is_remote(path):
+            status = os.stat(path)
+            identity = (status.st_dev, status.st_ino)
+        counts[identity] += 1
+        if counts[identity] == 2:
+            repeated.append(path)
+    if repeated:
+        warn(
+            f"{counted(len(repeated), 'file')} given more than once, first {repeated[0]}: the "
+            "documents will be in the corpus as often"
+        )
+
+
+def warn(text: str) -> None:
+    """Say something on stderr that the user should know and that stops nothing."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def plan_tasks(files: Sequence[SourceFile]) -> list[list[Part]]:
@@ -165,7 +230,7 @@ def _parts(file: SourceFile, size: int) -> list[Part]:
     ends = [*begins[1:], file.num_bytes]
     whole = len(begins) == 1
     return [
-        Part(file.path, file.format, begin, end, whole)
+        Part(file.path, file.format, begin, end, whole, file.stamp)
         for begin, end in zip(begins, ends, strict=True)
     ]
 
@@ -175,10 +240,77 @@ def _is_stored_compressed(file: SourceFile) -> bool:
         return is_compressed(file.path, opened.read(4))
 
 
-def _find(name: str) -> list[SourceFile]:
-    filesystem, path = _filesystem(name)
-    if filesystem.isdir(path):
-        found = [p for p in sorted(filesystem.find(path)) if _is_data(p)]
+class _Search:
+    """Finds input files and remembers what it passed over."""
+
+    def __init__(self, own: Path | None) -> None:
+        self._own_files: set[str] = set()
+        self._own_folders: set[str] = set()
+        if own is not None:
+            self._own_files = {_real(path) for path in output_paths(own)}
+            self._own_folders = {_real(work_folder_of(own)), _real(logs_of(own))}
+        self._passed_over: list[str] = []
+
+    def find(self, name: str) -> list[SourceFile]:
+        """Return the files of one input."""
+        if not name.strip():
+            raise DataError(
+                "is empty", where="INPUT", remedy="Name a file; an unset shell variable gives none."
+            )
+        filesystem, path = _filesystem(name)
+        is_local = _is_local(filesystem)
+        if filesystem.isdir(path):
+            found = self._in_folder(filesystem, path, name)
+        elif filesystem.exists(path):
+            found = [path]
+        else:
+            found = self._matching(filesystem, path)
+            if not found:
+                raise DataError(
+                    "no such file", where=name, remedy="Name existing files or folders."
+                )
+        if not is_remote(name) and len(found) == 1 and not filesystem.isdir(path):
+            # As the user named it: fsspec makes paths absolute.
+            found = [name if filesystem.exists(path) else found[0]]
+        for file in found:
+            _check_name(file)
+            if is_local:
+                self._check_local(file)
+        return [
+            _source_file(filesystem, p, filesystem.unstrip_protocol(p) if is_remote(name) else p)
+            for p in found
+        ]
+
+    def tell(self, files: list[SourceFile]) -> None:
+        """Say what is no input, and which inputs are empty."""
+        named = {file.path for file in files}
+        passed_over = [file for file in self._passed_over if file not in named]
+        if passed_over:
+            warn(
+                f"{counted(len(passed_over), 'file')} passed over, of no format that is read by "
+                f"the name, first {passed_over[0]}"
+            )
+        empty = [file.path for file in files if file.num_bytes == 0]
+        if empty:
+            warn(f"{counted(len(empty), 'empty file')}, first {empty[0]}")
+
+    def _in_folder(self, filesystem: Any, path: str, name: str) -> list[str]:
+        if not _is_local(filesystem):
+            everything = sorted(filesystem.find(path))
+        elif _real(path) in self._own_folders:
+            return []
+        elif is_work_folder(path):
+            raise DataError(
+                "is the work folder of a preparation", where=name, remedy="Name the original files."
+            )
+        else:
+            everything = sorted(self._walk(path))
+        found = []
+        for file in everything:
+            if _is_data(file):
+                found.append(file)
+            elif file.rpartition("/")[2] not in _NOT_DATA:
+                self._pass_over(file)
         if not found:
             raise DataError(
                 "no data files in this folder",
@@ -186,20 +318,154 @@ def _find(name: str) -> list[SourceFile]:
                 remedy=f"Data files end in {', '.join(_SUFFIXES)}, with .gz or .zst where that "
                 "is usual; name others one by one.",
             )
-    elif filesystem.exists(path):
-        found = [path]
-    else:
-        is_pattern = any(letter in path for letter in "*?[")
-        found = sorted(filesystem.glob(path)) if is_pattern else []
-        if not found:
-            raise DataError("no such file", where=name, remedy="Name existing files or folders.")
-    if not is_remote(name) and len(found) == 1 and not filesystem.isdir(path):
-        # As the user named it: fsspec makes paths absolute.
-        return [_source_file(filesystem, found[0], name if filesystem.exists(path) else found[0])]
-    return [
-        _source_file(filesystem, p, filesystem.unstrip_protocol(p) if is_remote(name) else p)
-        for p in found
-    ]
+        return found
+
+    def _pass_over(self, file: str) -> None:
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in _NOT_READ and os.path.splitext(stem)[1].lower() in _SUFFIXES:
+            raise _not_read(file)
+        self._passed_over.append(file)
+
+    def _matching(self, filesystem: Any, path: str) -> list[str]:
+        if not any(letter in path for letter in "*?["):
+            return []
+        found = set()
+        for match in filesystem.glob(path):
+            if not filesystem.isdir(match):
+                if not (_is_local(filesystem) and self._is_own(match)):
+                    found.add(match)
+            elif not (_is_local(filesystem) and is_work_folder(match)):
+                found.update(self._in_folder(filesystem, match, match))
+        return sorted(found)
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        for place, folders, names in walk_once(folder):
+            if self._is_work(place):
+                folders.clear()
+                continue
+            yield from (f for f in (f"{place}/{n}" for n in names) if not self._is_own(f))
+
+    def _is_work(self, folder: str) -> bool:
+        return _real(folder) in self._own_folders or is_work_folder(folder)
+
+    def _is_own(self, file: str) -> bool:
+        return _real(file) in self._own_files or is_side_file(file)
+
+    def _check_local(self, path: str) -> None:
+        """Refuse what would be waited for, cannot be read, or is of the work itself."""
+        if any(os.path.commonpath([_real(path), folder]) == folder for folder in self._own_folders):
+            raise DataError(
+                "lies in the work folder or among the logs of this very corpus",
+                where=path,
+                remedy="Name the original files, or choose another --output.",
+            )
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            reason = error.strerror or str(error)
+        else:
+            reason = "" if stat.S_ISREG(mode) else "not a plain file"
+            if not reason and not os.access(path, os.R_OK):
+                reason = os.strerror(errno.EACCES)
+        if reason:
+            raise DataError(
+                f"cannot be read ({reason})",
+                where=path,
+                remedy="Leave it out, or write what it gives to a file first.",
+            )
+
+
+def _real(path: str | os.PathLike[str]) -> str:
+    """Return where a name really lies; the last part may be a link, which is one's own name."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk like `os.walk` with links to folders, each folder once, whatever links lead to it.
+
+    Args:
+        folder: Where to begin.
+
+    Yields:
+        A folder, those in it (which may be taken out), and its files, both sorted.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    seen: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+            if os.path.realpath(place) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            folders.sort()
+            yield place, folders, sorted(names)
+            # Later than all folders themselves, so that these keep their names; not those that
+            # lead back to where they are.
+            links = [f"{place}/{one}" for one in folders if os.path.islink(f"{place}/{one}")]
+            waiting += [link for link in links if not _leads_back(link)]
+
+
+def _leads_back(link: str) -> bool:
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, _real(link)]) == target
+
+
+def _raise(error: OSError) -> None:
+    # What cannot be listed would be lost without a word.
+    raise error
+
+
+def _check_name(path: str) -> None:
+    if not is_utf8(path):
+        raise DataError(
+            "its name is not UTF-8",
+            where=repr(path),
+            remedy="Rename it, or name a link to it.",
+        )
+    if path.lower().endswith(_NOT_READ):
+        raise _not_read(path)
+
+
+def _not_read(path: str) -> DataError:
+    return DataError(
+        f"{os.path.splitext(path)[1]} is not read",
+        where=path,
+        remedy="Unpack it, or compress it with gzip or Zstandard.",
+    )
+
+
+def _is_local(filesystem: Any) -> bool:
+    protocols = filesystem.protocol
+    return "file" in ([protocols] if isinstance(protocols, str) else protocols)
+
+
+def check_unchanged(part: Part) -> None:
+    """Refuse a local file that is another than when the preparation began.
+
+    Args:
+        part: What was read of it.
+
+    Raises:
+        DataError: Its date or size is another.
+    """
+    if not part.stamp or is_remote(part.path):
+        return
+    filesystem, path = _filesystem(part.path)
+    try:
+        now = _source_file(filesystem, path, part.path)
+        is_same = now.stamp == part.stamp and (not part.is_whole or now.num_bytes == part.end)
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise DataError(
+            "has changed while it was read",
+            where=part.path,
+            remedy="Wait until it is complete, and prepare again.",
+        )
 
 
 def _source_file(filesystem: Any, path: str, shown: str) -> SourceFile:
@@ -220,7 +486,8 @@ def _format(path: str) -> str:
 
 
 def _is_data(path: str) -> bool:
-    return _stem_and_suffix(path)[1] in _SUFFIXES and not path.endswith(_NOT_DATA)
+    is_described = path.rpartition("/")[2] in _NOT_DATA
+    return _stem_and_suffix(path)[1] in _SUFFIXES and not is_described
 
 
 def _filesystem(name: str) -> tuple[Any, str]:

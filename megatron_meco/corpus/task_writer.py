@@ -9,16 +9,18 @@ longest document) and its ids. Given up: going on in the middle of a task.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import orjson
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
@@ -59,6 +61,20 @@ class TaskRecord:
     lines_of_parts: list[tuple[str, int, int]] = field(default_factory=list)
     """Path, first byte and number of lines of the parts read."""
 
+    def is_possible(self) -> bool:
+        """Whether all values have the types that are written."""
+        told: dict[str, Any] = vars(self)
+        numbers = [told[name] for name in ("documents", "tokens", "sequences", "text_bytes")]
+        for name in ("missing_metadata", "rejected"):
+            if not isinstance(told[name], dict):
+                return False
+            numbers += told[name].values()
+        for part in told["lines_of_parts"]:
+            if not isinstance(part, list) or len(part) != 3 or not isinstance(part[0], str):
+                return False
+            numbers += part[1:]
+        return all(type(number) is int and number >= 0 for number in numbers)
+
 
 def task_prefix(folder: Path, rank: int) -> Path:
     """Return the beginning of the names of a task's files."""
@@ -71,11 +87,35 @@ def record_path(folder: Path, rank: int) -> Path:
 
 
 def read_record(folder: Path, rank: int) -> TaskRecord | None:
-    """Return the record of a finished task, None for one that is not finished."""
+    """Return the record of a finished task.
+
+    Args:
+        folder: The work folder.
+        rank: The task.
+
+    Returns:
+        The record; None where the task is to be run (again): there is none, or it or a file of the
+        task is not what was written.
+    """
     try:
-        return TaskRecord(**json.loads(record_path(folder, rank).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        record = TaskRecord(**orjson.loads(record_path(folder, rank).read_bytes()))
+        is_whole = record.is_possible() and _has_files(task_prefix(folder, rank), record)
+    except (OSError, TypeError, ValueError):
         return None
+    return record if is_whole else None
+
+
+def _has_files(prefix: Path, record: TaskRecord) -> bool:
+    """Whether the files of a task have the sizes that its record tells."""
+    bins, lengths, sequences, _ = (
+        os.path.getsize(f"{prefix}{suffix}") for suffix in _TASK_SUFFIXES
+    )
+    return (
+        bins in [record.tokens * width for width in (1, 2, 4, 8)]
+        and lengths == 4 * record.sequences
+        and sequences == 4 * record.documents
+        and (not record.missing_metadata or metadata_path(prefix).is_file())
+    )
 
 
 # Told after every batch: source bytes, documents, tokens and text bytes of the task so far.
@@ -149,7 +189,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
             DataError: The files cannot be written, or the tokenizer gave an id outside its
                 vocabulary.
         """
-        if record_path(self.folder, rank).exists():
+        if read_record(self.folder, rank) is not None:
             return
         self.rejected.reset()
         bulk_encoder, settings = load_encoder(self.folder)
@@ -177,10 +217,15 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
                     self.rejected.add(rejected, begin)
             batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
         files.write(encoded, metadata_columns(batch, self.metadata_fields))
-        files.record.text_bytes += sum(
-            len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
-            for d in batch
-        )
+        files.record.text_bytes += text_bytes_of(batch)
+
+
+def text_bytes_of(documents: list[Document]) -> int:
+    """Return the bytes of the documents' texts in UTF-8."""
+    return sum(
+        len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
+        for d in documents
+    )
 
 
 def _place(document: Document) -> tuple[tuple[str, int], int]:
@@ -261,13 +306,14 @@ class TaskFiles:
         self.record = TaskRecord(missing_metadata=dict.fromkeys(metadata_fields, 0))
         self._files: dict[str, Any] = {}
         self._metadata: MetadataWriter | None = None
-        try:
+        with ExitStack() as stack:
             for suffix in _TASK_SUFFIXES:
-                self._files[suffix] = self._temporary(suffix).open("wb")
+                path = Path(f"{self._prefix}{suffix}")
+                file = whole_file(path, partial(cannot_write_for, path=path))
+                self._files[suffix] = stack.enter_context(file)
             if metadata_fields:
-                self._metadata = MetadataWriter(self._prefix, metadata_fields)
-        except OSError as error:
-            self.__exit__(type(error), error, None)
+                self._metadata = stack.enter_context(MetadataWriter(self._prefix, metadata_fields))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -278,16 +324,8 @@ class TaskFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
-            # What cannot be flushed any more is thrown away below.
-            with contextlib.suppress(OSError):
-                file.close()
-        if kind is not None and self._metadata is not None:
-            self._metadata.abort()
-        for suffix in _TASK_SUFFIXES:
-            self._temporary(suffix).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise cannot_write(error, self._prefix) from error
+        # Without an error, `finish` was called and nothing is left to close.
+        self._stack.__exit__(kind, error, trace)
 
     def write(self, encoded: EncodedDocuments, columns: list[list[str | None]]) -> None:
         """Add those of the documents that have ids, and an EOD behind each.
@@ -327,14 +365,7 @@ class TaskFiles:
     def finish(self, lines_of_parts: list[tuple[str, int, int]]) -> None:
         """Put everything on the disk, under its name; the record comes last."""
         self.record.lines_of_parts = lines_of_parts
-        if self._metadata is not None:
-            self._metadata.finish()
-            self._metadata.publish()
-        for suffix, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(self._temporary(suffix), f"{self._prefix}{suffix}")
+        self._stack.close()
         write_synced(self._record_path, json.dumps(asdict(self.record)))
 
     def _check(self, ids: np.ndarray[Any, Any]) -> None:
@@ -345,9 +376,6 @@ class TaskFiles:
                 where=str(self._prefix),
                 remedy="The tokenizer's files disagree with each other: fetch them again.",
             )
-
-    def _temporary(self, suffix: str) -> Path:
-        return Path(f"{self._prefix}{suffix}.tmp-{os.getpid()}")
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -360,24 +388,19 @@ def write_synced(path: Path, text: str) -> None:
     Raises:
         DataError: It cannot be written.
     """
-    with whole_file(path, lambda reason: _refusal(reason, path)) as file:
+    with whole_file(path, lambda reason: cannot_write_for(reason, path)) as file:
         file.write(text.encode())
 
 
 def cannot_write(error: OSError, path: Path) -> DataError:
     """Return what is told of a disk that is full or may not be written."""
-    return _refusal(error.strerror or str(error), error.filename or path)
+    return cannot_write_for(error.strerror or str(error), error.filename or path)
 
 
-def _refusal(reason: str, path: str | Path) -> DataError:
+def cannot_write_for(reason: str, path: str | Path) -> DataError:
+    """Return what is told of a file that cannot be written, with the reason in a few words."""
     return DataError(
         f"cannot be written ({reason})",
         where=str(path),
         remedy="Free space, or choose another --output; finished work is kept.",
     )
-
-
-def task_files(folder: Path, rank: int) -> list[Path]:
-    """Return the files that a finished task has, its metadata included."""
-    prefix = task_prefix(folder, rank)
-    return [metadata_path(prefix), *(Path(f"{prefix}{suffix}") for suffix in _TASK_SUFFIXES)]

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import os
 import re
+import stat
 import warnings
 from argparse import Namespace
 from functools import cache, cached_property
@@ -64,6 +65,26 @@ _TYPES_WITHOUT_MODEL = (
     "BertWordPieceCase",
     "NullTokenizer",
 )
+
+# The types of settings that are no switches.
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("vocab_file", "merge_file", "metadata_path", "tiktoken_pattern", "chat_template"), (str,)
+    ),
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "tiktoken_num_special_tokens",
+            "null_tokenizer_eod_id",
+            "null_tokenizer_pad_id",
+        ),
+        (int,),
+    ),
+    "special_tokens": (list, tuple),
+}
+
+# The type of ids in an index, int32, ends here.
+_MAX_VOCABULARY = 1 << 31
 
 # Letters, case, digits, white space, scripts: enough to tell two different encoders apart.
 _PROBE = "a Probe, 12345 x\tyz\n\n  def f(x):  return x  # \u00e9\u00df \u4f60\u597d \U0001f600"
@@ -362,6 +383,13 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="build_tokenizer",
             remedy=f"Use Megatron's names: {', '.join(TOKENIZER_DEFAULTS)}.",
         )
+    _check_settings(extra)
+    for name, path in (
+        ("tokenizer_model", tokenizer_model),
+        ("vocab_file", extra.get("vocab_file")),
+        ("merge_file", extra.get("merge_file")),
+    ):
+        _check_file(path, f"--{name.replace('_', '-')}")
     if tokenizer_type in _TYPES_WITHOUT_MODEL:
         return
     if not tokenizer_model:
@@ -376,6 +404,46 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             f"no such folder or file: {tokenizer_model!r}",
             where="--tokenizer-model",
             remedy="Name the folder or file that this tokenizer type reads.",
+        )
+
+
+def _check_settings(extra: dict[str, Any]) -> None:
+    """Refuse values that a `PREFIX.prepare.json` from anywhere may hold, but no command line."""
+    for name, value in extra.items():
+        kinds = _SETTING_TYPES.get(name, (bool,))
+        if value is not None and type(value) not in kinds:
+            told = " or ".join(kind.__name__ for kind in kinds)
+            raise FlagError(
+                f"{value!r} is no {told}",
+                where=f"--{name.replace('_', '-')}",
+                remedy="Use a value of the type that Megatron's flag has.",
+            )
+    for name, least in (("vocab_size", 1), ("tiktoken_num_special_tokens", 0)):
+        number = extra.get(name)
+        if number is not None and not least <= number < _MAX_VOCABULARY:
+            raise FlagError(
+                f"{number} tokens",
+                where=f"--{name.replace('_', '-')}",
+                remedy=f"Use a number between {least} and {_MAX_VOCABULARY - 1:,}.",
+            )
+
+
+def _check_file(path: str | None, flag: str) -> None:
+    """Refuse what would be waited for, or could not be named in `PREFIX.prepare.json`."""
+    if path is None:
+        return
+    try:
+        path.encode()
+        mode = os.stat(path).st_mode
+    except UnicodeEncodeError:
+        raise FlagError(
+            f"the name {path!r} is not UTF-8", where=flag, remedy="Rename it."
+        ) from None
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise FlagError(
+            f"{path!r} is no plain file", where=flag, remedy="Name a folder or a plain file."
         )
 
 

@@ -23,13 +23,21 @@ import tldextract
 
 type StringArray = pa.Array | pa.ChunkedArray
 
+# Browsers drop tabs and line breaks inside a URL; in a prefix they would look like its end. A byte
+# order mark and other characters without width are no part of a URL either, nor are control
+# characters around it.
+_INVISIBLE = r"[\t\r\n\x{200b}\x{2060}\x{feff}]+|^[\x00-\x20\x7f]+|[\x00-\x20\x7f]+$"
 _SCHEME = r"(?i)^(?:[a-z][a-z0-9+.\-]*:)?[/\\]{2}"
+# User information ends at the last @ before the path.
+_USER = r"^[^/?#\\]*@"
+# A password may hold a / that should have been written %2F: then a port that is no number comes
+# before a later @. Not in an IPv6 address, and not without `//`, where it may be no URL at all.
+_SPILLED_USER = r"(?s)^[^/?#\\@\[][^/?#\\@]*:[0-9]*[^0-9/?#\\@][^/?#\\@]*[/?#\\].*@"
 _HOST = (
-    # User information ends at the last @ before the path.
-    r"(?is)^(?:[^/?#\\]*@)?"
     # A bracketed IPv6 address, or anything up to the port or the path.
-    r"(?P<host>\[[0-9a-f:.%]+\]|[^/?#\\:@\[\]<>\"\s]+)"
-    r"(?::[0-9]*)?(?:[/?#\\].*)?$"
+    r"(?is)^(?P<host>\[[0-9a-f:.%]+\]|[^/?#\\:@\[\]<>\"\s\x00-\x1f\x7f]+)"
+    # `x://` that is left here has a scheme that is none.
+    r"(?::[0-9]+(?:[/?#\\].*)?|:(?:[/\\](?:[^/\\].*)?|[?#].*)?|[/?#\\].*)?$"
 )
 # These carry an address but no host; everything else without one fails the expression above.
 _HOSTLESS = r"(?i)^(?:mailto|tel|sms|news):"
@@ -44,9 +52,16 @@ def without_scheme(urls: StringArray) -> StringArray:
         urls: URLs with or without a scheme.
 
     Returns:
-        The same text without scheme and surrounding white space; null where nothing remains.
+        The same text without scheme, `user:password@`, surrounding white space and invisible
+        characters; null where nothing remains, or where a password cannot be told from the rest.
     """
-    return _null_where_empty(pc.replace_substring_regex(_cleaned(urls), _SCHEME, ""))
+    cleaned = _cleaned(urls)
+    rest = pc.replace_substring_regex(cleaned, _SCHEME, "")
+    hostless = pc.match_substring_regex(rest, _HOSTLESS)
+    has_scheme = pc.match_substring_regex(cleaned, _SCHEME)
+    spilled = pc.and_(has_scheme, pc.match_substring_regex(rest, _SPILLED_USER))
+    without = pc.if_else(hostless, rest, pc.replace_substring_regex(rest, _USER, ""))
+    return _null_where_empty(pc.if_else(spilled, None, without))
 
 
 def host(urls: StringArray) -> StringArray:
@@ -115,8 +130,10 @@ def _hash(name: str) -> str:
 
 
 def _cleaned(urls: StringArray) -> StringArray:
-    # Browsers drop tabs and line breaks inside a URL; in a prefix they would look like its end.
-    return pc.utf8_trim_whitespace(pc.replace_substring_regex(_text(urls), r"[\t\r\n]+", ""))
+    # Twice: what is dropped inside may leave white space or control characters at an end.
+    for _ in range(2):
+        urls = pc.utf8_trim_whitespace(pc.replace_substring_regex(_text(urls), _INVISIBLE, ""))
+    return urls
 
 
 def _text(values: StringArray) -> StringArray:

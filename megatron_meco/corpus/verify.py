@@ -10,7 +10,6 @@ tokenizer, in one process. Given up: repairing anything.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,14 @@ from datatrove.data import Document
 from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, encoder_of
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
-from megatron_meco.corpus.merge import checksum_of
+from megatron_meco.corpus.manifest import checksum_of, read_manifest
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.readers import count_lines
 from megatron_meco.corpus.sources import find_files, plan_tasks
-from megatron_meco.corpus.task_writer import batches, metadata_columns, with_eod
+from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of, with_eod
+from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import build_encoder
 from megatron_meco.errors import DataError, FlagError
 
@@ -68,17 +69,19 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
     if broken:
         yield Check("index", broken, False)
         return
-    told = f"{index.num_documents:,} documents of {len(index.lengths):,} sequences"
+    documents, sequences = index.num_documents, len(index.lengths)
+    told = f"{counted(documents, 'document')} of {counted(sequences, 'sequence')}"
     yield Check("index", f"{told}, {index.tokens.dtype.name}")
     settings = manifest.get("tokenizer", {})
     yield from _tokens(index, settings.get("eod") if eod is None else eod, settings)
-    if metadata_path(prefix).exists():
+    if metadata_path(prefix).is_file():
         check_row_count(prefix, index.num_documents)
         fields = ", ".join(open_metadata(prefix).column_names)
         yield Check("metadata", f"one row per document: {fields}")
     else:
-        missing = bool(manifest.get("metadata_fields"))
-        yield Check("metadata", "no file", not missing)
+        # Also a pipe, which would be waited for, for ever.
+        is_missing = bool(manifest.get("metadata_fields")) or metadata_path(prefix).exists()
+        yield Check("metadata", "no file", not is_missing)
     if not manifest:
         yield Check("manifest", "none: counts and checksums cannot be compared")
         return
@@ -86,11 +89,12 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
     wrong = [
         f"{n:,} {key}, not {manifest[key]:,}" for key, n in found.items() if n != manifest[key]
     ]
-    told = "; ".join(wrong) or f"{index.num_documents:,} documents, {len(index.tokens):,} tokens"
+    told = f"{counted(index.num_documents, 'document')}, {counted(len(index.tokens), 'token')}"
+    told = "; ".join(wrong) or told
     yield Check("counts", told, not wrong)
-    for suffix, checksum in manifest.get("crc32", {}).items():
+    for suffix, checksum in manifest["crc32"].items():
         path = Path(f"{prefix}{suffix}")
-        actual = checksum_of(path) if path.exists() else "no file"
+        actual = checksum_of(path) if path.is_file() else "no file"
         is_right = actual == checksum
         yield Check(
             f"CRC-32 {suffix}", actual if is_right else f"{actual}, not {checksum}", is_right
@@ -118,35 +122,24 @@ def _tokens(index: CorpusIndex, eod: int | None, settings: dict[str, Any]) -> It
         without += (last - first) - int((index.tokens[ends] == eod).sum())
     inside = num_eod - (index.num_documents - without)
     if without:
-        yield Check("EOD", f"{without:,} documents do not end in {eod}", False)
+        verb = "does not end" if without == 1 else "do not end"
+        yield Check("EOD", f"{counted(without, 'document')} {verb} in {eod}", False)
     elif inside:
         yield Check("EOD", f"{inside:,} more of {eod} inside documents", False)
     else:
         yield Check("EOD", f"{eod} ends every document and is in none")
 
 
-def read_manifest(prefix: Path) -> dict[str, Any]:
-    """Return what `meco prepare` said of a corpus; empty where it did not make it."""
-    path = Path(f"{prefix}.prepare.json")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot be read ({error})", where=str(path), remedy="Remove it, or prepare again."
-        ) from None
-    assert isinstance(manifest, dict)
-    return manifest
-
-
-def verify_against(prefix: Path, inputs: list[str], encoder: str = "auto") -> Check:
+def verify_against(
+    prefix: Path, inputs: list[str], encoder: str = "auto", *, trust_remote_code: bool = False
+) -> Check:
     """Tokenise the original files again and compare.
 
     Args:
         prefix: A corpus that `meco prepare` made.
         inputs: What it was made of.
         encoder: As `meco prepare --encoder`.
+        trust_remote_code: Whether code that comes with the tokenizer may run.
 
     Returns:
         What was found.
@@ -170,26 +163,40 @@ def verify_against(prefix: Path, inputs: list[str], encoder: str = "auto") -> Ch
         )
     index = open_index(prefix)
     settings = manifest["tokenizer"]
-    chosen = build_encoder(settings["type"], settings["model"], settings["extra"], encoder=encoder)
+    extra = dict(settings.get("extra", {}))
+    # Whoever wrote the corpus may have trusted that code; this reader has not said so.
+    if extra.pop("trust_remote_code", False) and not trust_remote_code:
+        raise FlagError(
+            f"{prefix}.prepare.json names a tokenizer that brings code of its own",
+            where="--against",
+            remedy="Add --trust-remote-code if you trust that code.",
+        )
+    if trust_remote_code:
+        extra["trust_remote_code"] = True
+    chosen = build_encoder(settings["type"], settings["model"], extra, encoder=encoder)
     document_encoder = DocumentEncoder(encoder_of(chosen), manifest.get("sentences"))
     comparison = _Comparison(index, prefix, manifest["metadata_fields"], document_encoder, chosen)
-    tasks = plan_tasks(find_files(inputs))
+    tasks = plan_tasks(find_files(inputs, prefix))
     rejected = RejectedRecords()
-    reader = TaskReader(tasks, manifest["text_field"], rejected)
+    reader = TaskReader(tasks, manifest["text_field"], rejected, manifest["metadata_fields"])
+    text_bytes = 0
     with DocumentProgress("verify", index.num_documents) as progress:
         for rank in range(len(tasks)):
             for batch in batches(reader.run(rank=rank)):
                 comparison.compare(batch)
-                progress.update(comparison.num_documents, comparison.num_documents, 0)
+                text_bytes += text_bytes_of(batch)
+                progress.update(comparison.num_documents, comparison.num_documents, text_bytes)
             rejected.reset()
     if comparison.num_documents != index.num_documents:
         raise DataError(
-            f"the files give {comparison.num_documents:,} documents, the corpus has "
+            f"the files give {counted(comparison.num_documents, 'document')}, the corpus has "
             f"{index.num_documents:,}",
             where=str(prefix),
             remedy=_REBUILD,
         )
-    return Check("against the files", f"{index.num_documents:,} documents are equal")
+    is_one = index.num_documents == 1
+    equal = f"{counted(index.num_documents, 'document')} {'is' if is_one else 'are'} equal"
+    return Check("against the files", equal)
 
 
 @dataclass
@@ -261,7 +268,7 @@ class _Comparison:
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meco verify` to its parser."""
-    parser.add_argument("prefix", metavar="PREFIX", type=Path, help="as in --data-path")
+    parser.add_argument("prefix", metavar="PREFIX", help="as in --data-path")
     parser.add_argument(
         "--against",
         nargs="+",
@@ -270,6 +277,11 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--encoder", default="auto", choices=("auto", "gigatoken", "huggingface"))
     parser.add_argument("--eod", type=int, help="default: what PREFIX.prepare.json says")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --against: run the code that the corpus's tokenizer brings",
+    )
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -284,12 +296,20 @@ def run_verify(args: argparse.Namespace) -> int:
     Raises:
         MeCoError: The corpus cannot be opened, or differs from the files.
     """
+    check_local(args.prefix, "PREFIX")
+    prefix = Path(args.prefix)
+    if args.eod is not None and not 0 <= args.eod < 1 << 31:
+        raise FlagError(f"no token id: {args.eod}", where="--eod", remedy="Name the id of the EOD.")
     is_right = True
-    for check in verify(args.prefix, args.eod):
+    for check in verify(prefix, args.eod):
         _print(check)
         is_right = is_right and check.is_right
     if args.against:
-        _print(verify_against(args.prefix, args.against, args.encoder))
+        _print(
+            verify_against(
+                prefix, args.against, args.encoder, trust_remote_code=args.trust_remote_code
+            )
+        )
     return 0 if is_right else 1
 
 

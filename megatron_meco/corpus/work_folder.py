@@ -3,26 +3,39 @@
 `PREFIX.unfinished/` holds the encoder that all tasks use, a plan that says what is being prepared,
 and the files of finished tasks. Going on is allowed when the plan is the same to the letter: inputs
 with their sizes and dates, fields, tokenizer. A lock on the folder keeps two preparations of one
-corpus apart; it goes with its process. Given up: keeping the tasks whose input did not change.
+corpus apart; it goes with its process. The folder carries a marker (see `outputs`): one without it
+is never touched. Given up: keeping the tasks whose input did not change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import orjson
+
 from megatron_meco.corpus.bulk import choose_encoder, encoder_digest, write_encoder
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.outputs import (
+    check_work_folder,
+    clear_work_folder,
+    is_work_folder,
+    make_marked_folder,
+    remove_temporary_files,
+    remove_work_folder,
+    work_folder_of,
+)
 from megatron_meco.corpus.sentences import sentences_digest
 from megatron_meco.corpus.sources import Part, SourceFile
 from megatron_meco.corpus.task_writer import write_synced
 from megatron_meco.corpus.tokenizer import build_tokenizer, resolve_eod, text_encoder
+from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
 
 _PLAN = "plan.json"
@@ -30,11 +43,6 @@ _SAMPLED_TASKS = 8
 _SAMPLED_DOCUMENTS = 64
 
 ENCODERS = ("auto", "gigatoken", "huggingface")
-
-
-def work_folder_of(prefix: Path) -> Path:
-    """Return where the corpus at `prefix` is prepared."""
-    return Path(f"{prefix}.unfinished")
 
 
 def build_encoder(
@@ -88,7 +96,8 @@ def make_work_folder(
     """Make a folder that a `MegatronWriter` of one's own pipeline can write to.
 
     Args:
-        folder: The folder; all tasks must reach it.
+        folder: The folder, which is made, or one that this function has made before; all tasks must
+            reach it.
         sentences: What `learn_sentences` returned, to store each document as several sequences.
         **tokenizer: The arguments of `build_encoder`.
 
@@ -96,11 +105,15 @@ def make_work_folder(
         What `build_encoder` returns, and `sentences`.
 
     Raises:
-        MeCoError: As `build_encoder`.
+        MeCoError: As `build_encoder`; or the folder is there and is somebody else's.
     """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        check_work_folder(folder)
     chosen = {**build_encoder(**tokenizer), "sentences": sentences}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_encoder(Path(folder), chosen)
+    if not folder.exists():
+        make_marked_folder(folder)
+    write_encoder(folder, chosen)
     return chosen
 
 
@@ -109,7 +122,7 @@ def sample_texts(tasks: list[list[Part]], text_field: str) -> list[str]:
     texts: list[str] = []
     step = max(len(tasks) // _SAMPLED_TASKS, 1)
     for rank in range(0, len(tasks), step):
-        reader = TaskReader(tasks, text_field, RejectedRecords())
+        reader = TaskReader(tasks, text_field, RejectedRecords(), ())
         try:
             found = itertools.islice(reader.run(rank=rank), _SAMPLED_DOCUMENTS)
             texts += [document.text for document in found]
@@ -147,23 +160,47 @@ class WorkFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                "another process is preparing this corpus",
-                where=str(self.path),
-                remedy="Wait for it, or choose another --output.",
-            ) from None
-        except OSError as error:
-            raise DataError(
-                f"cannot be made ({error.strerror or error})",
-                where=str(self.path),
-                remedy="Choose an --output in a folder that can be written.",
-            ) from None
+        while self._lock is None:
+            if not os.path.lexists(self.path):
+                self._make()
+            check_work_folder(self.path)
+            self._lock = self._locked()
         return self
+
+    def _locked(self) -> int | None:
+        """Return the folder opened and locked; None where its owner was done and removed it."""
+        descriptor = None
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if descriptor is not None:
+                os.close(descriptor)
+            is_busy = isinstance(error, BlockingIOError)
+            raise DataError(
+                "another process is preparing this corpus"
+                if is_busy
+                else f"cannot be used ({error.strerror or error})",
+                where=str(self.path),
+                remedy="Wait for it, or choose another --output."
+                if is_busy
+                else "Choose an --output in a folder that can be written.",
+            ) from None
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+
+    def _make(self) -> None:
+        try:
+            make_marked_folder(self.path)
+        except DataError:
+            # Another process may have made it in between.
+            if not is_work_folder(self.path):
+                raise
 
     def __exit__(
         self,
@@ -173,24 +210,33 @@ class WorkFolder:
     ) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
-    def begin(self, plan: dict[str, Any], chosen: dict[str, Any], *, restart: bool) -> None:
+    def begin(
+        self,
+        plan: dict[str, Any],
+        chosen: dict[str, Any],
+        *,
+        restart: bool,
+        is_alone: bool = True,
+    ) -> None:
         """Begin a preparation, or go on with one.
 
         Args:
             plan: What is prepared.
             chosen: The encoder.
             restart: Whether to start afresh where the unfinished one is another.
+            is_alone: Whether no task of an earlier call can be at work still, as on a cluster.
 
         Raises:
             DataError: An unfinished preparation of something else is here.
         """
         try:
-            earlier = json.loads((self.path / _PLAN).read_text(encoding="utf-8"))
+            earlier = orjson.loads((self.path / _PLAN).read_bytes()) or "damaged"
         except FileNotFoundError:
             earlier = None
-        except ValueError:
-            earlier = {}
+        except (OSError, ValueError):
+            earlier = "damaged"
         if earlier != plan:
             if earlier is not None and not restart:
                 raise DataError(
@@ -199,21 +245,35 @@ class WorkFolder:
                     remedy="Start afresh with --overwrite, or undo the change to go on.",
                 )
             self.clear()
+        if is_alone:
+            with contextlib.suppress(OSError):
+                remove_temporary_files(self.path)
         write_encoder(self.path, chosen)
         write_synced(self.path / _PLAN, json.dumps(plan))
 
     def clear(self) -> None:
-        """Remove what is in the folder; the folder itself carries the lock."""
-        for path in self.path.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Remove the work in the folder; the folder itself carries the lock."""
+        try:
+            clear_work_folder(self.path)
+        except OSError as error:
+            raise DataError(
+                f"cannot be emptied ({error.strerror or error})",
+                where=str(error.filename or self.path),
+                remedy="Remove it yourself, or choose another --output.",
+            ) from None
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder, as far as it is this package's."""
+        with contextlib.suppress(OSError):
+            # Another process may have made a new one since this one's was removed.
+            if self._lock and os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                remove_work_folder(self.path)
 
 
-def _difference(earlier: dict[str, Any], plan: dict[str, Any]) -> str:
-    # An import of shards has none.
+def _difference(earlier: Any, plan: dict[str, Any]) -> str:
+    # An import of shards has no inputs.
+    if not isinstance(earlier, dict) or not _are_inputs(earlier.get("inputs", [])):
+        return f"{_PLAN} is damaged"
     before, now = earlier.get("inputs", []), plan.get("inputs", [])
     for one, other in zip(before, now, strict=False):
         if one != other:
@@ -222,6 +282,12 @@ def _difference(earlier: dict[str, Any], plan: dict[str, Any]) -> str:
             what = f"{one[1]:,} bytes then, {other[1]:,} now" if one[1] != other[1] else "its date"
             return f"{one[0]} has changed ({what})"
     if before and now and len(before) != len(now):
-        return f"{len(before):,} input files then, {len(now):,} now"
+        return f"{counted(len(before), 'input file')} then, {len(now):,} now"
     changed = [key for key in plan if earlier.get(key) != plan[key]]
     return f"other {' and '.join(key.replace('_', ' ') for key in changed)}"
+
+
+def _are_inputs(told: Any) -> bool:
+    return isinstance(told, list) and all(
+        isinstance(one, list) and list(map(type, one)) == [str, int, str] for one in told
+    )

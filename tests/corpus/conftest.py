@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.sources import find_files, plan_tasks
+from megatron_meco.corpus.task_writer import metadata_columns
+
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 
@@ -65,3 +69,23 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def read() -> Callable[..., tuple[list[Any], list[str]]]:
+    """Return a function that reads files as `meco prepare` does, without a tokenizer.
+
+    It returns text and metadata of the documents, and the reasons of rejected records.
+    """
+
+    def read_all(*inputs: Path, fields: tuple[str, ...] = ("url",)) -> tuple[list[Any], list[str]]:
+        tasks = plan_tasks(find_files(inputs))
+        rejected = RejectedRecords()
+        reader = TaskReader(tasks, "text", rejected, fields)
+        documents = [document for rank in range(len(tasks)) for document in reader.run(rank=rank)]
+        columns = zip(*metadata_columns(documents, fields), strict=True)
+        texts = [document.text for document in documents]
+        found = [(text, *row) for text, row in zip(texts, columns, strict=True)]
+        return found, [record.reason for record, _ in rejected.drain()]
+
+    return read_all

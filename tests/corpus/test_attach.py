@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,89 @@ def test_tables_that_do_not_fit(
     assert "cannot be read" in _attach(capsys, prefix, "--table", path)[1]
     assert not metadata_path(prefix).exists()
     assert json.dumps(sorted(p.name for p in tmp_path.glob("old*"))) == '["old.bin", "old.idx"]'
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync"])
+def test_a_full_disk_is_one_error_and_leaves_nothing(
+    corpus: Callable[..., Path],
+    write_jsonl: Callable[..., Path],
+    tokenizer_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    prefix, source = corpus(), write_jsonl(*RECORDS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if moment == "fsync":
+        monkeypatch.setattr("os.fsync", full)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        status, told = _attach(capsys, prefix, "--from", source, *FLAGS, tokenizer_folder)
+    finally:
+        monkeypatch.undo()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and "cannot be written (" in told and told.count("\n") <= 2, told
+    assert f"{metadata_path(prefix)}: " in told and "Traceback" not in told
+    left = [name for name in os.listdir(prefix.parent) if "old" in name]
+    assert sorted(left) == ["old.bin", "old.idx"]
+
+
+def test_metadata_that_is_not_ours_and_inputs_are_not_replaced(
+    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = corpus()
+    target, table = metadata_path(prefix), tmp_path / "t.csv"
+    table.write_text("url\n" + "u\n" * 60)
+    theirs = pa.table({"url": ["a"]})
+    with pa.ipc.new_file(str(target), theirs.schema) as out:
+        out.write_table(theirs)
+    for content in (target.read_bytes(), b"", b"notes"):
+        target.write_bytes(content)
+        status, told = _attach(capsys, prefix, "--table", table, "--overwrite")
+        assert status == 1 and "is no metadata file of this package" in told
+        assert target.read_bytes() == content
+    target.unlink()
+    assert _attach(capsys, prefix, "--table", table)[0] == 0
+    own, link = target.read_bytes(), tmp_path / "link.arrow"
+    os.link(target, link)
+    for given in (target, link):
+        status, told = _attach(capsys, prefix, "--table", given, "--overwrite")
+        assert status == 1 and "is also an input" in told and target.read_bytes() == own
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("url\n" + "u\n" * 59 + "u", "may be cut short"),
+        ("url\n" + "u\n" * 59 + '"u\n', "ends inside quotes"),
+        ("url,x\n" + "u,1\n" * 59 + "u\n", "row 60: not as many fields"),
+        ("url\n" + "u\n" * 59 + "\udcff\n", "row 60: invalid UTF-8"),
+    ],
+)
+def test_a_table_that_is_cut_or_damaged(
+    corpus: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    told: str,
+) -> None:
+    prefix, table = corpus(), tmp_path / "t.csv"
+    table.write_text(content, encoding="utf-8", errors="surrogateescape")
+    status, said = _attach(capsys, prefix, "--table", table)
+    assert status == 1 and told in said and not metadata_path(prefix).exists()
+
+
+def test_a_csv_table_means_what_it_did(
+    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, table = corpus(), tmp_path / "t.csv"
+    rows = ["NA", "null", '""', '"in\r\ntwo"', "007", "x" * 2_000_000, *["u"] * 54]
+    table.write_text("\ufeffurl\n" + "\n".join(rows) + "\n\n", encoding="utf-8", newline="")
+    assert _attach(capsys, prefix, "--table", table)[0] == 0
+    values = open_metadata(prefix)["url"].to_pylist()
+    assert values[:5] == [None, None, None, "in\r\ntwo", "007"] and len(values[5]) == 2_000_000

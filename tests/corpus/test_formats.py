@@ -232,7 +232,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _pages(tmp_path: Path) -> Path:
     path = tmp_path / "pages.jsonl"
     lines = [json.dumps({"text": f"page {i}", "url": f"u{i}"}) for i in range(200)]
-    path.write_text("\n".join([*lines, "{"]))
+    path.write_text("\n".join([*lines, "{", ""]))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -277,3 +278,47 @@ def test_a_folder_without_shards(run: Import, tmp_path: Path) -> None:
     assert status == 1 and "no index.json" in told
     with pytest.raises(DataError):
         import_module.find_indices(str(tmp_path / "none"))
+
+
+def test_linked_folders_are_imported_and_what_is_left_out_is_said(
+    run: Import, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    shutil.copytree(FIXTURE / "authors", parts / "0")
+    shutil.copytree(FIXTURE / "zstd", tmp_path / "elsewhere" / "deep")
+    (parts / "1").symlink_to(tmp_path / "elsewhere")
+    (parts / "1-again").symlink_to(tmp_path / "elsewhere")
+    (parts / "loop").symlink_to(parts)
+    status, told = run(parts)
+    assert status == 0 and "80 documents" in told and "warning" not in told
+    shutil.copy(parts / "0" / "shard.00000.mds", parts / "0" / "shard.00099.mds")
+    status, told = run(parts, parts / "0", output="again")
+    assert "1 shard in no index.json, first" in told and "shard.00099.mds" in told
+    assert status == 0 and "warning: 1 file given more than once" in told
+    (tmp_path / "elsewhere" / "deep" / "index.json").unlink()
+    status, told = run(parts, output="third")
+    assert status == 1 and "shards without their index.json" in told
+
+
+def test_a_pipe_in_place_of_a_shard_or_an_index(run: Import, tmp_path: Path) -> None:
+    for name in ("shard.00000.mds", "index.json"):
+        source = tmp_path / name
+        shutil.copytree(FIXTURE / "authors", source)
+        (source / name).unlink()
+        os.mkfifo(source / name)
+        status, told = run(source)
+        assert status == 1 and "not a plain file" in told
+
+
+def test_shards_are_never_written_over(run: Import, tmp_path: Path) -> None:
+    source = tmp_path / "out"
+    shutil.copytree(FIXTURE / "authors", source)
+    index = json.loads((source / "index.json").read_text())
+    data = index["shards"][0]["raw_data"]
+    (source / data["basename"]).rename(source / "c.bin")
+    content = (source / "c.bin").read_bytes()
+    data["basename"] = "c.bin"
+    (source / "index.json").write_text(json.dumps(index))
+    status, told = run(source, "--overwrite")
+    assert status == 1 and "is also an input" in told
+    assert (source / "c.bin").read_bytes() == content

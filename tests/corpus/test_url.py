@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from megatron_meco.corpus import url
+from megatron_meco.data.template import Template
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,14 @@ from megatron_meco.corpus import url
         ("http://example.org\\@evil.com", "example.org"),
         ("http://m\u00fcnchen.DE/", "m\u00fcnchen.de"),
         ("http://example.org:/x", "example.org"),
+        ("http://example.org:?q", "example.org"),
+        ("\ufeffhttp://bom.com", "bom.com"),
+        ("\u200b \ufeff http://b\u2060om.com\u200b", "bom.com"),
+        ("\x00http://example.org\x1f", "example.org"),
+        ("http://u:p@[::1]:80/@x", "[::1]"),
+        ("(http://example.org", None),
+        ("1http://example.org", None),
+        ("http://exam\x01ple.org/", None),
         ("", None),
         ("   ", None),
         ("http://", None),
@@ -51,6 +60,24 @@ def test_host(given: str | None, expected: str | None) -> None:
         ("//Example.org/A?b#c", "Example.org/A?b#c"),
         ("example.org/?u=http://other.org", "example.org/?u=http://other.org"),
         (" http://example.org/a ", "example.org/a"),
+        ("\ufeffhttp://bom.com/x", "bom.com/x"),
+        ("https://user:password@example.org/a@b?c@d", "example.org/a@b?c@d"),
+        ("https://user:p@ss@example.org:80/", "example.org:80/"),
+        ("//user@example.org", "example.org"),
+        ("user:password@example.org/x", "example.org/x"),
+        ("https:user:password@example.org/x", "example.org/x"),
+        ("\ufeffhttps://user:password@example.org", "example.org"),
+        ("ht\ntps://user:pass\nword@example.org", "example.org"),
+        # A password cannot be told from the path.
+        ("https://user:pass/word@example.org/", None),
+        ("https://user:pass#word@example.org/", None),
+        ("https://user:pass\\@example.org/", None),
+        # What looks a little like one and is none.
+        ("https://medium.com/@user", "medium.com/@user"),
+        ("https://example.org:8080/@user", "example.org:8080/@user"),
+        ("https://[::1]:80/@user", "[::1]:80/@user"),
+        ("mailto:user@example.org", "mailto:user@example.org"),
+        ("doi:10.1000/a@b", "doi:10.1000/a@b"),
         ("http://", None),
         ("", None),
         (None, None),
@@ -101,3 +128,12 @@ def test_domains_are_asked_once_per_distinct_host(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(url, "_hash", lambda name: asked.append(name) or "id")
     url.hashed(pa.chunked_array([["a", "b", "a"], ["b", "a"]]))
     assert sorted(asked) == ["a", "b"]
+
+
+def test_no_password_gets_into_a_prefix() -> None:
+    template = Template.parse("{url} {url.host} {url.domain} {url.suffix} {url.hash}")
+    urls = pa.array(
+        ["https://user:hunter2@www.example.org:8080/x", "https://www.example.org:8080/x"]
+    )
+    one, other = template.render(pa.record_batch({"url": urls}), "here").to_pylist()
+    assert one == other and "hunter2" not in one and "user" not in one

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def test_a_whole_corpus(corpus: tuple[Path, Path], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("suffix", "place", "told"),
     [
-        (".bin", -2, "89 more of|do not end in"),
+        (".bin", -2, "89 more of|document does not end in"),
         (".bin", 10, "CRC-32 .bin"),
         (".bin", 11, "largest id"),
         (".idx", 40, "index promises"),
@@ -136,3 +138,67 @@ def test_metadata_is_summed_up(
     assert file_path["most_frequent"] == [[str(corpus[1]), 1.0]]
     status, told = _meco(capsys, "metadata", "/no/such")
     assert status == 1 and "no metadata file" in told
+
+
+def test_a_manifest_that_is_none_is_one_error(
+    corpus: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, source = corpus
+    path = Path(f"{prefix}.prepare.json")
+    manifest = json.loads(path.read_text())
+    contents = [b"", b"{", b"[]", b"5", b"{}", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe"]
+    contents += [b'{"documents": ' + b"9" * 5000 + b"}", path.read_bytes()[:-3]]
+    read_by_all = {"documents", "tokens", "crc32", "tokenizer", "metadata_fields", "text_field"}
+    for key in sorted(read_by_all | {"sentences", "format", "sequences", "rejected"}):
+        wrong = [
+            "x",
+            -1,
+            True,
+            1.5,
+            10**30,
+            [[1]],
+            {"a": "b"},
+            *([None] if key != "sentences" else []),
+        ]
+        for value in wrong:
+            if not (key == "text_field" and value == "x"):
+                contents.append(json.dumps({**manifest, key: value}).encode())
+    contents.append(json.dumps({**manifest, "crc32": {"/../../x": "00000000"}}).encode())
+    for content in contents:
+        path.write_bytes(content)
+        status, told = _meco(capsys, "verify", prefix)
+        assert status == 1 and told.startswith(f"meco: error: {path}: "), (content[:200], told)
+        assert told.count("\n") == 1
+    path.unlink()
+    os.mkfifo(path)
+    assert "is no plain file" in _meco(capsys, "verify", prefix)[1]
+    path.unlink()
+    metadata = Path(f"{prefix}.metadata.arrow")
+    metadata.unlink()
+    os.mkfifo(metadata)
+    status, told = _meco(capsys, "verify", prefix)
+    assert status == 1 and "WRONG  metadata: no file" in told
+    assert "no plain file" in _meco(capsys, "metadata", prefix)[1]
+    assert source.is_file()
+
+
+def test_one_of_a_thing_and_rates_of_what_there_is(
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    write_jsonl: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, prefix = write_jsonl({"text": "one page of text", "url": "a.org"}), tmp_path / "one"
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder]
+    told = _meco(capsys, "prepare", source, "--output", prefix, *tokenizer)[1]
+    told += _meco(capsys, "verify", prefix, "--against", source)[1]
+    Path(f"{prefix}.metadata.arrow").unlink()
+    told += _meco(capsys, "attach", prefix, "--from", source, *tokenizer)[1]
+    told += _meco(capsys, "metadata", prefix)[1]
+    assert not re.search(
+        r"(?<![\d,.])1 (documents|rows|tokens|sequences|texts|distinct values|distinct hosts)", told
+    )
+    assert "1 document of 1 sequence" in told and "1 document is equal" in told
+    rates = [line for line in told.splitlines() if "docs/s" in line]
+    assert len(rates) == 3 and all("kB/s" in line or "MB/s" in line for line in rates)
+    assert not any("  0.0 MB/s" in line for line in rates) and "CUDA" not in told

@@ -1,0 +1,390 @@
+"""Read the records of Parquet, Arrow, CSV and WARC files, each file to its end or with an error.
+
+The libraries behind the formats take many files that end early for whole ones, so the end is looked
+at here: the marker of an Arrow stream, the line end of the last row of a CSV file, the length and
+the empty lines of a WARC record. Only the columns that are asked for are read, and a value that
+Python cannot hold makes its row a bad record. The offsets of Arrow batches are validated before
+they are believed. Costs next to nothing beside the formats themselves. Given up: noticing a file
+that was cut between two records, which is whole by its own account.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_meco.corpus.outputs import is_utf8
+from megatron_meco.corpus.readers import open_decompressed
+from megatron_meco.corpus.records import BadRecord
+from megatron_meco.corpus.sources import open_source
+from megatron_meco.corpus.wording import counted
+
+# Row groups may hold texts of megabytes: a batch of a thousand would be gigabytes.
+_PARQUET_ROWS = 100
+_FIELD_CHARACTERS = 1 << 30
+_ARROW_MAGIC = b"ARROW1"
+# What may stand between the last batch and the footer: an end marker and alignment.
+_ARROW_SLACK = 256
+# The end of a stream, and what it was before Arrow 0.15.
+_ARROW_ENDS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
+
+# Records about pages.
+_WARC_NO_PAGES = ("warcinfo", "request", "metadata", "revisit", "arc_header")
+
+type Record = dict[str, Any] | BadRecord
+
+
+class BrokenFile(ValueError):
+    """A file that is not whole, or not of its format."""
+
+
+def read_records(
+    path: str,
+    kind: str,
+    names: Sequence[str] | None = None,
+    *,
+    parquet_rows: int = _PARQUET_ROWS,
+    newline: str | None = None,
+) -> Iterator[tuple[int, Record]]:
+    """Yield the records of a file.
+
+    Args:
+        path: A file or its URL.
+        kind: `parquet`, `arrow`, `csv` or `warc`.
+        names: The fields to read, dots leading into nested ones; None: all. WARC gives all.
+        parquet_rows: Rows of Parquet to read at once.
+        newline: As for `open`: None makes each line end inside a field of CSV a line feed.
+
+    Yields:
+        The number of the row or record, counted from 1, and its values by field, or why it cannot
+        be used.
+
+    Raises:
+        Exception: The file cannot be read to its end; the formats' libraries raise what they like.
+    """
+    if kind == "warc":
+        with open_decompressed(path) as stream:
+            yield from _warc_records(stream)
+    elif kind == "csv":
+        with open_decompressed(path) as stream:
+            yield from _csv_records(stream, names, newline)
+    else:
+        number = 0
+        with open_source(path) as file:
+            parquet = _parquet_batches(file, names, parquet_rows)
+            for batch in parquet if kind == "parquet" else _arrow_batches(file, names):
+                for record in _rows(batch):
+                    number += 1
+                    yield number, record
+
+
+def column_names(path: str, kind: str) -> list[str]:
+    """Return the columns of a table.
+
+    Args:
+        path: A file or its URL.
+        kind: `parquet`, `arrow` or `csv`.
+
+    Returns:
+        Their names in order.
+
+    Raises:
+        Exception: As `read_records`.
+    """
+    if kind == "csv":
+        with open_decompressed(path) as stream:
+            return next(filter(None, csv.reader(_CsvLines(stream, None))), [])
+    with open_source(path) as file:
+        if kind == "parquet":
+            return list(pq.ParquetFile(file).schema_arrow.names)
+        return list(_open_arrow(file, _is_stream(file)).schema.names)
+
+
+def _parquet_batches(
+    file: BinaryIO, names: Sequence[str] | None, num_rows: int
+) -> Iterator[pa.RecordBatch]:
+    found = 0
+    with pq.ParquetFile(file) as parquet:
+        columns = None if names is None else list(names)
+        for batch in parquet.iter_batches(batch_size=num_rows, columns=columns):
+            found += batch.num_rows
+            yield batch
+        if found != parquet.metadata.num_rows:
+            raise BrokenFile(f"{found:,} rows, its footer promises {parquet.metadata.num_rows:,}")
+
+
+def _is_stream(file: BinaryIO) -> bool:
+    magic = file.read(len(_ARROW_MAGIC))
+    file.seek(0)
+    return magic != _ARROW_MAGIC
+
+
+def _open_arrow(file: Any, is_stream: bool, columns: list[int] | None = None) -> Any:
+    options = pa.ipc.IpcReadOptions(included_fields=columns)
+    file.seek(0)
+    return (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file, options=options)
+
+
+def _arrow_batches(file: BinaryIO, names: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    is_stream = _is_stream(file)
+    schema = _open_arrow(file, is_stream).schema
+    wanted = set(schema.names) if names is None else set(names)
+    # A column `a.b` and the `b` inside a column `a`.
+    tops = wanted | {name.partition(".")[0] for name in wanted}
+    columns = [i for i, name in enumerate(schema.names) if name in tops]
+    reader = _open_arrow(file, is_stream, columns)
+    for batch in _stream_batches(file, reader) if is_stream else _file_batches(file, reader):
+        yield _checked(batch, wanted)
+
+
+def _stream_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
+    while True:
+        before = file.tell()
+        try:
+            batch = reader.read_next_batch()
+        except StopIteration:
+            break
+        yield batch
+    end = file.tell()
+    file.seek(before)
+    if file.read(end - before) not in _ARROW_ENDS:
+        raise BrokenFile("the stream has no end marker: it is cut short")
+    if file.read(1):
+        raise BrokenFile("more behind the end of the stream: several streams in one file")
+
+
+def _file_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
+    count = reader.num_record_batches
+    for i in range(count):
+        yield reader.get_batch(i)
+    # A footer that is damaged, or belongs to the second of two files in one, names other batches.
+    # So the last one, read whole, has to end where the footer begins.
+    size = file.seek(0, io.SEEK_END)
+    file.seek(size - len(_ARROW_MAGIC) - 4)
+    footer_bytes = int.from_bytes(file.read(4), "little")
+    footer = size - len(_ARROW_MAGIC) - 4 - footer_bytes
+    if count:
+        watched = _WatchedFile(file)
+        again = _open_arrow(watched, False)
+        watched.end = 0
+        again.get_batch(count - 1)
+        unread = footer - watched.end
+    else:
+        # The schema, which the footer holds as well.
+        unread = footer - footer_bytes
+    if unread >= _ARROW_SLACK:
+        raise BrokenFile(f"{unread:,} bytes that its footer does not name")
+
+
+class _WatchedFile:
+    """A file that knows how far it was read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.end = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._file.read(count)
+        self.end = max(self.end, self._file.tell())
+        return data
+
+
+def _checked(batch: pa.RecordBatch, wanted: set[str]) -> pa.RecordBatch:
+    """Return the wanted parts of a batch; nothing of a damaged one is touched before."""
+    columns: dict[int, pa.Array] = {}
+    for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
+        paths = [tuple(other.split(".")) for other in wanted]
+        inside = [path[1:] for path in paths if path[0] == name and len(path) > 1]
+        if name not in wanted and not inside:
+            continue
+        # Text that is not UTF-8 is a matter of its row alone.
+        kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+        (column.view(kinds[column.type]) if column.type in kinds else column).validate(full=True)
+        part = column if name in wanted else _inside(column, inside)
+        if part is not None:
+            columns[i] = part
+    if not columns:
+        return batch.select([])
+    names = [batch.schema.names[i] for i in columns]
+    return pa.RecordBatch.from_arrays(list(columns.values()), names=names)
+
+
+def _inside(column: pa.Array, paths: list[tuple[str, ...]]) -> pa.Array | None:
+    """Return a struct with those of its fields that the paths lead to, None without any."""
+    if not pa.types.is_struct(column.type):
+        return None
+    fields = {}
+    for name in dict.fromkeys(path[0] for path in paths):
+        # A name that stands twice cannot be asked for.
+        if column.type.get_field_index(name) >= 0:
+            field = pc.struct_field(column, name)
+            deeper = [path[1:] for path in paths if path[0] == name]
+            part = field if () in deeper else _inside(field, deeper)
+            if part is not None:
+                fields[name] = part
+    if not fields:
+        return None
+    return pa.StructArray.from_arrays(
+        list(fields.values()), names=list(fields), mask=column.is_null()
+    )
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[Record]:
+    names = batch.schema.names
+    columns = [_values(column, name) for name, column in zip(names, batch.columns, strict=True)]
+    for row in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
+        bad = next((value for value in row if isinstance(value, BadRecord)), None)
+        # Of columns with one name the last one counts.
+        yield bad or dict(zip(names, row, strict=True))
+
+
+def _values(column: pa.Array, name: str) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    # A date beyond the year 9999 is an OverflowError, a ValueError or pyarrow's own.
+    except Exception:
+        values = [_value(scalar, name) for scalar in column]
+    return values
+
+
+def _value(scalar: Any, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return BadRecord("invalid UTF-8")
+    except Exception:
+        return BadRecord(f"{name!r} cannot be read")
+
+
+class _CsvLines:
+    """The lines of a CSV file, and whether and how they have ended."""
+
+    def __init__(self, stream: BinaryIO, newline: str | None) -> None:
+        # What is not UTF-8 comes out as lone surrogates, which are told row by row.
+        self._lines = io.TextIOWrapper(
+            stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline
+        )
+        self.has_ended = False
+        self.is_last_cut = False
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self.is_last_cut = not line.endswith(("\n", "\r"))
+            yield line
+        self.has_ended = True
+
+
+def _csv_records(
+    stream: BinaryIO, names: Sequence[str] | None, newline: str | None
+) -> Iterator[tuple[int, Record]]:
+    csv.field_size_limit(_FIELD_CHARACTERS)
+    lines = _CsvLines(stream, newline)
+    # Strict: a quote too many would join rows to one field without a word.
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    number = 0
+    while True:
+        row: list[str] | None = None
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if lines.has_ended:
+                raise BrokenFile(f"row {number + 1:,} ends inside quotes") from None
+            if header is None or "limit" in str(error):
+                raise
+        if lines.is_last_cut:
+            what = "the header" if header is None else f"row {number + 1:,}"
+            raise BrokenFile(
+                f"{what} has no line end and may be cut short; if it is whole, add a line end"
+            )
+        if row == []:
+            continue
+        if header is None:
+            header = row
+            continue
+        number += 1
+        if row is None:
+            yield number, BadRecord("quotes in the wrong place")
+        elif len(row) != len(header):
+            yield number, BadRecord("not as many fields as the header", ",".join(row)[:200])
+        else:
+            record = dict(zip(header, row, strict=True))
+            wanted = record if names is None else {n: record[n] for n in names if n in record}
+            is_text = all(value.isascii() or is_utf8(value) for value in wanted.values())
+            yield number, wanted if is_text else BadRecord("invalid UTF-8")
+
+
+def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
+    # Seconds of import that other formats have no use for.
+    from datatrove.pipeline.readers.warc import process_record
+    from warcio.bufferedreaders import BufferedReader
+    from warcio.recordloader import ArcWarcRecordLoader
+
+    loader = ArcWarcRecordLoader(verify_http=False, arc2warc=False)
+    reader = BufferedReader(stream)
+    line = _next_line(reader)
+    kind: str | None = None
+    number = 0
+    while line:
+        number += 1
+        record = loader.parse_record_stream(reader, line, kind)
+        kind = record.format
+        name = "length" if kind == "arc" else "Content-Length"
+        length = record.rec_headers.get_header(name)
+        if length is None or not length.strip().isdecimal():
+            raise BrokenFile(f"record {number:,} has the {name} {length!r}")
+        found: Record | None
+        try:
+            found = process_record(record)
+        except KeyError:
+            found = BadRecord("no address or no date")
+        # An HTTP response has its headers read already, and may be decoded in part alone.
+        while record.raw_stream.read(1 << 16):
+            pass
+        if record.raw_stream.limit > 0:
+            missing = counted(record.raw_stream.limit, "byte")
+            raise BrokenFile(f"record {number:,} ends {missing} before its {name}")
+        if found is not None:
+            yield number, found
+        elif record.rec_type not in _WARC_NO_PAGES:
+            is_page = record.rec_type in ("response", "conversion")
+            reason = "no text by its type or encoding" if is_page else "of a type that no page has"
+            address = record.rec_headers.get_header("WARC-Target-URI")
+            yield number, BadRecord(reason, (address or "")[:200])
+        line = _between(reader, number, kind)
+
+
+def _between(reader: Any, number: int, kind: str | None) -> bytes:
+    """Read the empty lines behind a record and return the first line of the next one."""
+    first = reader.readline()
+    if first.strip():
+        if kind == "warc":
+            raise BrokenFile(
+                f"record {number:,} is not followed by an empty line: its length is wrong"
+            )
+        return bytes(first)
+    second = reader.readline()
+    if kind == "warc" and not (first.endswith(b"\n") and second.endswith(b"\n")):
+        raise BrokenFile(
+            f"record {number:,} is not followed by two line ends and may not be the last; if it "
+            "is, add them"
+        )
+    return bytes(second) if second.strip() else _next_line(reader)
+
+
+def _next_line(reader: Any) -> bytes:
+    """Return the first line that is not empty, nothing at the end."""
+    while (line := reader.readline()) and not line.strip():
+        pass
+    return bytes(line)

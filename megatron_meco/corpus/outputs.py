@@ -1,0 +1,392 @@
+"""Where a corpus goes, and what may be replaced or removed there.
+
+A preparation replaces the files of an earlier corpus only when told to, and only those that
+`PREFIX.prepare.json` describes: the size of the `.bin`, the header of the `.idx`, and so on must be
+what it says. It removes a work folder only when that carries the marker of this package, and of
+what lies there only files under this package's names. Costs a few look-ups and the first bytes of
+each file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_meco.corpus.index_file import TYPE_CODES, header
+from megatron_meco.corpus.manifest import manifest_path, read_manifest
+from megatron_meco.corpus.metadata import metadata_path
+from megatron_meco.errors import DataError, FlagError
+from megatron_meco.whole_file import whole_folder
+
+PUBLISHING = "publishing"
+"""The file in a work folder that says that files of this preparation have got their names."""
+
+_MARKER = "meco-work-folder.json"
+_FORMAT = 1
+_LOGS = "logs"
+_WORK_FILES = re.compile(
+    r"\.?(task-\d{5,}|corpus|encoder\.json|plan\.json|executor\.pickle|publishing)(\..*)?"
+)
+_HEAD_BYTES = 1 << 20
+_SUFFIX_BYTES = len("..metadata.arrow.0123456789ab")
+# A scheme of one letter would be a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+
+
+def output_paths(prefix: Path) -> list[Path]:
+    """Return every file that a preparation may write, the index last."""
+    names = (".bin", ".prepare.json", ".rejected.jsonl", ".idx")
+    return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
+
+
+def work_folder_of(prefix: Path) -> Path:
+    """Return where the corpus at `prefix` is prepared."""
+    return Path(f"{prefix}.unfinished")
+
+
+def logs_of(prefix: Path) -> Path:
+    """Return where Slurm's logs of the preparation of a corpus lie."""
+    return Path(f"{prefix}.logs")
+
+
+def check_local(given: str | os.PathLike[str], where: str) -> None:
+    """Refuse what cannot be a local path: nothing, a URL, a name that is not UTF-8.
+
+    Args:
+        given: The path as it was given.
+        where: The flag or argument, for the message.
+
+    Raises:
+        FlagError: It is none.
+    """
+    text = os.fspath(given)
+    if not text.strip():
+        raise FlagError(
+            "is empty", where=where, remedy="Name a path; an unset shell variable gives none."
+        )
+    if "\0" in text or not is_utf8(text):
+        raise FlagError(
+            f"{text!r} is not UTF-8 or holds a NUL", where=where, remedy="Use another name."
+        )
+    try:
+        # The longest name of a file that is written there, temporary ones included.
+        os.lstat(f"{text}{'x' * _SUFFIX_BYTES}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            told = f"{text[:40]!r}... is too long a name"
+            raise FlagError(told, where=where, remedy="Use a shorter one.") from None
+    if _URL.match(text):
+        raise FlagError(
+            f"{text!r} is a URL",
+            where=where,
+            remedy="Name a local path; copy the files afterwards.",
+        )
+
+
+def check_prefix(given: str | os.PathLike[str], where: str = "--output") -> Path:
+    """Refuse what cannot be the prefix of the files to write.
+
+    Args:
+        given: The prefix as it was given.
+        where: The flag, for the message.
+
+    Returns:
+        The prefix.
+
+    Raises:
+        FlagError: It is empty, a URL, a folder, or the name of one of the files.
+    """
+    check_local(given, where)
+    text, prefix = os.fspath(given), Path(given)
+    if text.endswith(os.sep) or prefix.name in ("", "..") or os.path.isdir(prefix):
+        raise FlagError(
+            f"{text!r} is a folder",
+            where=where,
+            remedy="Add the beginning of the file names, for example `data/corpus`.",
+        )
+    for path in [*output_paths(Path("x")), work_folder_of(Path("x"))]:
+        suffix = path.name[1:]
+        if prefix.name.endswith(suffix):
+            raise FlagError(
+                f"{text!r} ends in {suffix}",
+                where=where,
+                remedy=f"Give the prefix alone: {text.removesuffix(suffix)!r}.",
+            )
+    return prefix
+
+
+def check_fields(names: Sequence[str], where: str = "--metadata-fields") -> None:
+    """Refuse names of fields that are empty, repeated or no UTF-8.
+
+    Args:
+        names: The names.
+        where: The flag, for the message.
+
+    Raises:
+        FlagError: One of them is.
+    """
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise FlagError(
+            f"empty or repeated names in {','.join(names)!r}",
+            where=where,
+            remedy="Name every field once, with commas between.",
+        )
+    for name in names:
+        if not is_utf8(name):
+            raise FlagError(f"{name!r} is not UTF-8", where=where, remedy="Use another name.")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a file name or argument can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_output(
+    prefix: Path, work: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool
+) -> None:
+    """Refuse to write over an input, or over files that are not this preparation's own.
+
+    Args:
+        prefix: Where the corpus goes.
+        work: The work folder.
+        inputs: The files that are read; URLs are passed over.
+        overwrite: Whether an earlier corpus that is there is to be replaced.
+
+    Raises:
+        DataError: A file is there that must stay.
+    """
+    paths = output_paths(prefix)
+    existing = [path for path in paths if _status(path) is not None]
+    check_no_input(existing, inputs)
+    if is_work_folder(work) and (work / PUBLISHING).exists():
+        # Killed while the files got their names: they are this preparation's own.
+        return
+    if existing and not overwrite:
+        raise DataError(
+            "already there", where=str(existing[0]), remedy="Add --overwrite to replace it."
+        )
+    for path in existing:
+        why = _why_foreign(path, prefix)
+        if why:
+            raise DataError(
+                f"{why}; --overwrite replaces only what `meco prepare` wrote",
+                where=str(path),
+                remedy="Move or remove it yourself, or choose another --output.",
+            )
+
+
+def check_no_input(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse to write over what is read, under whatever name it was given.
+
+    Args:
+        outputs: The files to write.
+        inputs: The files to read; what does not exist here is passed over.
+
+    Raises:
+        DataError: One of them is both.
+    """
+    identities = {}
+    for path in outputs:
+        for status in (_status(path), _status(path, follow=True)):
+            if status is not None:
+                identities[status.st_dev, status.st_ino] = path
+    for given in inputs if identities else ():
+        status = _status(Path(given), follow=True)
+        if status is not None and (status.st_dev, status.st_ino) in identities:
+            raise DataError(
+                f"is also an input ({os.fspath(given)})",
+                where=str(identities[status.st_dev, status.st_ino]),
+                remedy="Write elsewhere, or give the input another name.",
+            )
+
+
+def is_metadata_file(path: Path) -> bool:
+    """Whether a file begins like one that this package wrote as metadata."""
+    head = _head(path)
+    return head.startswith(b"ARROW1") and b"megatron_meco.format" in head
+
+
+def _status(path: Path, *, follow: bool = False) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if follow:
+            # A link that leads nowhere; what a link is called is looked at beside.
+            return None
+        raise DataError(
+            f"cannot be used ({error.strerror or error})",
+            where=str(path),
+            remedy="Choose another --output.",
+        ) from None
+
+
+def _why_foreign(path: Path, prefix: Path) -> str:
+    """Return why a file may not be replaced, empty where it is of the corpus that is there."""
+    status = _status(path, follow=True)
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return "is no plain file"
+    try:
+        manifest = read_manifest(prefix)
+    except DataError as error:
+        return f"{manifest_path(prefix).name}: {error.what}"
+    if not manifest:
+        return f"there is no {manifest_path(prefix).name} that describes it"
+    suffix = str(path).removeprefix(str(prefix))
+    is_own = True
+    if suffix in (".bin", ".idx"):
+        told = manifest.get("token_dtype")
+        dtypes = [np.dtype(name) for name in ([told] if told else TYPE_CODES)]
+        if suffix == ".bin":
+            sizes = [manifest["tokens"] * dtype.itemsize for dtype in dtypes]
+            is_own = status.st_size in sizes
+        else:
+            sequences, documents = manifest.get("sequences"), manifest["documents"]
+            begins = [] if sequences is None else [header(d, sequences, documents) for d in dtypes]
+            is_own = any(_head(path, len(begin)) == begin for begin in begins)
+    elif suffix == ".metadata.arrow":
+        is_own = is_metadata_file(path)
+    elif suffix == ".rejected.jsonl":
+        is_own = bool(manifest.get("rejected")) and _holds_rejected(path)
+    return "" if is_own else f"is not the file that {manifest_path(prefix).name} describes"
+
+
+def _head(path: Path, num_bytes: int = _HEAD_BYTES) -> bytes:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with path.open("rb") as file:
+            return file.read(num_bytes)
+    except OSError:
+        return b""
+
+
+def _holds_rejected(path: Path) -> bool:
+    try:
+        told = orjson.loads(_head(path).partition(b"\n")[0])
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(told, dict) and {"path", "line", "reason", "excerpt"} <= told.keys()
+
+
+def is_side_file(path: str) -> bool:
+    """Whether a file belongs to a corpus of this package beside it, and is no input by itself."""
+    for suffix in (".metadata.arrow", ".prepare.json", ".rejected.jsonl"):
+        if path.endswith(suffix):
+            return os.path.isfile(f"{path.removesuffix(suffix)}.idx")
+    return False
+
+
+def make_marked_folder(path: Path) -> None:
+    """Make a work folder; it appears with its marker.
+
+    Args:
+        path: The folder, which does not exist.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+
+    def refuse(reason: str) -> DataError:
+        return DataError(
+            f"cannot be made ({reason})",
+            where=str(path),
+            remedy="Choose an --output in a folder that can be written.",
+        )
+
+    with whole_folder(path, refuse) as folder:
+        marker = {"format": _FORMAT, "made_by": "megatron-meco"}
+        (folder / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
+
+
+def is_work_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder carries the marker of a work folder."""
+    return os.path.isfile(os.path.join(path, _MARKER)) and not os.path.islink(path)
+
+
+def check_work_folder(path: Path) -> None:
+    """Refuse a folder that this package did not make, or that another version made.
+
+    Args:
+        path: Something that exists.
+
+    Raises:
+        DataError: It is no work folder of this version.
+    """
+    if path.is_symlink() or not is_work_folder(path):
+        raise DataError(
+            "is no work folder that this package made, and stays as it is",
+            where=str(path),
+            remedy="Move or remove it yourself, or choose another --output.",
+        )
+    try:
+        found: Any = orjson.loads((path / _MARKER).read_bytes())
+    except (OSError, ValueError):
+        found = None
+    told = found.get("format") if isinstance(found, dict) else None
+    if told != _FORMAT:
+        raise DataError(
+            f"a work folder of format {told!r}, this version has {_FORMAT}",
+            where=str(path / _MARKER),
+            remedy="Go on with the version that made it, or remove the folder.",
+        )
+
+
+def clear_work_folder(path: Path) -> None:
+    """Remove from a work folder what this package wrote there, apart from its marker.
+
+    Args:
+        path: A folder with a marker.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name == _LOGS and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif _WORK_FILES.fullmatch(entry.name) and not entry.is_dir():
+            entry.unlink()
+
+
+def remove_temporary_files(path: Path) -> None:
+    """Remove from a work folder what killed writers have left, which takes up disk.
+
+    Args:
+        path: A folder with a marker where nobody writes.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name.startswith(".") and _WORK_FILES.fullmatch(entry.name):
+            entry.unlink()
+
+
+def remove_work_folder(path: Path) -> None:
+    """Remove a work folder; it stays, with its marker, where somebody else put files into it.
+
+    Args:
+        path: A folder with a marker.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    clear_work_folder(path)
+    if [entry.name for entry in path.iterdir()] == [_MARKER]:
+        (path / _MARKER).unlink()
+        path.rmdir()
