@@ -338,6 +338,11 @@ struct Window {
 
 // Best-fit-decreasing without search: packs with equal room are interchangeable, so a run of equal
 // sizes goes into a run of equal packs at once. The sizes come sorted by counting.
+//
+// Pieces are small when a pack of them alone holds as many as are allowed before it is full. They
+// come last, and packs that are opened for them stay half empty. So packs with little room are set
+// aside until their rooms together are as large as the small pieces, and are filled when a piece
+// fits no other and as many packs are open as all pieces need at least.
 class BestFitDecreasing {
  public:
   BestFitDecreasing(int64_t capacity, int64_t max_pieces)
@@ -349,6 +354,17 @@ class BestFitDecreasing {
   // pack_of[i]: the pack of the i-th largest piece. Returns the number of packs.
   int64_t place(const std::vector<int32_t>& count_of_size, std::vector<int32_t>* pack_of) {
     pack_of_ = pack_of->data();
+    int64_t tokens = 0;
+    int64_t pieces = 0;
+    for (int64_t size = 1; size <= capacity_; ++size) {
+      const int64_t count = count_of_size[static_cast<size_t>(size)];
+      tokens += count * size;
+      pieces += count;
+      if (size * max_pieces_ < capacity_) room_wanted_ = tokens;
+    }
+    fewest_packs_ =
+        std::max((tokens + capacity_ - 1) / capacity_, (pieces + max_pieces_ - 1) / max_pieces_);
+    holds_back_ = room_wanted_ > 0;
     for (int64_t size = capacity_; size > 0; --size) {
       place_run(size, count_of_size[static_cast<size_t>(size)]);
     }
@@ -367,11 +383,13 @@ class BestFitDecreasing {
       int64_t room = smallest_room(size);
       Group group;
       if (room < 0) {
+        if (holds_back_ && num_packs_ == fewest_packs_) {
+          holds_back_ = false;
+          for (const auto& [aside_room, aside] : set_aside_) put(aside_room, aside);
+          continue;
+        }
         room = capacity_;
-        const int64_t each = std::min(capacity_ / size, max_pieces_);
-        group = {static_cast<int32_t>(num_packs_), static_cast<int32_t>((left + each - 1) / each),
-                 0};
-        num_packs_ += group.count;
+        group = open_packs(size, left);
       } else {
         group = pop(room);
       }
@@ -387,8 +405,18 @@ class BestFitDecreasing {
         left = 0;
         group = {group.first + 1, group.count - 1, group.pieces};
       }
-      push(room, group);
+      if (group.count > 0) put(room, group);
     }
+  }
+
+  // As many packs as a run of pieces needs, but only up to the fewest while some are held back.
+  Group open_packs(int64_t size, int64_t pieces) {
+    const int64_t each = std::min(capacity_ / size, max_pieces_);
+    int64_t count = (pieces + each - 1) / each;
+    if (holds_back_) count = std::min(count, fewest_packs_ - num_packs_);
+    const Group group{static_cast<int32_t>(num_packs_), static_cast<int32_t>(count), 0};
+    num_packs_ += count;
+    return group;
   }
 
   void assign(int32_t first, int32_t num_packs, int64_t each) {
@@ -397,8 +425,21 @@ class BestFitDecreasing {
     }
   }
 
+  // Packs that have just been given pieces.
   void push(int64_t room, Group group) {
     if (group.count == 0 || room == 0 || group.pieces >= max_pieces_) return;
+    if (holds_back_ && room_wanted_ > 0 && room <= capacity_ / 4) {
+      const int64_t wanted = (room_wanted_ + room - 1) / room;
+      const auto count = static_cast<int32_t>(std::min<int64_t>(group.count, wanted));
+      set_aside_.emplace_back(room, Group{group.first, count, group.pieces});
+      room_wanted_ -= count * room;
+      group = {group.first + count, group.count - count, group.pieces};
+      if (group.count == 0) return;
+    }
+    put(room, group);
+  }
+
+  void put(int64_t room, Group group) {
     groups_[static_cast<size_t>(room)].push_back(group);
     used_rooms_[static_cast<size_t>(room / 64)] |= uint64_t{1} << (room % 64);
   }
@@ -425,8 +466,12 @@ class BestFitDecreasing {
 
   int64_t capacity_;
   int64_t max_pieces_;
-  std::vector<std::vector<Group>> groups_;  // by room
-  std::vector<uint64_t> used_rooms_;        // bit r: groups_[r] is not empty
+  std::vector<std::vector<Group>> groups_;            // by room
+  std::vector<uint64_t> used_rooms_;                  // bit r: groups_[r] is not empty
+  std::vector<std::pair<int64_t, Group>> set_aside_;  // with the room of each pack
+  int64_t room_wanted_ = 0;   // tokens that are still to be set aside for small pieces
+  int64_t fewest_packs_ = 0;  // that could hold all pieces
+  bool holds_back_ = false;   // whether set_aside_ is not to be filled yet
   int64_t num_packs_ = 0;
   int32_t* pack_of_ = nullptr;
 };

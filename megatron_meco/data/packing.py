@@ -8,8 +8,8 @@ a plan costs. Strategies:
     split     documents in order, too; the rest of a cut one opens the next pack, under its own BOS
               and prefix; nothing is discarded
     best-fit  documents longer than a pack are split, all pieces of a window of the order are placed
-              best-fit-decreasing, and the packs of the window shuffled; nothing is discarded, and
-              no document that fits a pack is cut
+              best-fit-decreasing with room set aside for tiny ones, and the packs of the window
+              shuffled; nothing is discarded, and no document that fits a pack is cut
 
 The order of the documents is a seeded permutation that is computed, never stored. Documents of a
 split are dealt to the two phases by their place in that permutation, so the phases share none.
@@ -34,8 +34,15 @@ from megatron_meco.data.progress import BuildProgress
 from megatron_meco.errors import DataError
 
 KIND = "pack plan"
-_VERSION = 3
-"""Part of every cache key; raise it when the same inputs give another plan."""
+_VERSIONS = {"truncate": 3, "split": 3, "best-fit": 4}
+"""Part of every cache key; raise one when the same inputs give another plan."""
+_RULE_NAMES = {"best-fit": "best-fit 2"}
+"""For fingerprints: strategies whose rule has changed since runs were first fingerprinted."""
+
+
+def rule_name(strategy: str) -> str:
+    """What a run's fingerprint calls the rule of a strategy: another name, other plans."""
+    return _RULE_NAMES.get(strategy, strategy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +176,8 @@ def load_plan(
     Raises:
         DataError: When the documents do not suffice for a single pack.
     """
-    key = {"version": _VERSION, "corpus": identity, "request": vars(request)}
+    version = _VERSIONS[request.strategy]
+    key = {"version": version, "corpus": identity, "request": vars(request)}
     path = cache_folder / f"{digest(key)}-plan.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -21,6 +21,7 @@ from typing import Any
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
 from megatron_meco.data.fingerprint import digest, file_fingerprint
+from megatron_meco.data.packing import rule_name
 from megatron_meco.data.phases import Schedule
 from megatron_meco.errors import MeCoError
 
@@ -52,7 +53,7 @@ def fingerprint(
     values = {
         "meco": True,
         "template": config.template,
-        "packing": config.packing,
+        "packing": rule_name(config.packing),
         "prefix_once": not config.repeat_prefix,
         "plain_fraction": config.plain_fraction,
         "max_prefix_tokens": config.prefix_cap(args.seq_length),

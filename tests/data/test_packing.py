@@ -237,14 +237,44 @@ def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
     used = [pack_size(pack, shown, head, repeat_prefix) for pack in packs]
     assert max(used) <= 16
     assert max(len(pack) for pack in packs) <= max_documents
-    if not sentences and max_documents == 16:
+    if not sentences:
         sizes = [
             size
             for length, p in zip(lengths, prefixes, strict=True)
             if length > 1
             for size in reference.chunk_sizes(length, max(p, 0), int(bos), 16, repeat_prefix)
         ]
-        assert sorted(16 - u for u in used) == reference.best_fit_rooms(sizes, 16, 16)
+        bins = sorted((16 - size, len(pack)) for size, pack in zip(used, packs, strict=True))
+        assert bins == reference.best_fit_bins(sizes, 16, max_documents)
+
+
+@pytest.mark.parametrize("max_documents", [1, 4, 12, 300])
+@pytest.mark.parametrize("seed", range(6))
+def test_best_fit_spreads_small_documents_as_the_oracle(max_documents: int, seed: int) -> None:
+    """Packs of 300 with long, middling and tiny documents: rooms and numbers of documents."""
+    draw = np.random.default_rng(seed)
+    middle = (8, 25, 60)[seed % 3]
+    lengths = np.clip(draw.lognormal(np.log(middle), 1.2, 500), 2, 900).astype(int).tolist()
+    corpus = make_corpus(lengths, [-1] * 500, bos=False)
+    options = {"strategy": "best-fit", "capacity": 300, "max_documents": max_documents}
+    plan = build_plan(corpus, request(500, **options), "c")
+    wanted = request(500, **options)
+    packs = described(corpus, plan, wanted)
+    bins = sorted((300 - sum(e - b for _, b, e in pack), len(pack)) for pack in packs)
+    sizes = [s for n in lengths for s in reference.chunk_sizes(n, 0, 0, 300, True)]
+    assert bins == reference.best_fit_bins(sizes, 300, max_documents)
+
+
+def test_best_fit_leaves_no_pack_of_tiny_documents_half_empty() -> None:
+    """Web-like lengths under the default cap; without spreading 0.04 % is padding."""
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(np.log(600), 1.177, 1_000_000), 2, 200_000).astype(np.int32)
+    corpus = _core.Corpus(sequence_lengths=lengths)
+    options = {"strategy": "best-fit", "capacity": 8192, "max_documents": 127}
+    plan = build_plan(corpus, request(len(lengths), **options), "c")
+    assert plan.counts.discarded_tokens == 0
+    assert plan.counts.body_tokens == int(lengths.sum())
+    assert plan.counts.padding_tokens <= 0.00005 * plan.counts.packs * 8192
 
 
 def make_sentences(
