@@ -57,7 +57,7 @@ sanitize: ## Run the C++ tests under the address and undefined-behaviour sanitiz
 	@mkdir -p build/sanitize
 	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -fno-omit-frame-pointer -pthread -Icsrc \
 	    -fsanitize=address,undefined -fno-sanitize-recover=all \
-	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp -o build/sanitize/test_core
+	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp csrc/index.cpp -o build/sanitize/test_core
 	build/sanitize/test_core
 
 clean: ## Remove everything that was built, the environment included
