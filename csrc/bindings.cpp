@@ -308,6 +308,8 @@ py::dict scan_index(const Array<int32_t>& lengths, const Array<int64_t>& pointer
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Packing and sample assembly; see csrc/. Private: use megatron_meco.data.";
 
+  m.attr("MAX_CAPACITY") = meco::kMaxCapacity;
+
   py::class_<meco::Piece>(m, "Piece")
       .def_readonly("document", &meco::Piece::document)
       .def_readonly("body_begin", &meco::Piece::body_begin)

@@ -19,7 +19,7 @@ ALLOWED = {
     "config": {"errors"},
     "whole_file": {"errors"},
     "core": set(),
-    "source": BASE | {"source"},
+    "source": BASE | {"core", "source"},
     "corpus": BASE | {"source", "corpus"},
     "data": DATA,
     "training": DATA | {"training"},
@@ -27,8 +27,8 @@ ALLOWED = {
     "top": DATA | {"corpus", "training", "inference", "top"},
 }
 
-# What is known of a document's source: the only part of corpus/ that data/ may use.
-SOURCE = {"metadata", "url", "tokenizer"}
+# What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
+SOURCE = {"index_file", "manifest", "metadata", "sentences", "tokenizer", "url"}
 TOP = {"cli", "doctor", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
@@ -45,6 +45,7 @@ WITHOUT_TORCH = [
     "corpus.metadata",
     "corpus.url",
     "corpus.index_file",
+    "corpus.manifest",
     "corpus.metadata_report",
     "corpus.mds",
     "corpus.punkt",

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_meco.corpus.index_file import header
+from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
 from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.task_writer import (
@@ -315,15 +316,6 @@ def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:
         "crc32": merged.checksums,
     }
     return json.dumps({**manifest, **counts}, indent=2, ensure_ascii=False) + "\n"
-
-
-def checksum_of(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hexadecimal digits."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_COPY_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
 
 
 def _publish(folder: Path, prefix: Path) -> list[Path]:

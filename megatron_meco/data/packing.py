@@ -31,7 +31,7 @@ from megatron_meco import _core
 from megatron_meco.data.array_file import load_or_build
 from megatron_meco.data.fingerprint import digest
 from megatron_meco.data.progress import BuildProgress
-from megatron_meco.errors import DataError
+from megatron_meco.errors import DataError, FlagError
 
 KIND = "pack plan"
 _VERSIONS = {"truncate": 3, "split": 3, "best-fit": 4}
@@ -174,7 +174,8 @@ def load_plan(
         where: Names the corpus in messages.
 
     Raises:
-        DataError: When the documents do not suffice for a single pack.
+        DataError: When the documents do not suffice for a single pack, or the cached file is damaged.
+        FlagError: When a prefix leaves no room for its document.
     """
     version = _VERSIONS[request.strategy]
     key = {"version": version, "corpus": identity, "request": vars(request)}
@@ -188,11 +189,20 @@ def load_plan(
         return header, arrays
 
     file = load_or_build(path, KIND, build)
-    return Plan(
-        **file.arrays,
-        one_sequence_each=file.header["one_sequence_each"],
-        counts=PlanCounts(**file.header["counts"]),
+    file.check(
+        pack_offsets=np.int64,
+        piece_document=np.int32,
+        continued_piece=np.int64,
+        continued_begin=np.int64,
     )
+    try:
+        return Plan(
+            **file.arrays,
+            one_sequence_each=file.header["one_sequence_each"],
+            counts=PlanCounts(**file.header["counts"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise file.damaged("its header makes no sense") from error
 
 
 def build_plan(
@@ -213,24 +223,46 @@ def build_plan(
         progress: Told the share that is done, now and then.
 
     Raises:
-        DataError: When no document can be placed.
+        DataError: When no document can be placed, the plan does not fit into memory, or what it is
+            made from is damaged.
+        FlagError: When a prefix leaves no room for its document.
     """
     begin, end = request.range
-    result = _core.build_plan(
-        corpus,
-        strategy=request.strategy,
-        capacity=request.capacity,
-        max_documents=request.max_documents,
-        num_packs=request.num_packs,
-        first_document=request.first_document,
-        num_documents=request.num_documents,
-        range_begin=begin,
-        range_end=end,
-        seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
-        repeat_prefix=request.repeat_prefix,
-        num_threads=num_threads or len(os.sched_getaffinity(0)),
-        progress=progress,
-    )
+    if request.strategy != "truncate" and corpus.longest_head >= request.capacity:
+        raise FlagError(
+            f"a prefix of {corpus.longest_head:,} tokens (with BOS) leaves no room for its document "
+            f"in a pack of {request.capacity:,}",
+            where="--meco-max-prefix-tokens",
+            remedy=f"Give {max(1, request.capacity // 2):,} or less, or a longer --seq-length.",
+        )
+    try:
+        result = _core.build_plan(
+            corpus,
+            strategy=request.strategy,
+            capacity=request.capacity,
+            max_documents=request.max_documents,
+            num_packs=request.num_packs,
+            first_document=request.first_document,
+            num_documents=request.num_documents,
+            range_begin=begin,
+            range_end=end,
+            seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
+            repeat_prefix=request.repeat_prefix,
+            num_threads=num_threads or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
+    except IndexError as error:  # std::out_of_range
+        raise DataError(
+            f"its lengths or prefixes are damaged ({error})",
+            where=where,
+            remedy="Look at it with `meco verify`, delete the data cache and start again.",
+        ) from error
+    except (MemoryError, OverflowError, ValueError) as error:  # std::length_error among them
+        raise DataError(
+            f"cannot be packed into {request.capacity:,} tokens each ({error or 'no memory'})",
+            where=where,
+            remedy="Ask for fewer samples, or longer or shorter sequences.",
+        ) from error
     counts = result.pop("counts")
     per_pack = _documents_per_pack(result.pop("packs_by_size"))
     num_packs = len(result["pack_offsets"]) - 1

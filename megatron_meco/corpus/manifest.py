@@ -1,0 +1,183 @@
+"""What a preparation left beside its corpus: `PREFIX.prepare.json`.
+
+Whoever reads it gets a dictionary whose values have the types that `meco prepare` and `meco
+import-mds` write, or a refusal. Its CRC-32 of `.idx` and `.metadata.arrow` tell damage that no rule
+about their structure can; comparing one costs a read of the file at about 4 GB/s. Given up:
+comparing that of `.bin` anywhere but in `meco verify`, because it means reading all tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
+from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file
+
+_SUFFIX = ".prepare.json"
+_REMEDY = "Copy the corpus again from where it is whole, or prepare it again."
+_CHECKED = (".bin", ".idx", ".metadata.arrow")
+_READ_BYTES = 8 << 20
+
+
+def manifest_path(prefix: str | os.PathLike[str]) -> Path:
+    """Return where a preparation leaves what it says of the corpus at `prefix`."""
+    return Path(f"{os.fspath(prefix)}{_SUFFIX}")
+
+
+def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a preparation said of a corpus.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+
+    Returns:
+        Empty where there is no such file. Otherwise `documents`, `tokens` and `crc32` (hexadecimal
+        by suffix) at least.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
+    """
+    path = manifest_path(prefix)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"cannot be read ({error})") from None
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "no JSON object")
+    needed = {"documents", "tokens", "crc32"}
+    if "text_field" in manifest:
+        needed |= {"tokenizer", "metadata_fields"}
+    for key, is_right in _VALUES.items():
+        if key in manifest and not is_right(manifest[key]):
+            raise _damaged(path, f"{key!r} is not what a preparation writes")
+        if key in needed and key not in manifest:
+            raise _damaged(path, f"{key!r} is missing")
+    return manifest
+
+
+def checksum_of(path: Path) -> str:
+    """Return the CRC-32 of a file as eight hexadecimal digits."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"
+
+
+def check_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
+    """Compare a file of a corpus with the CRC-32 that its preparation noted, if it noted one.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        suffix: The end of the file's name.
+
+    Raises:
+        DataError: They differ; or the file or `PREFIX.prepare.json` cannot be read.
+    """
+    noted = read_manifest(prefix).get("crc32", {}).get(suffix)
+    if noted is None:
+        return
+    path = Path(f"{os.fspath(prefix)}{suffix}")
+    try:
+        actual = checksum_of(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror or error})", where=str(path), remedy=_REMEDY
+        ) from None
+    if actual != noted:
+        raise DataError(
+            f"its CRC-32 is {actual}, {manifest_path(prefix).name} says {noted}",
+            where=str(path),
+            remedy=f"{_REMEDY} `meco verify` compares all files. Where the file was changed on "
+            f"purpose, remove {manifest_path(prefix).name}.",
+        )
+
+
+def note_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
+    """Bring the CRC-32 of a file that was replaced up to date, where there is a manifest.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        suffix: The end of the file's name.
+
+    Raises:
+        DataError: `PREFIX.prepare.json` is damaged or cannot be written.
+    """
+    manifest = read_manifest(prefix)
+    if not manifest:
+        return
+    manifest["crc32"][suffix] = checksum_of(Path(f"{os.fspath(prefix)}{suffix}"))
+    path = manifest_path(prefix)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path, lambda reason: _damaged(path, f"cannot be written ({reason})")) as file:
+        file.write(text.encode())
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(what, where=str(path), remedy="Remove it, or prepare again.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_checksums(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        # Not any suffix: it would name a file of another kind, or elsewhere.
+        suffix in _CHECKED and isinstance(one, str) and re.fullmatch("[0-9a-f]{8}", one)
+        for suffix, one in value.items()
+    )
+
+
+def _is_tokenizer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("type"), str)
+        and isinstance(value.get("model"), str | None)
+        and isinstance(value.get("extra", {}), dict)
+        and all(value.get(key) is None or _is_id(value[key]) for key in ("vocab_size", "eod"))
+    )
+
+
+def _are_sentences(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("orthographic_contexts"), dict):
+        return False
+    texts = [value.get(key) for key in ("abbreviations", "sentence_starters", "collocations")]
+    contexts = value["orthographic_contexts"]
+    return (
+        isinstance(value.get("language"), str)
+        and value["language"] in SENTENCE_LANGUAGES
+        and all(map(_is_text, [*texts, *contexts.values()]))
+        and all(re.fullmatch("[0-9]{1,9}", key) for key in contexts)
+    )
+
+
+_VALUES: dict[str, Callable[[Any], bool]] = {
+    "documents": _is_id,
+    "tokens": _is_id,
+    "crc32": _are_checksums,
+    "tokenizer": _is_tokenizer,
+    "metadata_fields": _are_names,
+    "text_field": _is_text,
+    "sentences": _are_sentences,
+}
+"""What tells whether a value is of the right type."""
