@@ -227,9 +227,7 @@ def _scan(
     token_bytes: int,
 ) -> dict[str, int]:
     threads = len(os.sched_getaffinity(0))
-    return _core.scan_index(
-        lengths, pointers, bounds, token_bytes=token_bytes, num_threads=threads
-    )
+    return _core.scan_index(lengths, pointers, bounds, token_bytes=token_bytes, num_threads=threads)
 
 
 def _told(

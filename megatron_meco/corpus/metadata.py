@@ -2,9 +2,10 @@
 
 An Arrow IPC *file* with one string column per field; a null means that the document lacks the
 field. Reading maps the file into memory. Arrow trusts what it maps: an offset that points outside
-ends the process. So opening reads all of it once and checks it (about 4 GB/s); fields and rows alone
-cost the footer, some microseconds per 65,536 documents. Given up: compression, because a compressed
-column cannot be mapped, and types other than strings, because a prefix is text.
+ends the process. So opening reads all of it once and checks it (about 4 GB/s); the names of the
+fields and the number of rows cost the footer, some microseconds per 65,536 documents. Given up:
+compression, because a compressed column cannot be mapped, and types other than strings, because a
+prefix is text.
 """
 
 from __future__ import annotations
@@ -216,10 +217,11 @@ def _first_damage(table: pa.Table) -> tuple[str, int, str]:
         for chunk in column.chunks:
             if reason := _damage(chunk):
                 # Halved, because Arrow names the row of some kinds of damage only.
-                while len(chunk) > 1:
-                    half = len(chunk) // 2
-                    first = _damage(chunk.slice(0, half))
-                    chunk = chunk.slice(0, half) if first else chunk.slice(half)
+                rows = chunk
+                while len(rows) > 1:
+                    half = len(rows) // 2
+                    first = _damage(rows.slice(0, half))
+                    rows = rows.slice(0, half) if first else rows.slice(half)
                     row += 0 if first else half
                     reason = first or reason
                 return name, row, reason

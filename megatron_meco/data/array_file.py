@@ -100,8 +100,8 @@ def load_or_build(
 def check_once(path: Path, kind: str, check: Callable[[], None]) -> None:
     """Run a check whose success is remembered by a file.
 
-    Processes take turns as in `load_or_build`, so the processes of a node check once. Where the file
-    cannot be written the check is run and not remembered.
+    Processes take turns as in `load_or_build`, so the processes of a node check once. Where the
+    file cannot be written the check is run and not remembered.
 
     Args:
         path: The file, whose name holds all that decides the outcome.
@@ -178,7 +178,7 @@ def write_arrays(
         assert array.dtype.str in _DTYPES, array.dtype
         table[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": offset}
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    content = {"kind": kind, "name": path.name, "header": header, "arrays": table}
+    content: dict[str, Any] = {"kind": kind, "name": path.name, "header": header, "arrays": table}
     parts = list(_body(arrays))
     hasher = xxhash.xxh3_128()
     for part in parts:

@@ -42,11 +42,11 @@ from megatron_meco.errors import DataError, FlagError
 
 _MAX_DOCUMENTS = np.iinfo(np.int32).max
 _EOD_CHECKS = 1000
-_IDS_CHECKED = 1024  # of a document, the last ones: Megatron reads that many at once anyway
+_IDS_CHECKED = 1024  # at the end of a document, in the page or two that hold its EOD
 _COPY_AGAIN = "Copy the corpus again from where it is whole, or prepare it again."
 _OTHER_TOKENS = (
-    "Name the tokenizer that made the corpus. If it is this one, the file is damaged: `meco verify` "
-    f"looks at all of it. {_COPY_AGAIN}"
+    "Name the tokenizer that made the corpus. If it is this one, the file is damaged "
+    f"(`meco verify` looks at all of it). {_COPY_AGAIN}"
 )
 _CANARY = "URL: en.wikipedia.org/wiki/Bill_Gates?a=1\n\nTopic: 0123456789 \u00e9\u4e2d"
 
@@ -332,9 +332,7 @@ class MeCoGPTDataset(GPTDataset):
             names = ("prefix_ids", "prefix_tokens", "prefix_offsets")
             prefixes = {name: getattr(self.prefixes, name) for name in names}
         plan: Plan | None = getattr(self, "plan", None)  # None while it is being built
-        one_sequence_each = (
-            _check_arrays(self.dataset) if plan is None else plan.one_sequence_each
-        )
+        one_sequence_each = _check_arrays(self.dataset) if plan is None else plan.one_sequence_each
         return _core.Corpus(
             sequence_lengths=np.asarray(self.dataset.sequence_lengths),
             document_indices=(
@@ -636,13 +634,11 @@ def _check_opened(dataset: IndexedDataset, where: str) -> None:
         )
 
 
-def _check_documents(
-    dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str
-) -> None:
+def _check_documents(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str) -> None:
     """Check that documents end in EOD and that ids are in the vocabulary.
 
-    Looks at documents that are evenly spread and the same each time; a corpus made without EOD fails
-    at the first of them. What it does not see of the ids, the assembler checks sample by sample.
+    Looks at documents that are evenly spread and the same each time; a corpus made without EOD
+    fails at the first of them. Ids that it does not see are checked sample by sample.
     """
     bounds = np.asarray(dataset.document_indices)
     eod, vocab_size = resolve_eod(config.tokenizer), config.tokenizer.vocab_size

@@ -174,7 +174,8 @@ def load_plan(
         where: Names the corpus in messages.
 
     Raises:
-        DataError: When the documents do not suffice for a single pack, or the cached file is damaged.
+        DataError: When the documents do not suffice for a single pack, or the cached file is
+            damaged.
         FlagError: When a prefix leaves no room for its document.
     """
     version = _VERSIONS[request.strategy]
@@ -230,8 +231,8 @@ def build_plan(
     begin, end = request.range
     if request.strategy != "truncate" and corpus.longest_head >= request.capacity:
         raise FlagError(
-            f"a prefix of {corpus.longest_head:,} tokens (with BOS) leaves no room for its document "
-            f"in a pack of {request.capacity:,}",
+            f"a prefix of {corpus.longest_head:,} tokens (with BOS) leaves no room for its "
+            f"document in a pack of {request.capacity:,}",
             where="--meco-max-prefix-tokens",
             remedy=f"Give {max(1, request.capacity // 2):,} or less, or a longer --seq-length.",
         )

@@ -92,8 +92,8 @@ def load_prefix_table(
         cache_folder: Where the table is or will be.
 
     Raises:
-        DataError: When the metadata is missing, damaged, or does not fit the corpus; when the cached
-            file is damaged.
+        DataError: When the metadata is missing, damaged, or does not fit the corpus; when the
+            cached file is damaged.
         FlagError: When the template does not fit the metadata.
     """
     check_row_count(corpus_prefix, num_documents)
@@ -118,7 +118,13 @@ def load_prefix_table(
     file = load_or_build(path, KIND, build)
     file.check(prefix_ids=np.int32, prefix_tokens=np.int32, prefix_offsets=np.int64)
     try:
-        return PrefixTable(**file.arrays, identity=identity, **file.header["counts"])
+        return PrefixTable(
+            prefix_ids=file.arrays["prefix_ids"],
+            prefix_tokens=file.arrays["prefix_tokens"],
+            prefix_offsets=file.arrays["prefix_offsets"],
+            identity=identity,
+            **file.header["counts"],
+        )
     except (KeyError, TypeError) as error:
         raise file.damaged("its header makes no sense") from error
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fuzz.harness import Case, prepared, run_all  # noqa: E402
-from fuzz.targets import TARGETS, cases  # noqa: E402
+from fuzz.harness import Case, prepared, run_all
+from fuzz.targets import TARGETS, cases
 
-from megatron_meco.errors import MeCoError  # noqa: E402
+from megatron_meco.errors import MeCoError
 
 
 def main() -> int:

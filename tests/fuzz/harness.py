@@ -44,6 +44,7 @@ class Target(ABC):
 
     def prepare(self, folder: Path) -> None:
         """Make what cases start from, once; the folder stays until the last one."""
+        return
 
     @abstractmethod
     def attempt(self, draw: random.Random, folder: Path) -> str:
@@ -257,7 +258,7 @@ def _serve(targets: dict[str, Target], scratch: Path, orders: Iterable[str], ans
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = os.fdopen(nothing, "w")
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in orders:

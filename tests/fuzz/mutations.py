@@ -119,7 +119,8 @@ class Index:
     def content(self) -> bytes:
         """The file."""
         counts = [len(self.lengths), len(self.bounds)]
-        counts = [n if odd is None else odd % 2**64 for n, odd in zip(counts, self.counts)]
+        told = zip(counts, self.counts, strict=True)
+        counts = [n if odd is None else odd % 2**64 for n, odd in told]
         head = self.magic + struct.pack("<QBQQ", self.version % 2**64, self.code, *counts)
         arrays = ((self.lengths, 32), (self.pointers, 64), (self.bounds, 64))
         parts = [
