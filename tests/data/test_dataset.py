@@ -411,7 +411,7 @@ class TestRefusals:
         """With --per-dataset-sequences-path Megatron takes the type from the vocabulary."""
         prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)}, np.int32)
         config = make_config(prefix, sequences_per_dataset={prefix: (10, 11)})
-        with pytest.raises(DataError, match="10 documents of int32, this run was told .* uint16"):
+        with pytest.raises(DataError, match=r"10 documents of int32, this run was told .* uint16"):
             MeCoGPTDataset.build_low_level_dataset(prefix, config)
         config = make_config(prefix, sequences_per_dataset={prefix: (9, 11)})
         with pytest.raises(DataError, match="Megatron cannot open it"):
