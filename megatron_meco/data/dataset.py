@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ from megatron_meco.errors import DataError, FlagError
 
 _MAX_DOCUMENTS = np.iinfo(np.int32).max
 _EOD_CHECKS = 1000
+_SECONDS_TO_TELL = 5.0
 _IDS_CHECKED = 1024  # at the end of a document, in the page or two that hold its EOD
 _COPY_AGAIN = "Copy the corpus again from where it is whole, or prepare it again."
 _OTHER_TOKENS = (
@@ -77,6 +79,10 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):
     document_share: tuple[float, float] = (0.0, 1.0)
     """The part of each training split's permuted documents that this phase draws from."""
 
+    vocab_size: int | None = None
+    """Token ids are below it, or the corpus is refused; None: the tokenizer's. Training gives the
+    number of embeddings, padding among them."""
+
     hide_prefixes: bool = False
     """Show the packs of the conditioned plan without their prefixes: the same body tokens."""
 
@@ -90,6 +96,11 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):
                 where="--seq-length",
                 remedy=f"Give 4 to {_core.MAX_CAPACITY:,}.",
             )
+
+    @property
+    def num_ids(self) -> int:
+        """How many token ids there are."""
+        return self.vocab_size or int(self.tokenizer.vocab_size)
 
     @cached_property
     def template(self) -> Template:
@@ -156,7 +167,13 @@ class MeCoGPTDataset(GPTDataset):
         Raises:
             DataError: A file is missing or damaged; names what is wrong.
         """
-        _check_files(dataset_path, config)
+        try:
+            _check_files(dataset_path, config)
+        except DataError:
+            # All ranks find it. The first one tells it, and its end ends the others.
+            if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+                time.sleep(_SECONDS_TO_TELL)
+            raise
         try:
             dataset = GPTDataset.build_low_level_dataset(dataset_path, config)
         except (AssertionError, AttributeError, ValueError, struct.error) as error:
@@ -363,7 +380,7 @@ class MeCoGPTDataset(GPTDataset):
             bin=self._bin,
             sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),
             token_bytes=index.dtype_size,
-            vocab_size=self.config.tokenizer.vocab_size,
+            vocab_size=self.config.num_ids,
         )
 
     @cached_property
@@ -641,7 +658,7 @@ def _check_documents(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, wher
     fails at the first of them. Ids that it does not see are checked sample by sample.
     """
     bounds = np.asarray(dataset.document_indices)
-    eod, vocab_size = resolve_eod(config.tokenizer), config.tokenizer.vocab_size
+    eod, num_ids = resolve_eod(config.tokenizer), config.num_ids
     step = max(1, (len(bounds) - 1) // _EOD_CHECKS)
     for document in range(0, len(bounds) - 1, step):
         first, end = int(bounds[document]), int(bounds[document + 1])
@@ -659,11 +676,10 @@ def _check_documents(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, wher
                 remedy="Prepare the corpus with EOD (meco prepare, or Megatron's --append-eod) and "
                 "with this tokenizer.",
             )
-        if ids.min() < 0 or ids.max() >= vocab_size:
+        if ids.min() < 0 or ids.max() >= num_ids:
             found = int(ids.min() if ids.min() < 0 else ids.max())
             raise DataError(
-                f"document {document} holds token id {found}, outside the vocabulary of "
-                f"{vocab_size}",
+                f"document {document} holds token id {found}, outside the vocabulary of {num_ids}",
                 where=where,
                 remedy=_OTHER_TOKENS,
             )

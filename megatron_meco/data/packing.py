@@ -34,15 +34,12 @@ from megatron_meco.data.progress import BuildProgress
 from megatron_meco.errors import DataError, FlagError
 
 KIND = "pack plan"
-_VERSIONS = {"truncate": 3, "split": 3, "best-fit": 4}
-"""Part of every cache key; raise one when the same inputs give another plan."""
-_RULE_NAMES = {"best-fit": "best-fit 2"}
-"""For fingerprints: strategies whose rule has changed since runs were first fingerprinted."""
+PACKING_RULES = {"truncate": 1, "split": 1, "best-fit": 2}
+"""Part of every cache key and of a run's fingerprint; raise one when the same inputs give another
+plan."""
 
-
-def rule_name(strategy: str) -> str:
-    """What a run's fingerprint calls the rule of a strategy: another name, other plans."""
-    return _RULE_NAMES.get(strategy, strategy)
+_VERSION = 2
+"""Part of every cache key, too: of what the strategies have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +175,7 @@ def load_plan(
             damaged.
         FlagError: When a prefix leaves no room for its document.
     """
-    version = _VERSIONS[request.strategy]
+    version = _VERSION + PACKING_RULES[request.strategy]
     key = {"version": version, "corpus": identity, "request": vars(request)}
     path = cache_folder / f"{digest(key)}-plan.meco"
 

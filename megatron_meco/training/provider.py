@@ -110,7 +110,11 @@ def train_valid_test_datasets_provider(
     schedule = schedule_from_args(args)
     print_rank_0(f"> MeCo: {schedule.describe()}")
     try:
-        config = MeCoGPTDatasetConfig(**dataset_options(args), meco=MeCoConfig.from_args(args))
+        config = MeCoGPTDatasetConfig(
+            **dataset_options(args),
+            vocab_size=args.padded_vocab_size,
+            meco=MeCoConfig.from_args(args),
+        )
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
         datasets = build_datasets(
             train_val_test_num_samples,

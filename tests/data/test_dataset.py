@@ -380,6 +380,8 @@ class TestRefusals:
         prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(4)})
         with pytest.raises(DataError, match="document 2 holds token id 400, outside the vocab"):
             build(make_config(prefix), 5)
+        # With padding the model has embeddings for more.
+        assert len(build(make_config(prefix, vocab_size=401), 5)) == 5
 
     def test_a_negative_token(self, tmp_path: Path) -> None:
         bodies = [[300, -3, EOD]] * 4

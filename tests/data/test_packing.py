@@ -20,7 +20,6 @@ from megatron_meco.data.packing import (
     PlanRequest,
     build_plan,
     load_plan,
-    rule_name,
 )
 from megatron_meco.errors import DataError
 
@@ -591,11 +590,6 @@ def test_damaged_lengths_and_prefixes_are_told() -> None:
     corpus = make_corpus([5, -7, 5], [-1] * 3, bos=False)
     with pytest.raises(DataError, match=r"c: .*a length below zero.*meco verify"):
         build_plan(corpus, request(3), "c")
-
-
-def test_a_changed_rule_has_another_name_in_fingerprints() -> None:
-    names = [rule_name(strategy) for strategy in ("truncate", "split", "best-fit")]
-    assert names == ["truncate", "split", "best-fit 2"]
 
 
 @pytest.mark.parametrize(
