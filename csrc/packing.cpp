@@ -174,14 +174,14 @@ class Builder {
   void close_pack(int64_t used) {
     const int64_t pieces = num_pieces() - plan_.pack_offsets.back();
     plan_.counts.padding_tokens += options_.capacity - used;
-    check_memory();
+    // Now and then is enough: in between a plan grows by little.
+    if (plan_.pack_offsets.size() % (size_t{1} << 16) == 0) check_memory();
     plan_.pack_offsets.push_back(num_pieces());
     ++plan_.packs_by_size[static_cast<size_t>(pieces)];
   }
 
   void add_piece(int64_t document, int64_t begin) {
     if (begin > 0) {
-      check_memory();
       plan_.continued_piece.push_back(num_pieces());
       plan_.continued_begin.push_back(begin);
     }

@@ -2,7 +2,7 @@
 
 Whoever reads it gets a dictionary whose values have the types that `meco prepare` and `meco
 import-mds` write, or a refusal. Its CRC-32 of `.idx` and `.metadata.arrow` tell damage that no rule
-about their structure can; comparing one costs a read of the file at about 4 GB/s. Given up:
+about their structure can; comparing one costs a read of the file at about 3 GB/s on each core. Given up:
 comparing that of `.bin` anywhere but in `meco verify`, because it means reading all tokens.
 """
 
@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from megatron_meco.whole_file import whole_file
 _SUFFIX = ".prepare.json"
 _REMEDY = "Copy the corpus again from where it is whole, or prepare it again."
 _CHECKED = (".bin", ".idx", ".metadata.arrow")
-_READ_BYTES = 8 << 20
+_READ_BYTES = 1 << 20
+_PART_BYTES = 16 << 20
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
@@ -65,12 +67,55 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def checksum_of(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hexadecimal digits."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
+    """Return the CRC-32 of a file as eight hexadecimal digits; its parts are read on all cores."""
+    with path.open("rb") as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        size = os.fstat(file.fileno()).st_size
+        begins = range(0, size, _PART_BYTES)
+        parts = pool.map(lambda begin: _crc32_of_part(file.fileno(), begin), begins)
+        checksum = 0
+        for part, num_bytes in parts:
+            checksum = _joined(checksum, part, num_bytes)
     return f"{checksum:08x}"
+
+
+def _crc32_of_part(descriptor: int, begin: int) -> tuple[int, int]:
+    """CRC-32 of the part of a file that begins there, and its bytes."""
+    # As much as a core's own cache holds.
+    buffer = memoryview(bytearray(_READ_BYTES))
+    checksum, done = 0, 0
+    while done < _PART_BYTES:
+        room = buffer[: _PART_BYTES - done]
+        num_bytes = os.preadv(descriptor, [room], begin + done)
+        if num_bytes == 0:
+            break
+        checksum = zlib.crc32(room[:num_bytes], checksum)
+        done += num_bytes
+    return checksum, done
+
+
+def _joined(first: int, second: int, num_bytes: int) -> int:
+    """CRC-32 of two parts, the second of them of so many bytes.
+
+    As in zlib's `crc32_combine`, which Python does not have: the first one times x to the number of
+    bits of the second, as polynomials, and their sum.
+    """
+    shift, power, exponent = 1 << 31, 1 << 30, 8 * num_bytes
+    while exponent:
+        if exponent & 1:
+            shift = _product(shift, power)
+        power = _product(power, power)
+        exponent >>= 1
+    return _product(shift, first) ^ second
+
+
+def _product(one: int, other: int) -> int:
+    """The product of two polynomials modulo that of CRC-32, the highest power in the lowest bit."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if one >> bit & 1:
+            product ^= other
+        other = other >> 1 ^ (0xEDB88320 if other & 1 else 0)
+    return product
 
 
 def check_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:

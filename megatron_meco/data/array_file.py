@@ -33,7 +33,7 @@ from megatron_meco.whole_file import unfinished_files, whole_file
 _MAGIC = b"MECO-ARRAYS 2\n"
 _EARLIER_MAGIC = b"MECO-ARRAYS 1\n"  # without a checksum of the arrays: built again
 _ALIGNMENT = 64
-_HASHED_AT_ONCE = 1 << 24
+_HASHED_AT_ONCE = 1 << 26
 _DTYPES = ("<i4", "<i8")
 _ABANDONED_AFTER = 3600.0  # seconds without a write
 
@@ -246,10 +246,10 @@ def open_arrays(path: Path, kind: str) -> ArrayFile:
 
 def _hash(path: Path, start: int, num_bytes: int) -> str:
     hasher = xxhash.xxh3_128()
-    if num_bytes:  # an empty range cannot be mapped
-        mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=(num_bytes,))
-        for begin in range(0, num_bytes, _HASHED_AT_ONCE):
-            hasher.update(mapped[begin : begin + _HASHED_AT_ONCE])
+    for begin in range(0, num_bytes, _HASHED_AT_ONCE):
+        # A map for each part: what is mapped counts as memory of this process.
+        size = min(_HASHED_AT_ONCE, num_bytes - begin)
+        hasher.update(np.memmap(path, np.uint8, mode="r", offset=start + begin, shape=(size,)))
     return hasher.hexdigest()
 
 

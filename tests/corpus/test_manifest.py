@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_meco.corpus import manifest
 from megatron_meco.corpus.manifest import (
     check_checksum,
+    checksum_of,
     manifest_path,
     note_checksum,
     read_manifest,
@@ -101,6 +105,17 @@ def test_a_file_is_compared_with_what_was_noted(tmp_path: Path) -> None:
     index.unlink()
     with pytest.raises(DataError, match=r"c\.idx: cannot be read"):
         check_checksum(prefix, ".idx")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 99, 100, 101, 1000, 12_345])
+def test_parts_have_the_checksum_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    monkeypatch.setattr(manifest, "_PART_BYTES", 100)
+    monkeypatch.setattr(manifest, "_READ_BYTES", 30)
+    content = random.Random(num_bytes).randbytes(num_bytes)
+    (tmp_path / "file").write_bytes(content)
+    assert checksum_of(tmp_path / "file") == f"{zlib.crc32(content):08x}"
 
 
 def test_metadata_that_is_replaced_is_noted(tmp_path: Path) -> None:
