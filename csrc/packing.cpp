@@ -189,7 +189,7 @@ class Builder {
   }
 
  protected:
-  // Documents alone cannot take more than this: they are in memory themselves.
+  // Throws before the machine runs out of memory, which would end the process without a word.
   void check_memory() const {
     const auto numbers = 2 * plan_.continued_piece.size() + plan_.pack_offsets.size();
     if (static_cast<int64_t>(8 * numbers + 4 * plan_.piece_document.size()) > memory_limit()) {

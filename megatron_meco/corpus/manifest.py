@@ -2,8 +2,9 @@
 
 Whoever reads it gets a dictionary whose values have the types that `meco prepare` and `meco
 import-mds` write, or a refusal. Its CRC-32 of `.idx` and `.metadata.arrow` tell damage that no rule
-about their structure can; comparing one costs a read of the file at about 3 GB/s on each core. Given up:
-comparing that of `.bin` anywhere but in `meco verify`, because it means reading all tokens.
+about their structure can; comparing one costs a read of the file, at about 3 GB/s on each core.
+Given up: comparing that of `.bin` anywhere but in `meco verify`, because it means reading all
+tokens.
 """
 
 from __future__ import annotations

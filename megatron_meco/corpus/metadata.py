@@ -123,11 +123,15 @@ class MetadataWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
+        if kind is not None:
+            self.abort()
+            return
+        try:
             self.finish()
             self.publish()
-        else:
+        except BaseException:
             self.abort()
+            raise
 
     def append(self, columns: list[list[str | None]]) -> None:
         """Append rows, given as one list of values per field.

@@ -130,3 +130,5 @@ def test_metadata_that_is_replaced_is_noted(tmp_path: Path) -> None:
     with pytest.raises(DataError), MetadataWriter(prefix, ["url"]) as writer:
         writer.append([["b"]])
     assert Path(f"{prefix}{METADATA_SUFFIX}").read_bytes() == before
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["c.metadata.arrow", "c.prepare.json"]

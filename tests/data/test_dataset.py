@@ -104,6 +104,17 @@ def test_packs_equal_the_oracle(
     assert dataset.plan.counts.num_epochs > 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_tokens_of_every_width(tmp_path: Path, dtype: Any) -> None:
+    bodies = [[min(token, 255) for token in body] for body in random_bodies(60)]
+    prefix = write_corpus(tmp_path / "c", bodies, dtype=dtype)
+    dataset = build(make_config(prefix, meco=MeCoConfig(template="")), 40)
+    order = reference.document_order(60, (0, 60), SEED, epochs=4)
+    packs, _ = reference.truncate_packs(order, bodies, [None] * 60, BOS, LENGTH, 40)
+    for i, pack in enumerate(packs):
+        assert arrays(dataset[i]) == pack.arrays(LENGTH, pad=EOD), f"pack {i}"
+
+
 @pytest.mark.parametrize("strategy", ["split", "best-fit"])
 @pytest.mark.parametrize("sequences_each", [1, 3])
 @pytest.mark.parametrize("repeat_prefix", [True, False])
