@@ -2,10 +2,13 @@
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with
 #   PYTEST_ARGS="-n 0 -k plan"   further arguments for pytest
-#   ARGS="..."                   further arguments for demo, bench and gpu-check
+#   ARGS="..."                   further arguments for demo, bench, fuzz and gpu-check
+#   COUNT=20000 SEED=0           how many cases fuzz runs, and which
 
 PYTEST_ARGS ?=
 ARGS ?=
+COUNT ?= 20000
+SEED ?= 0
 CXX ?= g++
 BIN := .venv/bin
 SHELL_FILES := $(wildcard examples/*.sh examples/slurm/*.sbatch tools/*.sh benchmarks/gpu/*.sh) .ci/run
@@ -16,7 +19,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed bench gpu-check check format sanitize clean
+.PHONY: help venv demo test test-distributed bench fuzz gpu-check check format sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +35,9 @@ test: venv ## Run the test suite, two files at a time
 
 test-distributed: venv ## Run every test that starts several ranks, the slow ones too
 	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)
+
+fuzz: venv ## Damage files and call with hostile numbers, COUNT times (a short run is part of test)
+	@PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz --count $(COUNT) --seed $(SEED) $(ARGS)
 
 bench: venv ## Run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)
@@ -57,7 +63,7 @@ sanitize: ## Run the C++ tests under the address and undefined-behaviour sanitiz
 	@mkdir -p build/sanitize
 	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -fno-omit-frame-pointer -pthread -Icsrc \
 	    -fsanitize=address,undefined -fno-sanitize-recover=all \
-	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp -o build/sanitize/test_core
+	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp csrc/index.cpp -o build/sanitize/test_core
 	build/sanitize/test_core
 
 clean: ## Remove everything that was built, the environment included

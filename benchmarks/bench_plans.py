@@ -1,4 +1,9 @@
-"""Plans against Megatron's index path, against a random gather of the lengths, and against packers.
+"""Plans against Megatron's index path, a random gather of the lengths, packers, and their check.
+
+Plans are those of the default cap on documents. The check is what a run does once for each corpus
+before it plans (`data/corpora.py`), on a file in memory: of its structure, and of its CRC-32 as
+well where `meco prepare` made the corpus. It is compared with plans in memory, and with what a run
+waits for: one that is written to the data cache and opened.
 
 Rounds alternate; a figure is the median of the rounds, a ratio the median of the ratios within a
 round. Packers that are not installed are left out and named: `lightbinpack` (C++), `trl`,
@@ -16,18 +21,23 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lengths import web_like
+from lengths import web_like, write_corpus
 
 from megatron_meco import _core
-from megatron_meco.data.packing import Plan, PlanRequest, build_plan
+from megatron_meco.config import MeCoConfig
+from megatron_meco.data.corpora import check_files
+from megatron_meco.data.packing import Plan, PlanRequest, build_plan, load_plan
 
 
 def our_plan(lengths: np.ndarray, strategy: str, capacity: int, threads: int) -> Plan:
@@ -35,16 +45,42 @@ def our_plan(lengths: np.ndarray, strategy: str, capacity: int, threads: int) ->
     corpus = _core.Corpus(
         sequence_lengths=lengths,
     )
-    request = PlanRequest(
+    request = request_of(lengths, strategy, capacity)
+    return build_plan(corpus, request, "synthetic", num_threads=threads)
+
+
+def request_of(lengths: np.ndarray, strategy: str, capacity: int) -> PlanRequest:
+    """One epoch of the whole corpus."""
+    return PlanRequest(
         strategy=strategy,
         capacity=capacity,
-        max_documents=capacity,
+        max_documents=MeCoConfig().documents_cap(capacity),
         num_packs=None,
         first_document=0,
         num_documents=len(lengths),
         seed=1,
     )
-    return build_plan(corpus, request, "synthetic", num_threads=threads)
+
+
+def checker(lengths: np.ndarray, folder: Path, *, is_noted: bool) -> Callable[[], None]:
+    """The check of a corpus of these lengths that no cache remembers."""
+    folder.mkdir()
+    write_corpus(folder / "corpus", lengths)
+    if not is_noted:
+        (folder / "corpus.prepare.json").unlink()
+
+    def check() -> None:
+        check_files(str(folder / "corpus"), folder / "cache")
+        shutil.rmtree(folder / "cache")
+
+    return check
+
+
+def kept_plan(lengths: np.ndarray, capacity: int, folder: Path) -> None:
+    """A `truncate` plan that is built, written and opened."""
+    corpus = _core.Corpus(sequence_lengths=lengths)
+    load_plan(lambda: corpus, request_of(lengths, "truncate", capacity), 0, folder, "synthetic")
+    shutil.rmtree(folder)
 
 
 def megatron_index(lengths: np.ndarray, capacity: int) -> None:
@@ -159,7 +195,11 @@ def main() -> None:
             calls[name] = peer(lengths, capacity)
         except ImportError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
-    times = measure(calls, args.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        calls["truncate, kept"] = lambda: kept_plan(lengths, capacity, Path(folder, "plan"))
+        calls["check"] = checker(lengths, Path(folder, "plain"), is_noted=False)
+        calls["check, CRC"] = checker(lengths, Path(folder, "noted"), is_noted=True)
+        times = measure(calls, args.rounds)
 
     def ratio(slow: str, fast: str) -> float | None:
         if slow not in times:
@@ -177,6 +217,11 @@ def main() -> None:
             name: round(1e9 * statistics.median(t) / num, 1) for name, t in times.items()
         },
         "megatron_index / truncate": ratio("megatron index", "truncate"),
+        **{
+            f"{check} / {plan}": ratio(check, plan)
+            for check in ("check", "check, CRC")
+            for plan in ("truncate", "best-fit", "truncate, kept")
+        },
         "truncate, 1 thread / gather": ratio("truncate, 1 thread", "gather, 1 thread"),
         **{f"{name} / best-fit": ratio(name, "best-fit") for name in peers},
         "lightbinpack / best-fit, 1 thread": ratio("lightbinpack", "best-fit, 1 thread"),

@@ -14,6 +14,7 @@ namespace meco {
 // The numbers are what the pack really holds; a cut may fall inside the prefix.
 struct Piece {
   int64_t document = 0;
+  int64_t body = 0;  // tokens of the whole body
   int64_t body_begin = 0;
   int64_t body_end = 0;
   int32_t prefix_id = -1;
@@ -39,7 +40,8 @@ struct AssemblyOptions {
   int64_t max_documents = 0;
   int64_t bos_id = -1;
   int64_t pad_id = 0;
-  bool hide_prefixes = false;  // the same pieces without their prefixes
+  int64_t vocab_size = INT64_MAX;  // ids of bodies and prefixes are below
+  bool hide_prefixes = false;      // the same pieces without their prefixes
   bool train_on_prefix = false;
 };
 
@@ -61,12 +63,33 @@ inline int64_t num_cu_seqlens(const AssemblyOptions& options) {
                                                           : options.capacity + 1;
 }
 
+// The tokens of a corpus as they lie in its file. Arrays are borrowed.
+struct TokenFile {
+  const uint8_t* bytes = nullptr;
+  int64_t num_bytes = 0;
+  const int64_t* sequence_pointers = nullptr;  // first byte of each sequence
+  int64_t num_sequences = 0;
+  int token_bytes = 0;
+};
+
+// Throws std::invalid_argument for options out of range. Returns them with the cap on documents at
+// most the capacity, since every piece holds a token.
+AssemblyOptions check(const AssemblyOptions& options);
+
+// Throws std::invalid_argument unless tokens are 1, 2, 4 or 8 bytes wide.
+void check_token_bytes(int token_bytes);
+
+// Where the body tokens of a piece lie. Throws std::out_of_range when they lie outside of the file,
+// or when the pointers of the piece's document do not agree with its lengths.
+const uint8_t* locate(const TokenFile& file, const Documents& documents, const Piece& piece);
+
 // The pieces of one pack. Throws std::out_of_range when the plan and the corpus disagree.
 std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
                                   const AssemblyOptions& options);
 
 // Fill `out` from pieces whose body tokens lie at `sources` (one pointer for each piece, to
-// `token_bytes`-sized unsigned or signed integers). `prefix_tokens` is the flat prefix table.
+// `token_bytes`-sized integers: unsigned of 1 and 2 bytes, signed of 4 and 8). `prefix_tokens` is
+// the flat prefix table. Throws std::domain_error for an id outside the vocabulary.
 void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*>& sources,
               int token_bytes, const Documents& documents, const int32_t* prefix_tokens,
               const AssemblyOptions& options, SampleArrays* out);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "assemble.h"
+#include "index.h"
 #include "packing.h"
 
 namespace py = pybind11;
@@ -25,6 +26,15 @@ Array<T> to_array(std::vector<T>&& values) {
   return Array<T>({static_cast<py::ssize_t>(owner->size())}, owner->data(), free_owner);
 }
 
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+template <typename T>
+void require_1d(const Array<T>& array, const char* name) {
+  if (array.ndim() != 1) throw std::invalid_argument(std::string(name) + " must be 1-D");
+}
+
 // The documents of one corpus, with whatever keeps the arrays alive.
 class Corpus {
  public:
@@ -38,11 +48,29 @@ class Corpus {
         prefix_tokens_(std::move(prefix_tokens)),
         prefix_offsets_(std::move(prefix_offsets)),
         bos_id_(bos_id) {
-    require(sequence_lengths_.ndim() == 1, "sequence_lengths must be 1-D");
+    require_1d(sequence_lengths_, "sequence_lengths");
+    require_1d(prefix_tokens_, "prefix_tokens");
+    require_1d(prefix_offsets_, "prefix_offsets");
     documents_.sequence_lengths = sequence_lengths_.data();
+    documents_.num_sequences = sequence_lengths_.size();
     documents_.num_documents = sequence_lengths_.size();
-    if (document_indices_) check_document_indices();
-    check_prefixes();
+    if (document_indices_) {
+      require_1d(*document_indices_, "document_indices");
+      require(document_indices_->size() >= 1, "document_indices must not be empty");
+      documents_.document_indices = document_indices_->data();
+      documents_.num_documents = document_indices_->size() - 1;
+    }
+    require(prefix_offsets_.size() >= 1, "prefix_offsets must not be empty");
+    documents_.prefix_offsets = prefix_offsets_.data();
+    documents_.num_prefixes = prefix_offsets_.size() - 1;
+    documents_.num_prefix_tokens = prefix_tokens_.size();
+    if (prefix_ids_) {
+      require_1d(*prefix_ids_, "prefix_ids");
+      require(prefix_ids_->size() == documents_.num_documents,
+              "prefix_ids must hold one number for each document");
+      documents_.prefix_ids = prefix_ids_->data();
+    }
+    longest_prefix_ = meco::check(documents_);
     documents_.has_bos = bos_id >= 0;
     documents_.plain_seed = plain_seed;
     documents_.plain_threshold = plain_threshold;
@@ -52,50 +80,16 @@ class Corpus {
   const int32_t* prefix_tokens() const { return prefix_tokens_.data(); }
   int64_t bos_id() const { return bos_id_; }
   bool one_sequence_each() const { return documents_.document_indices == nullptr; }
+  int64_t longest_head() const { return longest_prefix_ + (documents_.has_bos ? 1 : 0); }
 
  private:
-  static void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-  }
-
-  void check_document_indices() {
-    require(document_indices_->ndim() == 1 && document_indices_->size() >= 1,
-            "document_indices must be 1-D with at least one entry");
-    documents_.document_indices = document_indices_->data();
-    documents_.num_documents = document_indices_->size() - 1;
-    int64_t last = 0;
-    for (int64_t i = 0; i <= documents_.num_documents; ++i) {
-      const int64_t index = documents_.document_indices[i];
-      require(index >= last && index <= sequence_lengths_.size(),
-              "document_indices must rise and stay within the sequences");
-      last = index;
-    }
-  }
-
-  void check_prefixes() {
-    require(prefix_offsets_.ndim() == 1 && prefix_offsets_.size() >= 1,
-            "prefix_offsets must be 1-D with at least one entry");
-    documents_.prefix_offsets = prefix_offsets_.data();
-    documents_.num_prefixes = prefix_offsets_.size() - 1;
-    int64_t last = 0;
-    for (int64_t i = 0; i <= documents_.num_prefixes; ++i) {
-      const int64_t offset = documents_.prefix_offsets[i];
-      require(offset >= last && offset <= prefix_tokens_.size(),
-              "prefix_offsets must rise and stay within prefix_tokens");
-      last = offset;
-    }
-    if (!prefix_ids_) return;
-    require(prefix_ids_->ndim() == 1 && prefix_ids_->size() == documents_.num_documents,
-            "prefix_ids must hold one number for each document");
-    documents_.prefix_ids = prefix_ids_->data();
-  }
-
   Array<int32_t> sequence_lengths_;
   std::optional<Array<int64_t>> document_indices_;
   std::optional<Array<int32_t>> prefix_ids_;
   Array<int32_t> prefix_tokens_;
   Array<int64_t> prefix_offsets_;
   int64_t bos_id_;
+  int64_t longest_prefix_ = 0;
   meco::Documents documents_;
 };
 
@@ -107,6 +101,7 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   meco::PackingOptions options;
   options.strategy = meco::parse_strategy(strategy);
   options.capacity = capacity;
+  require(num_packs.value_or(0) >= 0, "num_packs must not be negative");
   options.num_packs = num_packs.value_or(-1);
   options.max_documents = max_documents;
   options.repeat_prefix = repeat_prefix;
@@ -150,7 +145,8 @@ class Assembler {
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
             int64_t max_documents, int64_t pad_id, bool hide_prefixes, bool train_on_prefix,
             const std::string& strategy, bool repeat_prefix, std::optional<Array<uint8_t>> bin,
-            std::optional<Array<int64_t>> sequence_pointers, int token_bytes)
+            std::optional<Array<int64_t>> sequence_pointers, int token_bytes,
+            std::optional<int64_t> vocab_size)
       : corpus_object_(std::move(corpus)),
         corpus_(corpus_object_.cast<const Corpus&>()),
         pack_offsets_(std::move(pack_offsets)),
@@ -158,14 +154,25 @@ class Assembler {
         continued_piece_(std::move(continued_piece)),
         continued_begin_(std::move(continued_begin)),
         bin_(std::move(bin)),
-        sequence_pointers_(std::move(sequence_pointers)),
-        token_bytes_(token_bytes) {
-    if (bin_.has_value() != sequence_pointers_.has_value()) {
-      throw std::invalid_argument("bin and sequence_pointers come together");
-    }
-    if (pack_offsets_.size() < 1) throw std::invalid_argument("pack_offsets must not be empty");
-    if (continued_piece_.size() != continued_begin_.size()) {
-      throw std::invalid_argument("continued_piece and continued_begin must be equally long");
+        sequence_pointers_(std::move(sequence_pointers)) {
+    require_1d(pack_offsets_, "pack_offsets");
+    require_1d(piece_document_, "piece_document");
+    require_1d(continued_piece_, "continued_piece");
+    require_1d(continued_begin_, "continued_begin");
+    require(bin_.has_value() == sequence_pointers_.has_value(),
+            "bin and sequence_pointers come together");
+    require(pack_offsets_.size() >= 1, "pack_offsets must not be empty");
+    require(continued_piece_.size() == continued_begin_.size(),
+            "continued_piece and continued_begin must be equally long");
+    if (bin_) {
+      require_1d(*bin_, "bin");
+      require_1d(*sequence_pointers_, "sequence_pointers");
+      meco::check_token_bytes(token_bytes);
+      tokens_.bytes = bin_->data();
+      tokens_.num_bytes = bin_->size();
+      tokens_.sequence_pointers = sequence_pointers_->data();
+      tokens_.num_sequences = sequence_pointers_->size();
+      tokens_.token_bytes = token_bytes;
     }
     plan_.pack_offsets = pack_offsets_.data();
     plan_.num_packs = pack_offsets_.size() - 1;
@@ -174,14 +181,17 @@ class Assembler {
     plan_.continued_piece = continued_piece_.data();
     plan_.continued_begin = continued_begin_.data();
     plan_.num_continued = continued_piece_.size();
-    options_.strategy = meco::parse_strategy(strategy);
-    options_.repeat_prefix = repeat_prefix;
-    options_.capacity = capacity;
-    options_.max_documents = max_documents;
-    options_.bos_id = corpus_.bos_id();
-    options_.pad_id = pad_id;
-    options_.hide_prefixes = hide_prefixes;
-    options_.train_on_prefix = train_on_prefix;
+    meco::AssemblyOptions options;
+    options.strategy = meco::parse_strategy(strategy);
+    options.repeat_prefix = repeat_prefix;
+    options.capacity = capacity;
+    options.max_documents = max_documents;
+    options.bos_id = corpus_.bos_id();
+    options.pad_id = pad_id;
+    options.vocab_size = vocab_size.value_or(INT64_MAX);
+    options.hide_prefixes = hide_prefixes;
+    options.train_on_prefix = train_on_prefix;
+    options_ = meco::check(options);
   }
 
   std::vector<meco::Piece> pieces(int64_t pack) const {
@@ -191,35 +201,28 @@ class Assembler {
   // (tokens, labels, loss_mask, position_ids, cu_seqlens, max_seqlen, prefix_tokens) of one pack.
   // Bodies lie in `bin` at `sequence_pointers` (bytes), as Megatron's IndexedDataset maps them.
   py::tuple sample(int64_t pack) const {
-    if (!bin_) throw std::invalid_argument("this assembler was made without bin");
+    require(bin_.has_value(), "this assembler was made without bin");
     const auto found = pieces(pack);
     std::vector<const uint8_t*> sources;
     sources.reserve(found.size());
     for (const meco::Piece& piece : found) {
-      const int64_t* indices = corpus_.documents().document_indices;
-      const int64_t sequence = indices == nullptr ? piece.document : indices[piece.document];
-      if (sequence >= sequence_pointers_->size()) throw std::out_of_range("sequence out of range");
-      const int64_t pointer = sequence_pointers_->data()[sequence];
-      const int64_t begin = pointer + piece.body_begin * token_bytes_;
-      const int64_t end = pointer + piece.body_end * token_bytes_;
-      if (pointer < 0 || pointer > bin_->size() || end > bin_->size()) {
-        throw std::out_of_range("document ends behind the .bin file");
-      }
-      sources.push_back(bin_->data() + begin);
+      sources.push_back(meco::locate(tokens_, corpus_.documents(), piece));
     }
-    return assemble(found, sources, token_bytes_);
+    return assemble(found, sources, tokens_.token_bytes);
   }
 
   // Bodies come one after the other in `bodies`, in the order of `pieces(pack)`.
   py::tuple sample_from_bodies(int64_t pack, const Array<int64_t>& bodies) const {
     const auto found = pieces(pack);
+    int64_t total = 0;
+    for (const meco::Piece& piece : found) total += piece.body_end - piece.body_begin;
+    require(bodies.ndim() == 1 && bodies.size() == total, "bodies do not fit the pack");
     std::vector<const uint8_t*> sources;
-    int64_t cursor = 0;
+    const auto* cursor = reinterpret_cast<const uint8_t*>(bodies.data());
     for (const meco::Piece& piece : found) {
-      sources.push_back(reinterpret_cast<const uint8_t*>(bodies.data() + cursor));
-      cursor += piece.body_end - piece.body_begin;
+      sources.push_back(cursor);
+      cursor += (piece.body_end - piece.body_begin) * 8;
     }
-    if (cursor != bodies.size()) throw std::invalid_argument("bodies do not fit the pack");
     return assemble(found, sources, 8);
   }
 
@@ -263,19 +266,40 @@ class Assembler {
   Array<int64_t> continued_begin_;
   std::optional<Array<uint8_t>> bin_;
   std::optional<Array<int64_t>> sequence_pointers_;
-  int token_bytes_;
+  meco::TokenFile tokens_;
   meco::PlanView plan_;
   meco::AssemblyOptions options_;
 };
 
 Array<int64_t> permutation(uint64_t size, uint64_t seed, uint64_t stream, int64_t begin,
                            int64_t end) {
-  if (begin < 0 || begin > end || static_cast<uint64_t>(end) > size) {
-    throw std::invalid_argument("range out of bounds");
-  }
+  require(begin >= 0 && begin <= end && static_cast<uint64_t>(end) <= size, "range out of bounds");
+  require(end - begin <= INT32_MAX, "too many places at once");
   Array<int64_t> result(end - begin);
   int64_t* values = result.mutable_data();
   meco::Permutation(size, seed, stream).fill(static_cast<uint64_t>(begin), end - begin, values);
+  return result;
+}
+
+py::dict scan_index(const Array<int32_t>& lengths, const Array<int64_t>& pointers,
+                    const Array<int64_t>& first_sequences, int64_t token_bytes, int num_threads) {
+  require_1d(lengths, "lengths");
+  require_1d(pointers, "pointers");
+  require_1d(first_sequences, "first_sequences");
+  require(lengths.size() == pointers.size(), "lengths and pointers must be equally long");
+  const meco::IndexArrays index{lengths.data(),         pointers.data(),        lengths.size(),
+                                first_sequences.data(), first_sequences.size(), token_bytes};
+  meco::IndexScan scan;
+  {
+    py::gil_scoped_release release;
+    scan = meco::scan_index(index, num_threads);
+  }
+  py::dict result;
+  result["num_tokens"] = scan.num_tokens;
+  result["bad_length"] = scan.bad_length;
+  result["bad_pointer"] = scan.bad_pointer;
+  result["bad_bound"] = scan.bad_bound;
+  result["one_sequence_each"] = scan.one_sequence_each;
   return result;
 }
 
@@ -283,6 +307,8 @@ Array<int64_t> permutation(uint64_t size, uint64_t seed, uint64_t stream, int64_
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Packing and sample assembly; see csrc/. Private: use megatron_meco.data.";
+
+  m.attr("MAX_CAPACITY") = meco::kMaxCapacity;
 
   py::class_<meco::Piece>(m, "Piece")
       .def_readonly("document", &meco::Piece::document)
@@ -301,18 +327,21 @@ PYBIND11_MODULE(_core, m) {
            py::arg("prefix_tokens").noconvert() = to_array(std::vector<int32_t>{}),
            py::arg("prefix_offsets").noconvert() = to_array(std::vector<int64_t>{0}),
            py::arg("bos_id") = -1, py::arg("plain_seed") = 0, py::arg("plain_threshold") = 0)
-      .def_property_readonly("one_sequence_each", &Corpus::one_sequence_each);
+      .def_property_readonly("one_sequence_each", &Corpus::one_sequence_each)
+      .def_property_readonly("longest_head", &Corpus::longest_head);
 
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
                     int64_t, int64_t, int64_t, bool, bool, const std::string&, bool,
-                    std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int>(),
+                    std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int,
+                    std::optional<int64_t>>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
            py::arg("pad_id"), py::arg("hide_prefixes"), py::arg("train_on_prefix"),
            py::arg("strategy"), py::arg("repeat_prefix"), py::arg("bin").noconvert() = py::none(),
-           py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8)
+           py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8,
+           py::arg("vocab_size") = py::none())
       .def("pieces", &Assembler::pieces, py::arg("pack"))
       .def("sample", &Assembler::sample, py::arg("pack"))
       .def("sample_from_bodies", &Assembler::sample_from_bodies, py::arg("pack"),
@@ -325,5 +354,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("progress") = py::none());
   m.def("permutation", &permutation, py::arg("size"), py::arg("seed"), py::arg("stream"),
         py::arg("begin"), py::arg("end"));
+  m.def("scan_index", &scan_index, py::arg("lengths").noconvert(), py::arg("pointers").noconvert(),
+        py::arg("first_sequences").noconvert(), py::kw_only(), py::arg("token_bytes"),
+        py::arg("num_threads"));
   m.def("hash_pair", &meco::hash_pair, py::arg("a"), py::arg("b"));
 }

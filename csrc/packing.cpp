@@ -1,5 +1,7 @@
 #include "packing.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <deque>
@@ -10,13 +12,7 @@
 #include <stdexcept>
 #include <utility>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-// The multiplications below have no SSE2 form; where AVX2 is there, eight go at once.
-#define MECO_VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define MECO_VECTOR_CLONES
-#endif
+#include "vector_clones.h"
 
 namespace meco {
 
@@ -29,6 +25,9 @@ constexpr int64_t kChunk = int64_t{1} << 16;
 // Documents of one best-fit window. Padding is lost at the end of a window only.
 constexpr int64_t kWindow = int64_t{1} << 18;
 constexpr int64_t kPrefetch = 24;
+// Pieces of one window: they are counted with 32 bits, one of which is a flag.
+constexpr size_t kMaxWindowPieces = size_t{1} << 27;
+constexpr int kMaxThreads = 256;  // more than any plan can keep busy
 
 uint64_t mix(uint64_t x) {
   x ^= x >> 30;
@@ -38,7 +37,8 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// One block of the permutation in 32-bit arithmetic, which gives the same low bits.
+// One block of the permutation in 32-bit arithmetic, which gives the same low bits. The
+// multiplications have no SSE2 form; where AVX2 is there, eight go at once.
 MECO_VECTOR_CLONES void permute_block(uint32_t* x, int64_t count, uint32_t mask, int shift,
                                       const uint64_t* add, const uint64_t* multiply, int rounds) {
   for (int round = 0; round < rounds; ++round) {
@@ -117,10 +117,13 @@ class Walk {
       return;
     }
     const int32_t* lengths = documents_.sequence_lengths;
+    int64_t all = 0;
     for (int64_t i = 0; i < count; ++i) {
       __builtin_prefetch(lengths + document[std::min(i + kPrefetch, count - 1)]);
-      body[i] = lengths[document[i]];
+      body[i] = load(lengths, document[i]);
+      all |= body[i];
     }
+    if (all < 0) throw std::out_of_range("damaged index: a length below zero");
   }
 
   void read_prefixes(const int64_t* document, int64_t count, int32_t* prefix) const {
@@ -140,6 +143,12 @@ class Walk {
   int64_t size_;
   Permutation split_;
 };
+
+// Bytes that a plan may take: a third of this machine's memory, because vectors grow by moving.
+int64_t memory_limit() {
+  static const int64_t limit = int64_t{sysconf(_SC_PHYS_PAGES)} / 3 * sysconf(_SC_PAGESIZE);
+  return limit;
+}
 
 // A pack under construction, and the plan it goes into.
 class Builder {
@@ -165,6 +174,8 @@ class Builder {
   void close_pack(int64_t used) {
     const int64_t pieces = num_pieces() - plan_.pack_offsets.back();
     plan_.counts.padding_tokens += options_.capacity - used;
+    // Now and then is enough: in between a plan grows by little.
+    if (plan_.pack_offsets.size() % (size_t{1} << 16) == 0) check_memory();
     plan_.pack_offsets.push_back(num_pieces());
     ++plan_.packs_by_size[static_cast<size_t>(pieces)];
   }
@@ -178,6 +189,14 @@ class Builder {
   }
 
  protected:
+  // Throws before the machine runs out of memory, which would end the process without a word.
+  void check_memory() const {
+    const auto numbers = 2 * plan_.continued_piece.size() + plan_.pack_offsets.size();
+    if (static_cast<int64_t>(8 * numbers + 4 * plan_.piece_document.size()) > memory_limit()) {
+      throw std::length_error("the plan takes more than a third of this machine's memory");
+    }
+  }
+
   const Documents& documents_;
   const PackingOptions& options_;
   Plan plan_;
@@ -338,6 +357,11 @@ struct Window {
 
 // Best-fit-decreasing without search: packs with equal room are interchangeable, so a run of equal
 // sizes goes into a run of equal packs at once. The sizes come sorted by counting.
+//
+// Pieces are small when a pack of them alone holds as many as are allowed before it is full. They
+// come last, and packs that are opened for them stay half empty. So packs with little room are set
+// aside until their rooms together are as large as the small pieces, and are filled when a piece
+// fits no other and as many packs are open as all pieces need at least.
 class BestFitDecreasing {
  public:
   BestFitDecreasing(int64_t capacity, int64_t max_pieces)
@@ -349,6 +373,17 @@ class BestFitDecreasing {
   // pack_of[i]: the pack of the i-th largest piece. Returns the number of packs.
   int64_t place(const std::vector<int32_t>& count_of_size, std::vector<int32_t>* pack_of) {
     pack_of_ = pack_of->data();
+    int64_t tokens = 0;
+    int64_t pieces = 0;
+    for (int64_t size = 1; size <= capacity_; ++size) {
+      const int64_t count = count_of_size[static_cast<size_t>(size)];
+      tokens += count * size;
+      pieces += count;
+      if (size * max_pieces_ < capacity_) room_wanted_ = tokens;
+    }
+    fewest_packs_ =
+        std::max((tokens + capacity_ - 1) / capacity_, (pieces + max_pieces_ - 1) / max_pieces_);
+    holds_back_ = room_wanted_ > 0;
     for (int64_t size = capacity_; size > 0; --size) {
       place_run(size, count_of_size[static_cast<size_t>(size)]);
     }
@@ -367,11 +402,13 @@ class BestFitDecreasing {
       int64_t room = smallest_room(size);
       Group group;
       if (room < 0) {
+        if (holds_back_ && num_packs_ == fewest_packs_) {
+          holds_back_ = false;
+          for (const auto& [aside_room, aside] : set_aside_) put(aside_room, aside);
+          continue;
+        }
         room = capacity_;
-        const int64_t each = std::min(capacity_ / size, max_pieces_);
-        group = {static_cast<int32_t>(num_packs_), static_cast<int32_t>((left + each - 1) / each),
-                 0};
-        num_packs_ += group.count;
+        group = open_packs(size, left);
       } else {
         group = pop(room);
       }
@@ -387,8 +424,18 @@ class BestFitDecreasing {
         left = 0;
         group = {group.first + 1, group.count - 1, group.pieces};
       }
-      push(room, group);
+      if (group.count > 0) put(room, group);
     }
+  }
+
+  // As many packs as a run of pieces needs, but only up to the fewest while some are held back.
+  Group open_packs(int64_t size, int64_t pieces) {
+    const int64_t each = std::min(capacity_ / size, max_pieces_);
+    int64_t count = (pieces + each - 1) / each;
+    if (holds_back_) count = std::min(count, fewest_packs_ - num_packs_);
+    const Group group{static_cast<int32_t>(num_packs_), static_cast<int32_t>(count), 0};
+    num_packs_ += count;
+    return group;
   }
 
   void assign(int32_t first, int32_t num_packs, int64_t each) {
@@ -397,8 +444,21 @@ class BestFitDecreasing {
     }
   }
 
+  // Packs that have just been given pieces.
   void push(int64_t room, Group group) {
     if (group.count == 0 || room == 0 || group.pieces >= max_pieces_) return;
+    if (holds_back_ && room_wanted_ > 0 && room <= capacity_ / 4) {
+      const int64_t wanted = (room_wanted_ + room - 1) / room;
+      const auto count = static_cast<int32_t>(std::min<int64_t>(group.count, wanted));
+      set_aside_.emplace_back(room, Group{group.first, count, group.pieces});
+      room_wanted_ -= count * room;
+      group = {group.first + count, group.count - count, group.pieces};
+      if (group.count == 0) return;
+    }
+    put(room, group);
+  }
+
+  void put(int64_t room, Group group) {
     groups_[static_cast<size_t>(room)].push_back(group);
     used_rooms_[static_cast<size_t>(room / 64)] |= uint64_t{1} << (room % 64);
   }
@@ -425,8 +485,12 @@ class BestFitDecreasing {
 
   int64_t capacity_;
   int64_t max_pieces_;
-  std::vector<std::vector<Group>> groups_;  // by room
-  std::vector<uint64_t> used_rooms_;        // bit r: groups_[r] is not empty
+  std::vector<std::vector<Group>> groups_;            // by room
+  std::vector<uint64_t> used_rooms_;                  // bit r: groups_[r] is not empty
+  std::vector<std::pair<int64_t, Group>> set_aside_;  // with the room of each pack
+  int64_t room_wanted_ = 0;   // tokens that are still to be set aside for small pieces
+  int64_t fewest_packs_ = 0;  // that could hold all pieces
+  bool holds_back_ = false;   // whether set_aside_ is not to be filled yet
   int64_t num_packs_ = 0;
   int32_t* pack_of_ = nullptr;
 };
@@ -458,6 +522,7 @@ class BestFit : public Builder {
   }
 
   void consume(Result window) {
+    check_memory();
     plan_.counts.documents_empty += window->counts.documents_empty;
     const auto packs = static_cast<int64_t>(window->pack_sizes.size());
     if (options_.num_packs < 0 || num_packs() + packs <= options_.num_packs) {
@@ -491,6 +556,9 @@ class BestFit : public Builder {
     const bool has_table = documents_.prefix_ids != nullptr;
     auto add = [&](size_t i, int64_t begin, int64_t taken, int32_t prefix, bool is_cut) {
       const int64_t size = bos_ + std::max(prefix, 0) + taken;
+      if (w->size.size() == kMaxWindowPieces) {
+        throw std::length_error("too many pieces: the documents are far longer than a pack");
+      }
       w->document.push_back(static_cast<int32_t>(chunk.document[i]));
       w->prefix.push_back(prefix);
       w->size.push_back(static_cast<int32_t>(size));
@@ -524,9 +592,6 @@ class BestFit : public Builder {
         add(i, begin, taken, prefix, begin + taken < body);
         begin += taken;
       }
-    }
-    if (w->size.size() > size_t{1} << 30) {
-      throw std::length_error("more than 2^30 pieces in a window: the capacity is too small");
     }
     c.bos_tokens = bos_ * static_cast<int64_t>(w->size.size());
   }
@@ -644,22 +709,31 @@ class BestFit : public Builder {
 };
 
 void check(const Documents& documents, const Order& order, const PackingOptions& options) {
-  if (options.capacity < 2) throw std::invalid_argument("capacity must be at least 2");
-  if (options.max_documents < 1) throw std::invalid_argument("max_documents must be at least 1");
-  if (options.num_threads < 1) throw std::invalid_argument("num_threads must be at least 1");
-  if (order.first_document < 0 || order.num_documents < 0 ||
-      order.first_document + order.num_documents > documents.num_documents ||
-      order.range_begin < 0 || order.range_begin > order.range_end ||
-      order.range_end > order.num_documents) {
-    throw std::invalid_argument("document range out of bounds");
+  auto require = [](bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+  };
+  require(options.capacity >= 2 && options.capacity <= kMaxCapacity,
+          "capacity must be 2 to 67,108,864");
+  require(options.max_documents >= 1, "max_documents must be at least 1");
+  require(options.num_threads >= 1, "num_threads must be at least 1");
+  require(options.num_packs >= -1, "num_packs must not be negative");
+  require(documents.num_documents >= 0 && documents.num_documents <= INT32_MAX,
+          "documents are numbered with 31 bits");
+  // Without sums, which could overflow.
+  require(order.first_document >= 0 && order.num_documents >= 0 &&
+              order.first_document <= documents.num_documents &&
+              order.num_documents <= documents.num_documents - order.first_document &&
+              order.range_begin >= 0 && order.range_begin <= order.range_end &&
+              order.range_end <= order.num_documents,
+          "document range out of bounds");
+  if (options.num_packs > memory_limit() / 8) {
+    throw std::length_error("the plan takes more than a third of this machine's memory");
   }
-  if (options.strategy == Strategy::kTruncate) return;
+  if (options.strategy == Strategy::kTruncate || documents.prefix_ids == nullptr) return;
   for (int64_t p = 0; p < documents.num_prefixes; ++p) {
     const int64_t head =
         documents.prefix_length(static_cast<int32_t>(p)) + (documents.has_bos ? 1 : 0);
-    if (documents.prefix_ids != nullptr && head >= options.capacity) {
-      throw std::invalid_argument("a prefix leaves no room for its document");
-    }
+    require(head < options.capacity, "a prefix leaves no room for its document");
   }
 }
 
@@ -690,7 +764,7 @@ Plan run(Packer&& packer, const Walk& walk, const PackingOptions& options) {
     }
   };
 
-  for (int i = 0; i < options.num_threads; ++i) start_next();
+  for (int i = 0; i < std::min(options.num_threads, kMaxThreads); ++i) start_next();
   auto last_told = std::chrono::steady_clock::now();
   int64_t pieces_before_epoch = 0;
   while (!in_flight.empty()) {
@@ -791,18 +865,32 @@ void Permutation::fill(uint64_t begin, int64_t count, int64_t* values) const {
   }
 }
 
-int64_t Documents::body_length(int64_t document) const {
-  if (document_indices == nullptr) return sequence_lengths[document];
-  int64_t length = 0;
-  for (int64_t s = document_indices[document]; s < document_indices[document + 1]; ++s) {
-    length += sequence_lengths[s];
+std::pair<int64_t, int64_t> Documents::sequences_of(int64_t document) const {
+  if (document_indices == nullptr) return {document, document + 1};
+  const int64_t begin = load(document_indices, document);
+  const int64_t end = load(document_indices, document + 1);
+  if (begin < 0 || begin > end || end > num_sequences) {
+    throw std::out_of_range("damaged index: sequences of a document");
   }
+  return {begin, end};
+}
+
+int64_t Documents::body_length(int64_t document) const {
+  const auto [begin, end] = sequences_of(document);
+  int64_t length = 0;
+  int64_t all = 0;
+  for (int64_t s = begin; s < end; ++s) {
+    const int64_t one = load(sequence_lengths, s);
+    length += one;
+    all |= one;
+  }
+  if (all < 0) throw std::out_of_range("damaged index: a length below zero");
   return length;
 }
 
 int32_t Documents::prefix_id(int64_t document) const {
   if (prefix_ids == nullptr) return -1;
-  const int32_t id = prefix_ids[document];
+  const int32_t id = load(prefix_ids, document);
   if (id < -1 || id >= num_prefixes) throw std::out_of_range("prefix number out of range");
   if (plain_threshold != 0 &&
       hash_pair(plain_seed, static_cast<uint64_t>(document)) < plain_threshold) {
@@ -811,17 +899,60 @@ int32_t Documents::prefix_id(int64_t document) const {
   return id;
 }
 
+int64_t Documents::prefix_begin(int32_t prefix_id) const {
+  const int64_t begin = load(prefix_offsets, prefix_id);
+  const int64_t end = load(prefix_offsets, int64_t{prefix_id} + 1);
+  if (begin < 0 || begin > end || end > num_prefix_tokens || end - begin > INT32_MAX) {
+    throw std::out_of_range("damaged prefix table: offsets");
+  }
+  return begin;
+}
+
+int64_t Documents::prefix_length(int32_t prefix_id) const {
+  if (prefix_id < 0) return 0;
+  return load(prefix_offsets, int64_t{prefix_id} + 1) - prefix_begin(prefix_id);
+}
+
 int64_t Documents::cut(int64_t document, int64_t begin, int64_t room, bool must) const {
   if (document_indices == nullptr) return room;  // one sequence: there is no better place
   int64_t border = 0;
   int64_t best = 0;
-  for (int64_t s = document_indices[document]; s < document_indices[document + 1]; ++s) {
-    border += sequence_lengths[s];
+  const auto [first, last] = sequences_of(document);
+  for (int64_t s = first; s < last; ++s) {
+    border += load(sequence_lengths, s);
     if (border > begin + room) break;
     best = border;
   }
   if (best > begin) return best - begin;
   return must ? room : 0;
+}
+
+int64_t check(const Documents& documents) {
+  auto require = [](bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+  };
+  if (documents.document_indices != nullptr) {
+    int64_t last = 0;
+    for (int64_t i = 0; i <= documents.num_documents; ++i) {
+      const int64_t index = load(documents.document_indices, i);
+      require(index >= last && index <= documents.num_sequences,
+              "document_indices must rise and stay within the sequences");
+      last = index;
+    }
+  }
+  if (documents.prefix_offsets == nullptr) return 0;
+  int64_t longest = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i <= documents.num_prefixes; ++i) {
+    const int64_t offset = load(documents.prefix_offsets, i);
+    require(offset >= last && offset <= documents.num_prefix_tokens,
+            "prefix_offsets must rise and stay within prefix_tokens");
+    if (i > 0) longest = std::max(longest, offset - last);
+    last = offset;
+  }
+  require(longest <= INT32_MAX, "a prefix is longer than 2^31 - 1 tokens");
+  require(documents.num_prefixes <= INT32_MAX, "prefixes are numbered with 31 bits");
+  return longest;
 }
 
 Strategy parse_strategy(const std::string& name) {
@@ -831,8 +962,11 @@ Strategy parse_strategy(const std::string& name) {
   throw std::invalid_argument("unknown packing strategy: " + name);
 }
 
-Plan build_plan(const Documents& documents, const Order& order, const PackingOptions& options) {
-  check(documents, order, options);
+Plan build_plan(const Documents& documents, const Order& order, const PackingOptions& given) {
+  check(documents, order, given);
+  PackingOptions options = given;
+  // A piece holds a token, so no pack can have more of them.
+  options.max_documents = std::min(options.max_documents, options.capacity);
   const Walk walk(documents, order);
   // A guess at the pieces of a plan; an epoch's are known to within its splits.
   const int64_t expected = options.num_packs == 0 ? 0 : walk.size();

@@ -15,6 +15,8 @@ SampleArrays = tuple[
     NDArray[np.int64],
 ]
 
+MAX_CAPACITY: int
+
 class Piece:
     document: int
     body_begin: int
@@ -25,6 +27,7 @@ class Piece:
 
 class Corpus:
     one_sequence_each: bool
+    longest_head: int
     def __init__(
         self,
         *,
@@ -57,6 +60,7 @@ class Assembler:
         bin: NDArray[np.uint8] | None = None,
         sequence_pointers: NDArray[np.int64] | None = None,
         token_bytes: int = 8,
+        vocab_size: int | None = None,
     ) -> None: ...
     def pieces(self, pack: int) -> list[Piece]: ...
     def sample(self, pack: int) -> SampleArrays: ...
@@ -78,5 +82,13 @@ def build_plan(
     num_threads: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]: ...
+def scan_index(
+    lengths: NDArray[np.int32],
+    pointers: NDArray[np.int64],
+    first_sequences: NDArray[np.int64],
+    *,
+    token_bytes: int,
+    num_threads: int,
+) -> dict[str, int]: ...
 def permutation(size: int, seed: int, stream: int, begin: int, end: int) -> NDArray[np.int64]: ...
 def hash_pair(a: int, b: int) -> int: ...

@@ -230,16 +230,50 @@ def chunk_sizes(body: int, prefix: int, head: int, length: int, repeat_prefix: b
     return sizes
 
 
-def best_fit_rooms(sizes: list[int], length: int, max_documents: int) -> list[int]:
-    """Best-fit-decreasing, the slow way: the room left in each pack, sorted."""
-    packs: list[list[int]] = []  # [room, pieces]
-    for size in sorted(sizes, reverse=True):
-        fitting = [p for p in packs if p[0] >= size and p[1] < max_documents]
-        if fitting:
-            best = min(fitting, key=lambda p: p[0])
-        else:
-            best = [length, 0]
-            packs.append(best)
-        best[0] -= size
-        best[1] += 1
-    return sorted(room for room, _ in packs)
+@dataclass
+class Bin:
+    """A pack of best-fit: what counts of it."""
+
+    room: int
+    pieces: int = 0
+    set_aside: bool = False
+
+
+def best_fit_bins(sizes: list[int], length: int, max_documents: int) -> list[tuple[int, int]]:
+    """Best-fit-decreasing, the slow way: (room left, pieces) of each pack, sorted.
+
+    The largest piece first. It goes into the fullest pack that it fits, of equally full ones into
+    that which was given a piece last; into a new pack when it fits none. Pieces are small when a
+    pack of them alone holds `max_documents` before it is full. For them packs with little room are
+    set aside until their rooms are as large as all small pieces together; what is set aside is
+    filled when a piece fits no other pack and the packs could hold all pieces.
+    """
+    wanted = sum(size for size in sizes if size * max_documents < length)
+    fewest = max(-(-sum(sizes) // length), -(-len(sizes) // max_documents))
+    packs: list[Bin] = []  # the one that was touched last is the last
+    for size in sorted(set(sizes), reverse=True):
+        left = sizes.count(size)
+        while left > 0:
+            fitting = [
+                pack
+                for pack in reversed(packs)
+                if pack.room >= size and pack.pieces < max_documents and not pack.set_aside
+            ]
+            aside = [pack for pack in packs if pack.set_aside]
+            if not fitting and wanted and len(packs) >= fewest:
+                packs = [pack for pack in packs if not pack.set_aside] + aside
+                for pack in aside:
+                    pack.set_aside = False
+                wanted = 0
+                continue
+            pack = min(fitting, key=lambda pack: pack.room) if fitting else Bin(length)
+            packs = [other for other in packs if other is not pack] + [pack]
+            # The next piece of that size would go into the same pack.
+            placed = min(left, pack.room // size, max_documents - pack.pieces)
+            left -= placed
+            pack.room -= placed * size
+            pack.pieces += placed
+            may_grow = pack.room > 0 and pack.pieces < max_documents
+            if may_grow and pack.room <= length // 4 and sum(p.room for p in aside) < wanted:
+                pack.set_aside = True
+    return sorted((pack.room, pack.pieces) for pack in packs)

@@ -21,7 +21,7 @@ ALLOWED = {
     "megatron_flags": set(),
     "refusals": {"errors", "megatron_flags"},
     "core": set(),
-    "source": BASE | {"source"},
+    "source": BASE | {"core", "source"},
     "corpus": BASE | {"source", "corpus"},
     "data": DATA,
     "training": DATA | {"training"},
@@ -29,8 +29,8 @@ ALLOWED = {
     "top": DATA | {"corpus", "training", "inference", "top"},
 }
 
-# What is known of a document's source: the only part of corpus/ that data/ may use.
-SOURCE = {"metadata", "url", "tokenizer"}
+# What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
+SOURCE = {"index_file", "manifest", "metadata", "sentences", "tokenizer", "url"}
 TOP = {"cli", "doctor", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
@@ -49,6 +49,7 @@ WITHOUT_TORCH = [
     "corpus.metadata",
     "corpus.url",
     "corpus.index_file",
+    "corpus.manifest",
     "corpus.metadata_report",
     "corpus.mds",
     "corpus.punkt",

@@ -101,6 +101,8 @@ def build_lane(lane: Lane, args: argparse.Namespace, num_steps: int) -> Any:
         switch_iteration=conditioned,
         switch_sample=conditioned * args.global_batch_size,
     )
-    config = MeCoGPTDatasetConfig(**dataset_options(args), meco=meco)
+    config = MeCoGPTDatasetConfig(
+        **dataset_options(args), vocab_size=args.padded_vocab_size, meco=meco
+    )
     samples, _, _ = build_datasets([num_samples, 0, 0], lambda: True, config, schedule)
     return samples if lane.documents else OneDocument(samples)

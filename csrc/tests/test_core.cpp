@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../assemble.h"
+#include "../index.h"
 #include "../packing.h"
 
 namespace {
@@ -36,10 +37,12 @@ struct TestCorpus {
     meco::Documents documents;
     documents.num_documents = static_cast<int64_t>(indices.size()) - 1;
     documents.sequence_lengths = lengths.data();
+    documents.num_sequences = static_cast<int64_t>(lengths.size());
     documents.document_indices = indices.data();
     documents.prefix_ids = prefix_ids.data();
     documents.prefix_offsets = prefix_offsets.data();
     documents.num_prefixes = static_cast<int64_t>(prefix_offsets.size()) - 1;
+    documents.num_prefix_tokens = static_cast<int64_t>(prefix_tokens.size());
     documents.has_bos = bos;
     return documents;
   }
@@ -63,6 +66,8 @@ TestCorpus make_corpus(std::mt19937_64& draw, int num_documents) {
     corpus.indices.push_back(static_cast<int64_t>(corpus.lengths.size()));
     corpus.prefix_ids.push_back(below(4) - 1);
   }
+  corpus.bin.shrink_to_fit();  // a look behind the end is a look outside
+  corpus.prefix_tokens.shrink_to_fit();
   return corpus;
 }
 
@@ -230,12 +235,235 @@ void test_hostile_plans() {
   CHECK(refused > 1000 && accepted > 1000);
 }
 
+// Numbers that callers and files may hold, whatever is allowed.
+const int64_t kOdd[] = {INT64_MIN,
+                        INT64_MIN + 1,
+                        INT32_MIN,
+                        -2,
+                        -1,
+                        0,
+                        1,
+                        2,
+                        3,
+                        17,
+                        64,
+                        1000,
+                        INT32_MAX,
+                        int64_t{1} << 32,
+                        INT64_MAX / 8,
+                        int64_t{1} << 62,
+                        INT64_MAX - 1,
+                        INT64_MAX};
+constexpr size_t kNumOdd = sizeof(kOdd) / sizeof(kOdd[0]);
+
+// Copies of arrays that begin at an odd byte, as those of Megatron's index do, in memory of their
+// own that ends where they end.
+class Misaligned {
+ public:
+  template <typename T>
+  const T* operator()(const std::vector<T>& values) {
+    copies_.emplace_back(values.size() * sizeof(T) + 2);
+    if (!values.empty()) {
+      std::memcpy(copies_.back().data() + 2, values.data(), values.size() * sizeof(T));
+    }
+    return reinterpret_cast<const T*>(copies_.back().data() + 2);
+  }
+
+ private:
+  std::vector<std::vector<char>> copies_;
+};
+
+// Any arrays and any options: a result or an exception, never a look outside or an overflow.
+void test_hostile_calls() {
+  std::mt19937_64 draw(21);
+  int refused = 0, planned = 0, assembled = 0;
+  auto odd = [&] { return kOdd[draw() % kNumOdd]; };
+  auto maybe_odd = [&](int64_t value) { return draw() % 8 == 0 ? odd() : value; };
+  for (int round = 0; round < 20000; ++round) {
+    const int num_documents = 1 + static_cast<int>(draw() % 20);
+    TestCorpus corpus = make_corpus(draw, num_documents);
+    auto spoil = [&](auto& values) {
+      using Value = std::decay_t<decltype(values[0])>;
+      // No lengths of 2^31: a pack of two tokens would make a plan of gigabytes of them.
+      const int64_t most = sizeof(Value) == 4 ? 20000 : INT64_MAX;
+      if (draw() % 3 != 0) return;
+      for (auto& value : values) {
+        if (draw() % 20 == 0) value = static_cast<Value>(std::min(odd(), most));
+      }
+    };
+    spoil(corpus.lengths);
+    spoil(corpus.indices);
+    spoil(corpus.prefix_ids);
+    spoil(corpus.prefix_offsets);
+    spoil(corpus.pointers);
+    for (auto& pointer : corpus.pointers) {
+      pointer = static_cast<int64_t>(static_cast<uint64_t>(pointer) * 2);  // in bytes
+    }
+    meco::Documents documents = corpus.view(round % 2 == 0);
+    Misaligned misaligned;
+    documents.sequence_lengths = misaligned(corpus.lengths);
+    if (round % 3 == 0) {  // one sequence each
+      documents.document_indices = nullptr;
+      documents.num_documents = documents.num_sequences;
+      corpus.prefix_ids.resize(corpus.lengths.size(), -1);
+    } else {
+      documents.document_indices = misaligned(corpus.indices);
+    }
+    documents.prefix_ids = round % 5 == 0 ? nullptr : misaligned(corpus.prefix_ids);
+    documents.prefix_offsets = misaligned(corpus.prefix_offsets);
+    meco::Order order{maybe_odd(0), maybe_odd(documents.num_documents), maybe_odd(0),
+                      maybe_odd(documents.num_documents), draw()};
+    meco::PackingOptions packing;
+    packing.strategy = static_cast<meco::Strategy>(draw() % 3);
+    packing.capacity = maybe_odd(32);
+    packing.num_packs = maybe_odd(round % 2 == 0 ? -1 : 20);
+    packing.max_documents = maybe_odd(8);
+    packing.repeat_prefix = draw() % 2 == 0;
+    packing.num_threads = static_cast<int>(draw() % 50 == 0 ? odd() : 1);
+    // As many packs as there is memory for take their time; refusing them is seen with others.
+    if (packing.num_packs > 1000 && packing.num_packs <= int64_t{1} << 32) packing.num_packs = 1000;
+    meco::Plan plan;
+    try {
+      // Half of them as after a check that is no longer true: maps can change under a reader.
+      if (round % 2 == 0) meco::check(documents);
+      plan = meco::build_plan(documents, order, packing);
+      ++planned;
+    } catch (const std::exception&) {
+      ++refused;
+      plan.pack_offsets = {0, 1, 3};
+      plan.piece_document = {0, 0, 1};
+    }
+    auto spoil_plan = [&](auto& values) {
+      for (auto& value : values) {
+        if (draw() % 40 == 0) value = static_cast<std::decay_t<decltype(value)>>(odd());
+      }
+    };
+    spoil_plan(plan.pack_offsets);
+    spoil_plan(plan.piece_document);
+    spoil_plan(plan.continued_piece);
+    spoil_plan(plan.continued_begin);
+    meco::AssemblyOptions given;
+    given.strategy = static_cast<meco::Strategy>(draw() % 3);
+    given.repeat_prefix = packing.repeat_prefix;
+    given.capacity = maybe_odd(32);
+    given.max_documents = maybe_odd(8);
+    given.vocab_size = maybe_odd(70000);
+    given.hide_prefixes = draw() % 4 == 0;
+    const meco::PlanView view = view_of(plan);
+    try {
+      const meco::AssemblyOptions options = meco::check(given);
+      if (options.capacity > 1000) continue;
+      const int64_t packs[] = {0, view.num_packs - 1, odd()};
+      for (const int64_t pack : packs) {
+        const auto pieces = meco::pieces_of_pack(view, documents, pack, options);
+        const meco::TokenFile file{reinterpret_cast<const uint8_t*>(corpus.bin.data()),
+                                   static_cast<int64_t>(corpus.bin.size() * 2),
+                                   misaligned(corpus.pointers),
+                                   static_cast<int64_t>(corpus.pointers.size()), 2};
+        std::vector<const uint8_t*> sources;
+        for (const auto& piece : pieces) sources.push_back(meco::locate(file, documents, piece));
+        const auto length = static_cast<size_t>(options.capacity);
+        std::vector<int64_t> tokens(length + 1), positions(length);
+        std::vector<float> mask(length);
+        std::vector<int32_t> bounds(static_cast<size_t>(meco::num_cu_seqlens(options)));
+        int32_t max_seqlen;
+        int64_t prefix_tokens;
+        meco::SampleArrays out{tokens.data(), mask.data(), positions.data(),
+                               bounds.data(), &max_seqlen, &prefix_tokens};
+        meco::assemble(pieces, sources, 2, documents, corpus.prefix_tokens.data(), options, &out);
+        ++assembled;
+      }
+    } catch (const std::exception&) {
+      ++refused;
+    }
+  }
+  CHECK(refused > 5000 && planned > 2000 && assembled > 2000);
+}
+
+// The number of each fault is the lowest, whatever the threads; random damage is found.
+void test_scans() {
+  std::mt19937_64 draw(4);
+  const int64_t count = 1'000'000;
+  std::vector<int32_t> lengths;
+  std::vector<int64_t> pointers, bounds;
+  int64_t end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    lengths.push_back(static_cast<int32_t>(draw() % 1000));
+    pointers.push_back(end);
+    bounds.push_back(i);
+    end += lengths.back() * 4;
+  }
+  bounds.push_back(count);
+  auto scan = [&](int threads) {
+    Misaligned misaligned;
+    return meco::scan_index({misaligned(lengths), misaligned(pointers), count, misaligned(bounds),
+                             static_cast<int64_t>(bounds.size()), 4},
+                            threads);
+  };
+  const meco::IndexScan whole = scan(3);
+  CHECK(whole.num_tokens == end / 4 && whole.one_sequence_each);
+  CHECK(whole.bad_length < 0 && whole.bad_pointer < 0 && whole.bad_bound < 0);
+  for (int round = 0; round < 60; ++round) {
+    const auto place = static_cast<size_t>(round < 6 ? (round % 2 == 0 ? 0 : count - 1)
+                                                     : static_cast<int64_t>(draw() % count));
+    const int64_t value = kOdd[draw() % kNumOdd];
+    const int threads = 1 + round % 4;
+    if (round % 3 == 0) {
+      const int32_t before = lengths[place];
+      lengths[place] = static_cast<int32_t>(value);
+      const auto length = lengths[place];
+      const meco::IndexScan damaged = scan(threads);
+      CHECK(damaged.bad_length == (length < 0 ? static_cast<int64_t>(place) : -1));
+      const bool is_last = static_cast<int64_t>(place) == count - 1;
+      CHECK(length == before || is_last || damaged.bad_pointer == static_cast<int64_t>(place) + 1);
+      lengths[place] = before;
+    } else if (round % 3 == 1) {
+      const int64_t before = pointers[place];
+      pointers[place] = value;
+      CHECK(value == before || scan(threads).bad_pointer == static_cast<int64_t>(place));
+      pointers[place] = before;
+    } else {
+      const int64_t before = bounds[place];
+      bounds[place] = value;
+      const meco::IndexScan damaged = scan(threads);
+      CHECK(value == before || !damaged.one_sequence_each);
+      const bool in_order = value >= (place == 0 ? 0 : bounds[place - 1]) &&
+                            value <= bounds[place + 1] && (place > 0 || value == 0);
+      CHECK(in_order == (damaged.bad_bound < 0));
+      bounds[place] = before;
+    }
+  }
+  std::vector<int64_t> none{0};
+  const meco::IndexScan empty = meco::scan_index({nullptr, nullptr, 0, none.data(), 1, 2}, 2);
+  CHECK(empty.num_tokens == 0 && empty.bad_bound < 0 && empty.one_sequence_each);
+  expect_throw([&] { meco::scan_index({nullptr, nullptr, 0, none.data(), 0, 2}, 2); });
+  expect_throw([&] { meco::scan_index({nullptr, nullptr, 0, none.data(), 1, 0}, 2); });
+  expect_throw([&] { meco::scan_index({nullptr, nullptr, 0, none.data(), 1, 2}, 0); });
+}
+
+// Sizes and seeds of any kind give values inside the range.
+void test_hostile_permutations() {
+  for (const int64_t size : kOdd) {
+    for (const int64_t seed : kOdd) {
+      const auto wide = static_cast<uint64_t>(size);
+      const meco::Permutation order(wide, static_cast<uint64_t>(seed), 1);
+      if (wide == 0) continue;
+      int64_t values[3];
+      order.fill(wide / 2, 1, values);
+      CHECK(static_cast<uint64_t>(values[0]) < wide);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_random_corpora();
   test_damaged_plans_are_refused();
   test_hostile_plans();
+  test_hostile_calls();
+  test_scans();
+  test_hostile_permutations();
   std::puts("C++ tests passed");
   return 0;
 }

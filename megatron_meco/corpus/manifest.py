@@ -1,16 +1,20 @@
 """What a preparation left beside its corpus: `PREFIX.prepare.json`.
 
 Whoever reads it gets a dictionary whose values have the types that `meco prepare` and `meco
-import-mds` write, or a refusal: the file may come from anywhere.
+import-mds` write, or a refusal: the file may come from anywhere. Its CRC-32 of `.idx` and
+`.metadata.arrow` tell damage that no rule about their structure can; comparing one costs a read of
+the file. That of `.bin` is compared by `meco verify` alone, because it means reading all tokens.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,14 @@ import orjson
 from megatron_meco.corpus.index_file import TYPE_CODES
 from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file
 
 MANIFEST_FORMAT = 3
 _SUFFIX = ".prepare.json"
 _CHECKED = (".bin", ".idx", ".metadata.arrow")
-_READ_BYTES = 8 << 20
+_REMEDY = "Copy the corpus again from where it is whole, or prepare it again."
+_READ_BYTES = 1 << 20
+_PART_BYTES = 16 << 20
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
@@ -70,12 +77,104 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def checksum_of(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hexadecimal digits."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
+    """Return the CRC-32 of a file as eight hexadecimal digits; its parts are read on all cores."""
+    with path.open("rb") as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        size = os.fstat(file.fileno()).st_size
+        begins = range(0, size, _PART_BYTES)
+        parts = pool.map(lambda begin: _crc32_of_part(file.fileno(), begin), begins)
+        checksum = 0
+        for part, num_bytes in parts:
+            checksum = _joined(checksum, part, num_bytes)
     return f"{checksum:08x}"
+
+
+def _crc32_of_part(descriptor: int, begin: int) -> tuple[int, int]:
+    """CRC-32 of the part of a file that begins there, and its bytes."""
+    # As much as a core's own cache holds.
+    buffer = memoryview(bytearray(_READ_BYTES))
+    checksum, done = 0, 0
+    while done < _PART_BYTES:
+        room = buffer[: _PART_BYTES - done]
+        num_bytes = os.preadv(descriptor, [room], begin + done)
+        if num_bytes == 0:
+            break
+        checksum = zlib.crc32(room[:num_bytes], checksum)
+        done += num_bytes
+    return checksum, done
+
+
+def _joined(first: int, second: int, num_bytes: int) -> int:
+    """CRC-32 of two parts, the second of them of so many bytes.
+
+    As in zlib's `crc32_combine`, which Python does not have: the first one times x to the number of
+    bits of the second, as polynomials, and their sum.
+    """
+    shift, power, exponent = 1 << 31, 1 << 30, 8 * num_bytes
+    while exponent:
+        if exponent & 1:
+            shift = _product(shift, power)
+        power = _product(power, power)
+        exponent >>= 1
+    return _product(shift, first) ^ second
+
+
+def _product(one: int, other: int) -> int:
+    """The product of two polynomials modulo that of CRC-32, the highest power in the lowest bit."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if one >> bit & 1:
+            product ^= other
+        other = other >> 1 ^ (0xEDB88320 if other & 1 else 0)
+    return product
+
+
+def check_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
+    """Compare a file of a corpus with the CRC-32 that its preparation noted, if it noted one.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        suffix: The end of the file's name.
+
+    Raises:
+        DataError: They differ; or the file or `PREFIX.prepare.json` cannot be read.
+    """
+    noted = read_manifest(prefix).get("crc32", {}).get(suffix)
+    if noted is None:
+        return
+    path = Path(f"{os.fspath(prefix)}{suffix}")
+    try:
+        actual = checksum_of(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror or error})", where=str(path), remedy=_REMEDY
+        ) from None
+    if actual != noted:
+        raise DataError(
+            f"its CRC-32 is {actual}, {manifest_path(prefix).name} says {noted}",
+            where=str(path),
+            remedy=f"{_REMEDY} `meco verify` compares all files. Where the file was changed on "
+            f"purpose, remove {manifest_path(prefix).name}.",
+        )
+
+
+def note_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
+    """Bring the CRC-32 of a file that was replaced up to date, where there is a manifest.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        suffix: The end of the file's name.
+
+    Raises:
+        DataError: `PREFIX.prepare.json` is damaged or cannot be written.
+    """
+    manifest = read_manifest(prefix)
+    if not manifest:
+        return
+    manifest["crc32"][suffix] = checksum_of(Path(f"{os.fspath(prefix)}{suffix}"))
+    path = manifest_path(prefix)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path, lambda reason: _damaged(path, f"cannot be written ({reason})")) as file:
+        file.write(text.encode())
 
 
 def _damaged(path: Path, what: str) -> DataError:

@@ -7,7 +7,7 @@ its columns of variable size, then the values of all columns, in the order of th
 (`streaming/base/format/mds`, 0.13). All is little-endian. What the index says of a shard is checked
 (size, hashes, rows), and every border in it, before a row is believed. Costs the memory of one
 shard, unpacked (64 MiB unless its writer chose otherwise), and about a microsecond per value.
-Given up: compressions other than Zstandard, and hashes that Python's `hashlib` does not know.
+Given up: compressions other than Zstandard, and hashes that neither `hashlib` nor `xxhash` knows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import xxhash
 import zstandard
 
 from megatron_meco.corpus.sources import is_remote, open_source, walk_once
@@ -29,6 +30,8 @@ from megatron_meco.errors import DataError, FlagError
 
 INDEX_NAME = "index.json"
 _SHARD = ".mds"
+_PIECE = 8 << 20
+_MOST_BYTES = 1 << 40
 _FETCH = "Fetch the shard again."
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _SCALARS = {
@@ -145,12 +148,16 @@ def read_index(path: str) -> tuple[list[Shard], str]:
         if index["version"] != 2:
             raise ValueError(f"version {index['version']}")
         shards = [_shard(path.rpartition("/")[0], told) for told in index["shards"]]
-    except (OSError, ImportError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (
+        *(OSError, ImportError, ValueError, KeyError, TypeError, AttributeError),
+        RecursionError,
+    ) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else str(error)
+        reason = (missing.splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"not a readable index of MDS shards ({missing.splitlines()[0]})",
+            f"not a readable index of MDS shards ({reason})",
             where=path,
             remedy="Fetch it again; version 2 of the format is read.",
         ) from None
@@ -178,15 +185,18 @@ def _shard(folder: str, told: dict[str, Any]) -> Shard:
     if not len(names) == len(encodings) == len(sizes) == len(set(names)):
         raise ValueError("columns without a name, an encoding or a size")
     counts = (told["samples"], raw["bytes"], stored["bytes"], *(size or 0 for size in sizes))
-    if any(not isinstance(count, int) or count < 0 for count in counts):
+    if any(type(count) is not int or not 0 <= count <= _MOST_BYTES for count in counts):
         raise ValueError("counts that are no counts")
+    hashes = dict(stored.get("hashes") or {})
+    if not all(isinstance(text, str) for text in (*names, *encodings, *hashes, *hashes.values())):
+        raise ValueError("names, encodings or hashes that are no text")
     return Shard(
         path=path,
         is_compressed=is_compressed,
         num_rows=told["samples"],
         num_bytes=raw["bytes"],
         stored_bytes=stored["bytes"],
-        hashes=dict(stored.get("hashes") or {}),
+        hashes=hashes,
         columns=dict(zip(names, encodings, strict=True)),
         # As in streaming: a size of 0 is one that varies.
         sizes=tuple(size or None for size in sizes),
@@ -213,28 +223,45 @@ def read_shard(shard: Shard) -> bytes:
     """
     try:
         with open_source(shard.path) as file:
-            data = file.read(shard.stored_bytes + 1)
+            data = _read_at_most(file, shard.stored_bytes + 1)
     except (OSError, ImportError) as error:
         raise _damaged(shard, f"cannot be read ({error})") from None
     if len(data) != shard.stored_bytes:
         told = f"{len(data):,} bytes" if len(data) < shard.stored_bytes else "more bytes"
         raise _damaged(shard, f"{told}, the index promises {shard.stored_bytes:,}")
     for name, expected in shard.hashes.items():
-        if name in hashlib.algorithms_guaranteed and not name.startswith("shake"):
-            actual = hashlib.new(name, data).hexdigest()
-            if actual != expected:
-                raise _damaged(shard, f"{name} is {actual}, the index promises {expected}")
+        actual = _hash(name, data)
+        if actual not in (None, expected):
+            raise _damaged(shard, f"{name} is {actual}, the index promises {expected}")
     if shard.is_compressed:
-        # By pieces: a header may promise any size, and be obeyed before it is found to lie.
         unpacker = zstandard.ZstdDecompressor()
         try:
             with unpacker.stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
-                data = reader.read(shard.num_bytes + 1)
+                data = _read_at_most(reader, shard.num_bytes + 1)
         except zstandard.ZstdError as error:
             raise _damaged(shard, f"cannot be unpacked ({error})") from None
         if len(data) != shard.num_bytes:
             raise _damaged(shard, f"does not unpack to the {shard.num_bytes:,} bytes of the index")
     return data
+
+
+def _read_at_most(file: Any, num_bytes: int) -> bytes:
+    """Read by pieces: an index or a header may promise any size, and memory is taken for it."""
+    parts: list[bytes] = []
+    while num_bytes and (part := file.read(min(num_bytes, _PIECE))):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _hash(name: str, data: bytes) -> str | None:
+    """The digest by the name that streaming gives it; None where it is not known."""
+    if name in hashlib.algorithms_guaranteed and not name.startswith("shake"):
+        return hashlib.new(name, data).hexdigest()
+    if name in xxhash.algorithms_available:
+        digest: str = getattr(xxhash, name)(data).hexdigest()
+        return digest
+    return None
 
 
 def rows_of(shard: Shard, data: bytes, names: list[str]) -> Iterator[list[memoryview]]:
@@ -359,7 +386,13 @@ def text_decoder(encoding: str, name: str) -> Callable[[memoryview], str]:
         return lambda value: str(value, "utf-8")
     if encoding in _SCALARS:
         dtype = np.dtype(_SCALARS[encoding])
-        return lambda value: str(np.frombuffer(value, dtype)[0])
+
+        def number(value: memoryview) -> str:
+            if len(value) != dtype.itemsize:
+                raise ValueError(f"{len(value)} bytes for a number of {dtype.itemsize}")
+            return str(np.frombuffer(value, dtype)[0])
+
+        return number
     raise FlagError(
         f"column {name!r} of encoding {encoding!r} cannot be kept as text",
         where="--metadata-fields",

@@ -103,12 +103,11 @@ class MdsImporter(PipelineStep):  # type: ignore[misc]
             try:
                 ids = decode_ids(values[0])
                 texts = [f(value) for f, value in zip(decode_texts, values[1:], strict=False)]
+                length = decode_length(values[-1]) if has_length else str(len(ids))
             except ValueError as error:
                 raise _bad_row(shard, row, f"cannot be read ({error})") from None
-            if has_length and int(decode_length(values[-1])) != len(ids):
-                raise _bad_row(
-                    shard, row, f"{len(ids)} ids, not the {decode_length(values[-1])} of its length"
-                )
+            if int(length) != len(ids):
+                raise _bad_row(shard, row, f"{len(ids)} ids, not the {length} of its length")
             batch.add(row, ids, texts)
         batch.write()
 

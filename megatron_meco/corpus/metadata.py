@@ -1,9 +1,11 @@
 """The metadata side file: `PREFIX.metadata.arrow`, row i is what is known of document i.
 
 An Arrow IPC *file* with one string column per field; a null means that the document lacks the
-field. Reading maps the file into memory, so opening costs the footer (some microseconds per 65,536
-documents) and a column costs nothing until it is used. Given up: compression, because a compressed
-column cannot be mapped, and types other than strings, because a prefix is text.
+field. Reading maps the file into memory. Arrow trusts what it maps: an offset that points outside
+ends the process. So opening reads all of it once and checks it (about 4 GB/s); the names of the
+fields and the number of rows cost the footer, some microseconds per 65,536 documents. Given up:
+compression, because a compressed column cannot be mapped, and types other than strings, because a
+prefix is text.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from typing import Self
 
 import pyarrow as pa
 
+from megatron_meco.corpus.manifest import note_checksum, read_manifest
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file
 
-_SUFFIX = ".metadata.arrow"
+METADATA_SUFFIX = ".metadata.arrow"
+"""The end of the file's name."""
 _ROWS_PER_BATCH = 65_536
 # String columns count their bytes in int32: batches of long values are cut well before that.
 _BYTES_PER_BATCH = 64 << 20
@@ -30,36 +34,45 @@ _REBUILD = (
 
 def metadata_path(prefix: str | os.PathLike[str]) -> Path:
     """Return where the metadata of the data at `prefix` lies."""
-    return Path(f"{os.fspath(prefix)}{_SUFFIX}")
+    return Path(f"{os.fspath(prefix)}{METADATA_SUFFIX}")
 
 
 def open_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
-    """Open the metadata of a corpus without reading it.
+    """Open the metadata of a corpus and check every value, without copying any.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
 
     Returns:
-        A table over the mapped file, one row per document.
+        A table over the mapped file, one row per document; every value is UTF-8.
 
     Raises:
-        DataError: The file is missing, damaged, or not such a file.
+        DataError: The file is missing, damaged, or not such a file; names the first damaged row.
     """
-    path = metadata_path(prefix)
+    table = _map_metadata(prefix)
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        table.validate()
-    except FileNotFoundError:
-        raise DataError("no metadata file", where=str(path), remedy=_REBUILD) from None
-    except (pa.ArrowException, OSError) as error:
-        what = f"not a readable Arrow file ({str(error).splitlines()[0]})"
-        raise DataError(what, where=str(path), remedy=_REBUILD) from None
-    for field in table.schema:
-        if not _is_text(field.type):
-            what = f"column {field.name!r} holds {field.type}, not strings"
-            raise DataError(what, where=str(path), remedy=_REBUILD)
+        table.validate(full=True)
+    except pa.ArrowException:
+        name, row, reason = _first_damage(table)
+        what = f"column {name!r} is damaged at row {row:,} ({reason})"
+        raise DataError(what, where=str(metadata_path(prefix)), remedy=_REBUILD) from None
     return table
+
+
+def describe_metadata(prefix: str | os.PathLike[str]) -> tuple[list[str], int]:
+    """Return what the footer of a metadata file says; no value is looked at.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+
+    Returns:
+        The names of the fields and the number of rows.
+
+    Raises:
+        DataError: The file is missing or not such a file.
+    """
+    table = _map_metadata(prefix)
+    return table.column_names, table.num_rows
 
 
 def check_row_count(prefix: str | os.PathLike[str], num_documents: int) -> None:
@@ -72,7 +85,7 @@ def check_row_count(prefix: str | os.PathLike[str], num_documents: int) -> None:
     Raises:
         DataError: The counts differ, or the metadata cannot be opened.
     """
-    num_rows = open_metadata(prefix).num_rows
+    _, num_rows = describe_metadata(prefix)
     if num_rows != num_documents:
         what = f"{num_rows:,} rows of metadata for {num_documents:,} documents"
         raise DataError(what, where=str(metadata_path(prefix)), remedy=_REBUILD)
@@ -94,6 +107,7 @@ class MetadataWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], fields: list[str]) -> None:
+        self._prefix = prefix
         self.path = metadata_path(prefix)
         self.num_rows = 0
         self._schema = pa.schema(
@@ -120,7 +134,9 @@ class MetadataWriter:
             return
         with self._stack:
             self._flush()
+            read_manifest(self._prefix)  # a damaged one is refused while nothing has been replaced
             self._writer.close()
+        note_checksum(self._prefix, METADATA_SUFFIX)
 
     def append(self, columns: list[list[str | None]]) -> None:
         """Append rows, given as one list of values per field.
@@ -157,6 +173,60 @@ class MetadataWriter:
         if self._pending:
             self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
             self._pending = []
+
+
+def _map_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
+    """The table of a metadata file, its types checked and its values not."""
+    path = metadata_path(prefix)
+
+    def refuse(what: str) -> DataError:
+        return DataError(what, where=str(path), remedy=_REBUILD)
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            # Before a batch is read: what else there is may be compressed, nested or dictionaries.
+            for field in reader.schema:
+                if not _is_text(field.type):
+                    raise refuse(f"column {field.name!r} holds {field.type}, not strings")
+            names = reader.schema.names
+            table = reader.read_all()
+        table.validate()
+    except FileNotFoundError:
+        raise refuse("no metadata file") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise refuse(f"not a readable Arrow file ({reason})") from None
+    if len(set(names)) < len(names):
+        raise refuse(f"several columns of one name among {', '.join(names)}")
+    return table
+
+
+def _first_damage(table: pa.Table) -> tuple[str, int, str]:
+    """Column, row and reason of the first damage in a table that is not valid."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        row = 0
+        for chunk in column.chunks:
+            if reason := _damage(chunk):
+                # Halved, because Arrow names the row of some kinds of damage only.
+                rows = chunk
+                while len(rows) > 1:
+                    half = len(rows) // 2
+                    first = _damage(rows.slice(0, half))
+                    rows = rows.slice(0, half) if first else rows.slice(half)
+                    row += 0 if first else half
+                    reason = first or reason
+                return name, row, reason
+            row += len(chunk)
+    raise AssertionError("a table is damaged and its columns are not")
+
+
+def _damage(array: pa.Array) -> str:
+    try:
+        array.validate(full=True)
+    except pa.ArrowException as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def _is_text(kind: pa.DataType) -> bool:

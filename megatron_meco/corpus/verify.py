@@ -20,8 +20,13 @@ from datatrove.data import Document
 
 from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, encoder_of
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
-from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
-from megatron_meco.corpus.manifest import checksum_of, read_manifest
+from megatron_meco.corpus.index_file import (
+    CorpusIndex,
+    broken_structure,
+    check_index,
+    open_index,
+)
+from megatron_meco.corpus.manifest import checksum_of, manifest_path, read_manifest
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
@@ -102,15 +107,17 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
 
 
 def _tokens(index: CorpusIndex, eod: int | None, settings: dict[str, Any]) -> Iterator[Check]:
-    largest, num_eod = -1, 0
+    smallest, largest, num_eod = 0, -1, 0
     for begin in range(0, len(index.tokens), _BLOCK):
         block = index.tokens[begin : begin + _BLOCK]
-        largest = max(largest, int(block.max()))
+        smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
         num_eod += int((block == eod).sum()) if eod is not None else 0
     vocab_size = settings.get("vocab_size")
     if vocab_size is not None:
         told = f"largest id {largest:,}, vocabulary of {vocab_size:,}"
-        yield Check("vocabulary", told, largest < vocab_size)
+        if smallest < 0:
+            told = f"smallest id {smallest:,}, {told}"
+        yield Check("vocabulary", told, smallest >= 0 and largest < vocab_size)
     if eod is None:
         yield Check("EOD", "not known: name it with --eod")
         return
@@ -161,7 +168,7 @@ def verify_against(
             where="--against",
             remedy="Leave it out; the rest of `meco verify` holds for such a corpus as well.",
         )
-    index = open_index(prefix)
+    index = check_index(prefix)
     settings = manifest["tokenizer"]
     extra = dict(settings.get("extra", {}))
     # Whoever wrote the corpus may have trusted that code; this reader has not said so.
@@ -211,7 +218,16 @@ class _Comparison:
     num_documents: int = 0
 
     def __post_init__(self) -> None:
-        self._table = open_metadata(self.prefix) if self.fields else None
+        self._table = None
+        if self.fields:
+            check_row_count(self.prefix, self.index.num_documents)
+            self._table = open_metadata(self.prefix)
+            if missing := sorted(set(self.fields) - set(self._table.column_names)):
+                raise DataError(
+                    f"no field {missing[0]!r}, which {manifest_path(self.prefix).name} names",
+                    where=str(metadata_path(self.prefix)),
+                    remedy=_REBUILD,
+                )
 
     def compare(self, batch: list[Document]) -> None:
         """Compare the next documents."""

@@ -1,10 +1,12 @@
 """Named numpy arrays in one memory-mapped file, written all or not at all.
 
 The cache format of prefix tables and plans: a magic line, a JSON header with its own checksum, then
-the arrays at 64-byte borders. Opening reads the header only, checks it and the file's size, and
-maps the rest, whatever its size. Of several writers the last one wins with an equal file. What was
-given up: a checksum of the arrays themselves, which would cost a full read at each start; the C++
-side checks every number that it takes from them.
+the arrays at 64-byte borders. The header holds the file's name and a checksum (XXH3) of the arrays,
+and every opening compares both: bytes that were changed, lost or come from another cache are told
+and never used. That reads the file once, at the speed of memory where it is in memory (25 GB/s, 0.2
+s for a plan of 10^9 documents), else at that of the disk. Of several writers the last one wins with
+an equal file. What was given up: telling damage that comes later, while the file is mapped; the C++
+side checks every number that it takes.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import unfinished_files, whole_file
 
-_MAGIC = b"MECO-ARRAYS 1\n"
+_MAGIC = b"MECO-ARRAYS 2\n"
+_EARLIER_MAGIC = b"MECO-ARRAYS 1\n"  # without a checksum of the arrays: built again
 _ALIGNMENT = 64
+_HASHED_AT_ONCE = 1 << 26
 _DTYPES = ("<i4", "<i8")
 _ABANDONED_AFTER = 3600.0  # seconds without a write
 
@@ -40,6 +45,23 @@ class ArrayFile:
     path: Path
     header: dict[str, Any]
     arrays: dict[str, NDArray[Any]]
+
+    def check(self, **dtypes: type[np.generic]) -> None:
+        """Refuse a file without just these one-dimensional arrays.
+
+        Args:
+            **dtypes: Their types by name.
+
+        Raises:
+            DataError: It holds others.
+        """
+        found = {name: (array.dtype, array.ndim) for name, array in self.arrays.items()}
+        if found != {name: (np.dtype(dtype), 1) for name, dtype in dtypes.items()}:
+            raise self.damaged(f"it holds {', '.join(self.arrays) or 'nothing'}")
+
+    def damaged(self, what: str) -> DataError:
+        """What to raise when the content makes no sense."""
+        return _damaged(self.path, what)
 
 
 def load_or_build(
@@ -61,18 +83,63 @@ def load_or_build(
     Raises:
         DataError: When the file is damaged, or the folder cannot be written.
     """
-    if path.exists():
+    if _is_there(path):
         return open_arrays(path, kind)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _folder_lock(path.parent):
-            if not path.exists():
+            if not _is_there(path):
                 _remove_abandoned(path)
                 header, arrays = build()
                 write_arrays(path, kind, header, arrays)
     except OSError as error:
         raise _cannot_write(path, kind, error.strerror or str(error)) from error
     return open_arrays(path, kind)
+
+
+def check_once(path: Path, kind: str, check: Callable[[], None]) -> None:
+    """Run a check whose success is remembered by a file.
+
+    Processes take turns as in `load_or_build`, so the processes of a node check once. Where the
+    file cannot be written the check is run and not remembered.
+
+    Args:
+        path: The file, whose name holds all that decides the outcome.
+        kind: What it remembers.
+        check: Raises what is to be raised.
+
+    Raises:
+        Exception: What `check` raised.
+    """
+    if _is_whole(path, kind):
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_folder_lock(path.parent))
+        if not _is_whole(path, kind):
+            check()
+            with contextlib.suppress(DataError):
+                write_arrays(path, kind, {}, {})
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file of this version is there, whole or not."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) != _EARLIER_MAGIC
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return path.exists()
+
+
+def _is_whole(path: Path, kind: str) -> bool:
+    try:
+        open_arrays(path, kind)
+    except DataError:
+        return False
+    return True
 
 
 def _cannot_write(path: Path, kind: str, reason: str) -> DataError:
@@ -111,35 +178,47 @@ def write_arrays(
         assert array.dtype.str in _DTYPES, array.dtype
         table[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": offset}
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    text = json.dumps({"kind": kind, "header": header, "arrays": table, "bytes": offset})
-    body = text.encode()
+    content: dict[str, Any] = {"kind": kind, "name": path.name, "header": header, "arrays": table}
+    parts = list(_body(arrays))
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    content |= {"bytes": offset, "xxh3": hasher.hexdigest()}
+    body = json.dumps(content).encode()
     checksum = hashlib.blake2b(body, digest_size=16).hexdigest().encode()
     head = _MAGIC + checksum + b" " + str(len(body)).encode() + b"\n" + body
     head += b" " * (-len(head) % _ALIGNMENT)
 
     with whole_file(path, lambda reason: _cannot_write(path, kind, reason)) as file:
         file.write(head)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
-            file.write(b"\0" * (-array.nbytes % _ALIGNMENT))
+        for part in parts:
+            file.write(part)
+
+
+def _body(arrays: Mapping[str, NDArray[Any]]) -> Iterator[memoryview | bytes]:
+    """The bytes behind the header."""
+    for array in arrays.values():
+        if array.size:
+            yield memoryview(np.ascontiguousarray(array)).cast("B")
+        yield b"\0" * (-array.nbytes % _ALIGNMENT)
 
 
 def open_arrays(path: Path, kind: str) -> ArrayFile:
-    """Map a file written by `write_arrays`.
+    """Map a file written by `write_arrays`, and compare its bytes with their checksum.
 
     Raises:
-        DataError: When it is missing, damaged, cut short, or of another kind or version.
+        DataError: When it is missing, damaged, cut short, or of another kind, name or version.
     """
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise _damaged(path, "it does not start as a file of this version does")
             checksum, _, length = file.readline(128).partition(b" ")
-            if not length.strip().isdigit():
+            if not length.strip().isdigit() or int(length) > size:
                 raise _damaged(path, "its header is unreadable")
             body = file.read(int(length))
             start = file.tell() + -file.tell() % _ALIGNMENT
-            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise _damaged(path, f"cannot be opened ({error.strerror})") from error
     if hashlib.blake2b(body, digest_size=16).hexdigest().encode() != checksum:
@@ -148,8 +227,12 @@ def open_arrays(path: Path, kind: str) -> ArrayFile:
         content = json.loads(body)
         if content["kind"] != kind:
             raise _damaged(path, f"it holds a {content['kind']}, not a {kind}")
+        if content["name"] != path.name:
+            raise _damaged(path, f"it belongs under the name {content['name']}")
         if size != start + content["bytes"]:
             raise _damaged(path, f"it has {size} bytes, its header says {start + content['bytes']}")
+        if _hash(path, start, content["bytes"]) != content["xxh3"]:
+            raise _damaged(path, "its arrays do not match their checksum")
         arrays = {
             name: _map(path, start, content["bytes"], entry)
             for name, entry in content["arrays"].items()
@@ -157,8 +240,17 @@ def open_arrays(path: Path, kind: str) -> ArrayFile:
         return ArrayFile(path, dict(content["header"]), arrays)
     except DataError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise _damaged(path, "its header makes no sense") from error
+
+
+def _hash(path: Path, start: int, num_bytes: int) -> str:
+    hasher = xxhash.xxh3_128()
+    for begin in range(0, num_bytes, _HASHED_AT_ONCE):
+        # A map for each part: what is mapped counts as memory of this process.
+        size = min(_HASHED_AT_ONCE, num_bytes - begin)
+        hasher.update(np.memmap(path, np.uint8, mode="r", offset=start + begin, shape=(size,)))
+    return hasher.hexdigest()
 
 
 def _map(path: Path, start: int, num_bytes: int, entry: dict[str, Any]) -> NDArray[Any]:

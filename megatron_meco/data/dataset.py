@@ -12,6 +12,8 @@ attention mask, and every mask made by scanning for a token id.
 from __future__ import annotations
 
 import dataclasses
+import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +26,19 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig
-from megatron_meco.corpus.tokenizer import resolve_bos, resolve_eod, text_encoder
+from megatron_meco.corpus.index_file import check_arrays, header_of
+from megatron_meco.corpus.tokenizer import (
+    check_tokenizer,
+    resolve_bos,
+    resolve_eod,
+    text_encoder,
+)
+from megatron_meco.data.corpora import check_files
 from megatron_meco.data.fingerprint import file_identity
 from megatron_meco.data.packing import Plan, PlanRequest, load_plan
 from megatron_meco.data.phases import Schedule
@@ -39,7 +49,13 @@ from megatron_meco.refusals import refusal, shown
 
 _MAX_DOCUMENTS = np.iinfo(np.int32).max
 _EOD_CHECKS = 1000
-_INDICES_AT_ONCE = 1 << 20
+_SECONDS_TO_TELL = 5.0
+_IDS_CHECKED = 1024  # at the end of a document, in the page or two that hold its EOD
+_COPY_AGAIN = "Copy the corpus again from where it is whole, or prepare it again."
+_OTHER_TOKENS = (
+    "Name the tokenizer that made the corpus. If it is this one, the file is damaged "
+    f"(`meco verify` looks at all of it). {_COPY_AGAIN}"
+)
 _CANARY = "URL: en.wikipedia.org/wiki/Bill_Gates?a=1\n\nTopic: 0123456789 \u00e9\u4e2d"
 
 
@@ -69,19 +85,30 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):
     document_share: tuple[float, float] = (0.0, 1.0)
     """The part of each training split's permuted documents that this phase draws from."""
 
+    vocab_size: int | None = None
+    """Token ids are below it, or the corpus is refused; None: the tokenizer's. Training gives the
+    number of embeddings, padding among them."""
+
     hide_prefixes: bool = False
     """Show the packs of the conditioned plan without their prefixes: the same body tokens."""
 
     def __post_init__(self) -> None:
         _refuse_stock_options(self)
+        if self.tokenizer is not None:
+            check_tokenizer(self.tokenizer)
         super().__post_init__()
         assert self.phase in PHASES, self.phase
-        if self.sequence_length < 4:
+        if not 4 <= self.sequence_length <= _core.MAX_CAPACITY:
             raise FlagError(
-                f"{self.sequence_length} tokens hold no document",
+                f"{self.sequence_length:,} tokens make no pack",
                 where="--seq-length",
-                remedy="Give at least 4.",
+                remedy=f"Give 4 to {_core.MAX_CAPACITY:,}.",
             )
+
+    @property
+    def num_ids(self) -> int:
+        """How many token ids there are."""
+        return self.vocab_size or int(self.tokenizer.vocab_size)
 
     @cached_property
     def template(self) -> Template:
@@ -123,11 +150,47 @@ class MeCoGPTDataset(GPTDataset):
         )
         self.corpus_prefix = str(dataset_path or indexed_dataset.path_prefix)
         _check_split(self.corpus_prefix, indexed_indices, index_split)
-        _check_corpus(indexed_dataset, config, self.corpus_prefix)
+        # Again for those who opened the corpus themselves; where it is remembered it costs little.
+        _check_files(self.corpus_prefix, config)
+        _check_documents(indexed_dataset, config, self.corpus_prefix)
         # The split's documents are contiguous: Megatron's list of them is 4 bytes for each.
         self.indices = range(int(indexed_indices[0]), int(indexed_indices[-1]) + 1)
         self.prefixes = self._load_prefixes()
         self.plan = self._load_plan()
+
+    @staticmethod
+    def build_low_level_dataset(  # type: ignore[override]
+        dataset_path: str, config: MeCoGPTDatasetConfig
+    ) -> IndexedDataset:
+        """Open a corpus by Megatron's reader, which trusts its files, after a look at them.
+
+        Args:
+            dataset_path: The corpus, without suffix; a URL of Megatron's object storage cannot be
+                looked at before.
+            config: The configuration.
+
+        Returns:
+            Megatron's reader.
+
+        Raises:
+            DataError: A file is missing or damaged; names what is wrong.
+        """
+        try:
+            _check_files(dataset_path, config)
+        except DataError:
+            # All ranks find it. The first one tells it, and its end ends the others.
+            if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+                time.sleep(_SECONDS_TO_TELL)
+            raise
+        try:
+            dataset = GPTDataset.build_low_level_dataset(dataset_path, config)
+        except (AssertionError, AttributeError, ValueError, struct.error) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"Megatron cannot open it ({reason})", where=dataset_path, remedy=_COPY_AGAIN
+            ) from error
+        _check_opened(dataset, dataset_path)
+        return dataset
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -217,6 +280,12 @@ class MeCoGPTDataset(GPTDataset):
                 where=self.corpus_prefix,
                 remedy="The corpus changed under its cache: delete the data cache and start again.",
             ) from error
+        except ValueError as error:  # std::domain_error, or bodies cut short
+            raise DataError(
+                f"pack {pack} cannot be made ({error})",
+                where=get_bin_path(self.corpus_prefix),
+                remedy=_OTHER_TOKENS,
+            ) from error
 
     def _read_bodies(self, pack: int) -> np.ndarray:
         """Bodies through Megatron's reader, for corpora that are not local mapped files."""
@@ -230,12 +299,6 @@ class MeCoGPTDataset(GPTDataset):
         begin, end = self.dataset.document_indices[document : document + 2]
         return np.concatenate([self.dataset.get(int(s)) for s in range(begin, end)])
 
-    def _cache_folder(self) -> Path:
-        if self.config.path_to_cache is not None:
-            return Path(self.config.path_to_cache)
-        # Where stock Megatron puts the index of a dataset without --data-cache-path.
-        return Path(self.corpus_prefix, "cache", f"{type(self).__name__}_indices")
-
     def _load_prefixes(self) -> PrefixTable | None:
         if self.config.phase == COOLDOWN or not self.config.meco.template:
             return None
@@ -248,7 +311,7 @@ class MeCoGPTDataset(GPTDataset):
             lambda texts: text_encoder(tokenizer).encode_batch(texts),
             tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
-            self._cache_folder(),
+            _cache_folder(self.corpus_prefix, self.config),
         )
 
     def _load_plan(self) -> Plan:
@@ -270,7 +333,7 @@ class MeCoGPTDataset(GPTDataset):
             lambda: self._corpus,
             request,
             self._identity(),
-            self._cache_folder(),
+            _cache_folder(self.corpus_prefix, self.config),
             self.corpus_prefix,
         )
 
@@ -294,9 +357,7 @@ class MeCoGPTDataset(GPTDataset):
             names = ("prefix_ids", "prefix_tokens", "prefix_offsets")
             prefixes = {name: getattr(self.prefixes, name) for name in names}
         plan: Plan | None = getattr(self, "plan", None)  # None while it is being built
-        one_sequence_each = (
-            _one_sequence_each(self.dataset) if plan is None else plan.one_sequence_each
-        )
+        one_sequence_each = _check_arrays(self.dataset) if plan is None else plan.one_sequence_each
         return _core.Corpus(
             sequence_lengths=np.asarray(self.dataset.sequence_lengths),
             document_indices=(
@@ -327,6 +388,7 @@ class MeCoGPTDataset(GPTDataset):
             bin=self._bin,
             sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),
             token_bytes=index.dtype_size,
+            vocab_size=self.config.num_ids,
         )
 
     @cached_property
@@ -565,31 +627,72 @@ def _check_split(where: str, indices: np.ndarray | None, split: Split) -> None:
     assert indices[-1] - indices[0] + 1 == len(indices), "Megatron's splits are contiguous"
 
 
-def _check_corpus(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str) -> None:
-    """Check that documents end in EOD."""
-    ends = np.asarray(dataset.document_indices)[1:]
-    eod = resolve_eod(config.tokenizer)
-    # Evenly spread, deterministic; a corpus made without EOD fails at the first of them.
-    step = max(1, len(ends) // _EOD_CHECKS)
-    for document, end in enumerate(ends[::step]):
-        last = int(end) - 1
-        length = int(dataset.sequence_lengths[last]) if last >= 0 else 0
-        if length and int(dataset.get(last, offset=length - 1)[0]) != eod:
+def _cache_folder(corpus_prefix: str, config: MeCoGPTDatasetConfig) -> Path:
+    if config.path_to_cache is not None:
+        return Path(config.path_to_cache)
+    # Where stock Megatron puts the index of a dataset without --data-cache-path.
+    return Path(corpus_prefix, "cache", f"{MeCoGPTDataset.__name__}_indices")
+
+
+def _check_files(corpus_prefix: str, config: MeCoGPTDatasetConfig) -> None:
+    """Check the files of a local corpus, once for each data cache."""
+    if not is_object_storage_path(corpus_prefix):
+        check_files(corpus_prefix, _cache_folder(corpus_prefix, config))
+
+
+def _check_arrays(dataset: IndexedDataset) -> bool:
+    """Check an index as Megatron opened it; return whether document `i` is sequence `i`."""
+    index = dataset.index
+    arrays = index.sequence_lengths, index.sequence_pointers, index.document_indices
+    return check_arrays(*arrays, index.dtype_size, get_idx_path(dataset.path_prefix))
+
+
+def _check_opened(dataset: IndexedDataset, where: str) -> None:
+    """Check that Megatron opened what was checked, or check what it opened."""
+    index = dataset.index
+    if is_object_storage_path(where):
+        _check_arrays(dataset)
+        return
+    expected = header_of(Path(get_idx_path(where)))
+    found = np.dtype(index.dtype), len(index.sequence_lengths), len(index.document_indices)
+    if found != expected:
+        raise DataError(
+            f"the index holds {expected[1]:,} sequences and {expected[2] - 1:,} documents of "
+            f"{expected[0]}, this run was told {found[1]:,} and {found[2] - 1:,} of {found[0]}",
+            where=get_idx_path(where),
+            remedy="Drop --per-dataset-sequences-path, or write that file again.",
+        )
+
+
+def _check_documents(dataset: IndexedDataset, config: MeCoGPTDatasetConfig, where: str) -> None:
+    """Check that documents end in EOD and that ids are in the vocabulary.
+
+    Looks at documents that are evenly spread and the same each time; a corpus made without EOD
+    fails at the first of them. Ids that it does not see are checked sample by sample.
+    """
+    bounds = np.asarray(dataset.document_indices)
+    eod, num_ids = resolve_eod(config.tokenizer), config.num_ids
+    step = max(1, (len(bounds) - 1) // _EOD_CHECKS)
+    for document in range(0, len(bounds) - 1, step):
+        first, end = int(bounds[document]), int(bounds[document + 1])
+        lengths = np.asarray(dataset.sequence_lengths[first:end])
+        filled = np.flatnonzero(lengths)
+        if not len(filled):
+            continue
+        last = int(filled[-1])
+        length = int(lengths[last])
+        ids = dataset.get(first + last, offset=max(0, length - _IDS_CHECKED))
+        if int(ids[-1]) != eod:
             raise DataError(
-                f"document {document * step} does not end in the tokenizer's EOD ({eod})",
+                f"document {document} does not end in the tokenizer's EOD ({eod})",
                 where=where,
                 remedy="Prepare the corpus with EOD (meco prepare, or Megatron's --append-eod) and "
                 "with this tokenizer.",
             )
-
-
-def _one_sequence_each(dataset: IndexedDataset) -> bool:
-    """Whether document `i` is sequence `i`; looks at every index, a stretch at a time."""
-    indices = np.asarray(dataset.document_indices)
-    if len(indices) - 1 != len(dataset.sequence_lengths):
-        return False
-    return all(
-        np.array_equal(part, np.arange(begin, begin + len(part)))
-        for begin in range(0, len(indices), _INDICES_AT_ONCE)
-        for part in [indices[begin : begin + _INDICES_AT_ONCE]]
-    )
+        if ids.min() < 0 or ids.max() >= num_ids:
+            found = int(ids.min() if ids.min() < 0 else ids.max())
+            raise DataError(
+                f"document {document} holds token id {found}, outside the vocabulary of {num_ids}",
+                where=where,
+                remedy=_OTHER_TOKENS,
+            )

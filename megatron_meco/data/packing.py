@@ -8,8 +8,8 @@ a plan costs. Strategies:
     split     documents in order, too; the rest of a cut one opens the next pack, under its own BOS
               and prefix; nothing is discarded
     best-fit  documents longer than a pack are split, all pieces of a window of the order are placed
-              best-fit-decreasing, and the packs of the window shuffled; nothing is discarded, and
-              no document that fits a pack is cut
+              best-fit-decreasing with room set aside for tiny ones, and the packs of the window
+              shuffled; nothing is discarded, and no document that fits a pack is cut
 
 The order of the documents is a seeded permutation that is computed, never stored. Documents of a
 split are dealt to the two phases by their place in that permutation, so the phases share none.
@@ -31,11 +31,15 @@ from megatron_meco import _core
 from megatron_meco.data.array_file import load_or_build
 from megatron_meco.data.fingerprint import digest
 from megatron_meco.data.progress import BuildProgress
-from megatron_meco.errors import DataError
+from megatron_meco.errors import DataError, FlagError
 
 KIND = "pack plan"
-_VERSION = 3
-"""Part of every cache key; raise it when the same inputs give another plan."""
+PACKING_RULES = {"truncate": 1, "split": 1, "best-fit": 2}
+"""Part of every cache key and of a run's fingerprint; raise one when the same inputs give another
+plan."""
+
+_VERSION = 2
+"""Part of every cache key, too: of what the strategies have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +171,12 @@ def load_plan(
         where: Names the corpus in messages.
 
     Raises:
-        DataError: When the documents do not suffice for a single pack.
+        DataError: When the documents do not suffice for a single pack, or the cached file is
+            damaged.
+        FlagError: When a prefix leaves no room for its document.
     """
-    key = {"version": _VERSION, "corpus": identity, "request": vars(request)}
+    version = _VERSION + PACKING_RULES[request.strategy]
+    key = {"version": version, "corpus": identity, "request": vars(request)}
     path = cache_folder / f"{digest(key)}-plan.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -180,11 +187,20 @@ def load_plan(
         return header, arrays
 
     file = load_or_build(path, KIND, build)
-    return Plan(
-        **file.arrays,
-        one_sequence_each=file.header["one_sequence_each"],
-        counts=PlanCounts(**file.header["counts"]),
+    file.check(
+        pack_offsets=np.int64,
+        piece_document=np.int32,
+        continued_piece=np.int64,
+        continued_begin=np.int64,
     )
+    try:
+        return Plan(
+            **file.arrays,
+            one_sequence_each=file.header["one_sequence_each"],
+            counts=PlanCounts(**file.header["counts"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise file.damaged("its header makes no sense") from error
 
 
 def build_plan(
@@ -205,24 +221,46 @@ def build_plan(
         progress: Told the share that is done, now and then.
 
     Raises:
-        DataError: When no document can be placed.
+        DataError: When no document can be placed, the plan does not fit into memory, or what it is
+            made from is damaged.
+        FlagError: When a prefix leaves no room for its document.
     """
     begin, end = request.range
-    result = _core.build_plan(
-        corpus,
-        strategy=request.strategy,
-        capacity=request.capacity,
-        max_documents=request.max_documents,
-        num_packs=request.num_packs,
-        first_document=request.first_document,
-        num_documents=request.num_documents,
-        range_begin=begin,
-        range_end=end,
-        seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
-        repeat_prefix=request.repeat_prefix,
-        num_threads=num_threads or len(os.sched_getaffinity(0)),
-        progress=progress,
-    )
+    if request.strategy != "truncate" and corpus.longest_head >= request.capacity:
+        raise FlagError(
+            f"a prefix of {corpus.longest_head:,} tokens (with BOS) leaves no room for its "
+            f"document in a pack of {request.capacity:,}",
+            where="--meco-max-prefix-tokens",
+            remedy=f"Give {max(1, request.capacity // 2):,} or less, or a longer --seq-length.",
+        )
+    try:
+        result = _core.build_plan(
+            corpus,
+            strategy=request.strategy,
+            capacity=request.capacity,
+            max_documents=request.max_documents,
+            num_packs=request.num_packs,
+            first_document=request.first_document,
+            num_documents=request.num_documents,
+            range_begin=begin,
+            range_end=end,
+            seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
+            repeat_prefix=request.repeat_prefix,
+            num_threads=num_threads or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
+    except IndexError as error:  # std::out_of_range
+        raise DataError(
+            f"its lengths or prefixes are damaged ({error})",
+            where=where,
+            remedy="Look at it with `meco verify`, delete the data cache and start again.",
+        ) from error
+    except (MemoryError, OverflowError, ValueError) as error:  # std::length_error among them
+        raise DataError(
+            f"cannot be packed into {request.capacity:,} tokens each ({error or 'no memory'})",
+            where=where,
+            remedy="Ask for fewer samples, or longer or shorter sequences.",
+        ) from error
     counts = result.pop("counts")
     per_pack = _documents_per_pack(result.pop("packs_by_size"))
     num_packs = len(result["pack_offsets"]) - 1

@@ -23,7 +23,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.corpus.manifest import check_checksum
+from megatron_meco.corpus.metadata import (
+    METADATA_SUFFIX,
+    check_row_count,
+    describe_metadata,
+    metadata_path,
+    open_metadata,
+)
 from megatron_meco.data.array_file import load_or_build
 from megatron_meco.data.fingerprint import digest, file_identity
 from megatron_meco.data.progress import BuildProgress
@@ -85,13 +92,14 @@ def load_prefix_table(
         cache_folder: Where the table is or will be.
 
     Raises:
-        DataError: When the metadata is missing, damaged, or does not fit the corpus.
+        DataError: When the metadata is missing, damaged, or does not fit the corpus; when the
+            cached file is damaged.
         FlagError: When the template does not fit the metadata.
     """
     check_row_count(corpus_prefix, num_documents)
-    metadata = open_metadata(corpus_prefix)
     where = str(metadata_path(corpus_prefix))
-    template.check_fields(metadata.schema.names, where)
+    fields, _ = describe_metadata(corpus_prefix)
+    template.check_fields(fields, where)
     key = {
         "template": template.source,
         "tokenizer": tokenizer_identity,
@@ -102,16 +110,23 @@ def load_prefix_table(
     path = cache_folder / f"{identity}-prefixes.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        # Here and not at each opening: the key of a finished table names the file it was made from.
+        check_checksum(corpus_prefix, METADATA_SUFFIX)
+        metadata = open_metadata(corpus_prefix)
         return _build(metadata, template, encode_batch, max_prefix_tokens, where)
 
     file = load_or_build(path, KIND, build)
-    return PrefixTable(
-        prefix_ids=file.arrays["prefix_ids"],
-        prefix_tokens=file.arrays["prefix_tokens"],
-        prefix_offsets=file.arrays["prefix_offsets"],
-        identity=identity,
-        **file.header["counts"],
-    )
+    file.check(prefix_ids=np.int32, prefix_tokens=np.int32, prefix_offsets=np.int64)
+    try:
+        return PrefixTable(
+            prefix_ids=file.arrays["prefix_ids"],
+            prefix_tokens=file.arrays["prefix_tokens"],
+            prefix_offsets=file.arrays["prefix_offsets"],
+            identity=identity,
+            **file.header["counts"],
+        )
+    except (KeyError, TypeError) as error:
+        raise file.damaged("its header makes no sense") from error
 
 
 def _build(
@@ -129,6 +144,8 @@ def _build(
     long_documents = np.zeros_like(missing)
     long_documents[~missing] = too_long[ids[~missing]]
     ids[long_documents] = -1
+    # A plan has to find room for all prefixes of a table, so those that nobody shows are emptied.
+    tokens = [[] if long else ids_of for ids_of, long in zip(tokens, too_long, strict=True)]
     arrays: dict[str, NDArray[Any]] = {
         "prefix_ids": ids,
         "prefix_tokens": np.array([i for t in tokens for i in t], dtype=np.int32),

@@ -134,6 +134,8 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
         args, notes = parse_run(flags)
         for note in notes:
             print(f"meco: note: {note}", file=sys.stderr)
+        from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+
         from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
         from megatron_meco.data import dataset
         from megatron_meco.training.stock import dataset_options
@@ -150,7 +152,10 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
         tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, **extra)
         schedule = schedule_from_args(args)
         config = dataset.MeCoGPTDatasetConfig(
-            **dataset_options(args, tokenizer), meco=MeCoConfig.from_args(args)
+            **dataset_options(args, tokenizer),
+            # As many embeddings as the run has.
+            vocab_size=vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False),
+            meco=MeCoConfig.from_args(args),
         )
         sizes = _sizes(args, schedule)
         built = dataset.build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args))

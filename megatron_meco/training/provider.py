@@ -111,7 +111,9 @@ def train_valid_test_datasets_provider(
     print_rank_0(f"> MeCo: {schedule.describe()}")
     try:
         config = MeCoGPTDatasetConfig(
-            **stock.dataset_options(args, get_tokenizer()), meco=MeCoConfig.from_args(args)
+            **stock.dataset_options(args, get_tokenizer()),
+            vocab_size=args.padded_vocab_size,
+            meco=MeCoConfig.from_args(args),
         )
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
         datasets = build_datasets(

@@ -21,6 +21,7 @@ from typing import Any
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
 from megatron_meco.data.fingerprint import digest, file_fingerprint
+from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
 from megatron_meco.errors import MeCoError
 
@@ -45,7 +46,8 @@ def fingerprint(
         tokenizer: Megatron's.
 
     Returns:
-        Plain values, JSON-serialisable; the keys are `config.FINGERPRINT_KEYS`.
+        Plain values, JSON-serialisable; the keys are `config.FINGERPRINT_KEYS`, and `packing_rule`
+        for the version of the strategy's rule.
     """
     config = MeCoConfig.from_args(args)
     held_out = None if cooldown_blend else schedule.documents_held_out(config)
@@ -71,7 +73,7 @@ def fingerprint(
         },
     }
     assert tuple(values) == FINGERPRINT_KEYS
-    return values
+    return {**values, "packing_rule": PACKING_RULES[config.packing]}
 
 
 def check_resume(args: argparse.Namespace, current: dict[str, Any] | None) -> None:
@@ -112,11 +114,17 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     """
     if before["meco"] != now["meco"]:
         return {"meco": (before["meco"], now["meco"])}
-    return {
+    changed = {
         key: (before.get(key), now.get(key))
         for key in FINGERPRINT_KEYS
         if before.get(key) != now.get(key)
     }
+    # Under the same name other packs; fingerprints of before the first change do not tell.
+    rules = [values.get("packing_rule", 1) for values in (before, now)]
+    if "packing" not in changed and now["meco"] and rules[0] != rules[1]:
+        one, other = (f"{now['packing']} (rule {rule})" for rule in rules)
+        changed["packing"] = (one, other)
+    return changed
 
 
 def stored_arguments(args: argparse.Namespace) -> argparse.Namespace | None:

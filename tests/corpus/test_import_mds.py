@@ -168,6 +168,17 @@ def test_bos_and_eod_around_a_row_and_rows_without_ids(
         ([[5]], {"column_sizes": [None, 8]}, "row 1: its columns do not fill it"),
         ([[5]], {"samples": 2}, "does not begin with the 2 rows"),
         ([[5]], {"samples": "x"}, "not a readable index"),
+        ([[5]], {"samples": True}, "not a readable index"),
+        ([[5]], {"samples": 2**70}, "not a readable index"),
+        ([[5]], {"column_names": [1, "url"]}, "names, encodings or hashes that are no text"),
+        ([[5]], {"column_encodings": ["ndarray:int64", None]}, "names, encodings or hashes"),
+        ([[5]], {"column_encodings": ["ndarray:int64", "int32"]}, "1 bytes for a number of 4"),
+        ([[5]], {"raw_data": {"basename": "a.mds", "bytes": 2**39}}, "the index promises 549,755"),
+        (
+            [[5]],
+            {"raw_data": {"basename": "a.mds", "bytes": 32, "hashes": {"xxh64": "0" * 16}}},
+            "xxh64 is 3a70681c338d2388",
+        ),
         ([[5]], {"format": "json"}, "not a readable index"),
         ([[5]], {"raw_data": {"basename": "../a.mds", "bytes": 1}}, "outside the folder"),
         ([[5]], {"raw_data": {"basename": "b.mds", "bytes": 1}}, "cannot be read"),
@@ -185,6 +196,12 @@ def test_what_cannot_be_right_is_refused_by_name(
     status, said = run(shards(*rows, **changes))
     assert status == 1 and told in said, said
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_an_index_that_is_nested_without_end(run: Import, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[" * 100_000)
+    status, told = run(tmp_path)
+    assert status == 1 and "not a readable index of MDS shards" in told
 
 
 def test_every_byte_that_changes_is_noticed(run: Import, tmp_path: Path) -> None:

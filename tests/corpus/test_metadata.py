@@ -13,6 +13,7 @@ from megatron_meco.corpus import metadata
 from megatron_meco.corpus.metadata import (
     MetadataWriter,
     check_row_count,
+    describe_metadata,
     metadata_path,
     open_metadata,
 )
@@ -95,6 +96,50 @@ def test_a_row_too_few_is_told_with_both_counts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1,200 rows .* 1,201 documents") as refusal:
         check_row_count(tmp_path / "c", 1201)
     assert refusal.value.where == str(metadata_path(tmp_path / "c"))
+
+
+def test_every_value_is_checked_and_the_row_is_named(tmp_path: Path) -> None:
+    """An offset that points outside ended the process; bytes that are no text gave a traceback."""
+    values = [f"https://host{i}.org/p\u00e4ge" for i in range(1000)]
+    _write(tmp_path / "c", [values, ["t"] * 1000], [values, [None] * 1000])
+    path = metadata_path(tmp_path / "c")
+    good = path.read_bytes()
+    table = open_metadata(tmp_path / "c")
+    (offsets,) = {chunk.buffers()[1].to_pybytes() for chunk in table["url"].chunks}
+    del table
+    place = good.index(offsets) + 4 * 700
+    for bit in (7, 20, 30, 31):
+        damaged = bytearray(good)
+        damaged[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"column 'url' is damaged at row (699|700) "):
+            open_metadata(tmp_path / "c")
+        assert describe_metadata(tmp_path / "c") == (["url", "topic"], 2000)
+    place = good.index("host700.org/p\u00e4".encode()) + 13
+    path.write_bytes(good[:place] + b"\xff" + good[place + 1 :])
+    with pytest.raises(DataError, match=r"column 'url' is damaged at row 700 \(.*UTF8"):
+        open_metadata(tmp_path / "c")
+    path.write_bytes(good)
+    assert open_metadata(tmp_path / "c")["url"].to_pylist() == values * 2
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (pa.array(["a"]).dictionary_encode(), ["url"]),
+        (pa.array([b"\xff"], pa.binary()), ["url"]),
+        (pa.array([["a"]]), ["url"]),
+        (pa.nulls(1), ["url"]),
+        (pa.array(["a"]), ["url", "url"]),
+    ],
+)
+def test_other_tables_are_told(tmp_path: Path, column: pa.Array, names: list[str]) -> None:
+    table = pa.table([column] * len(names), names=names)
+    with pa.ipc.new_file(str(metadata_path(tmp_path / "c")), table.schema) as writer:
+        writer.write_table(table)
+    for look in (open_metadata, describe_metadata):
+        with pytest.raises(DataError, match=r"not strings|several columns of one name"):
+            look(tmp_path / "c")
 
 
 def test_importing_loads_neither_torch_nor_megatron() -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from small_corpus import write_corpus
 
 from megatron_meco import cli
 from megatron_meco.corpus import sources
@@ -99,6 +101,26 @@ def test_damage_is_found(
     assert status == 1
     assert any(part in found for part in told.split("|")), found
     assert "Traceback" not in found
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"documents": "many"}'])
+def test_a_malformed_manifest_is_told(
+    corpus: tuple[Path, Path], capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    prefix, source = corpus
+    Path(f"{prefix}.prepare.json").write_text(content)
+    for words in ([], ["--against", source]):
+        status, told = _meco(capsys, "verify", prefix, *words)
+        assert status == 1 and told.startswith(f"meco: error: {prefix}.prepare.json: ")
+
+
+def test_ids_below_zero_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = write_corpus(tmp_path / "c", [[5, -2, 1], [6, 1]], dtype=np.int32)
+    noted = {"documents": 2, "tokens": 5, "crc32": {}}
+    noted["tokenizer"] = {"type": "T", "model": None, "vocab_size": 10, "eod": 1}
+    (tmp_path / "c.prepare.json").write_text(json.dumps(noted))
+    status, told = _meco(capsys, "verify", prefix)
+    assert status == 1 and "WRONG  vocabulary: smallest id -2, largest id 6" in told
 
 
 def test_other_files_are_told_by_document(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
-from megatron_meco.data.array_file import load_or_build, open_arrays, write_arrays
+from megatron_meco.data.array_file import check_once, load_or_build, open_arrays, write_arrays
 from megatron_meco.errors import DataError
 
 ARRAYS = {
@@ -56,10 +57,66 @@ def test_every_damage_is_told(tmp_path: Path) -> None:
         open_arrays(path, "plan")
 
 
+def test_every_bit_of_the_arrays_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "x.meco"
+    write_arrays(path, "thing", {"n": 1}, ARRAYS)
+    good = path.read_bytes()
+    (begin,) = {good.index(ARRAYS["a"].tobytes())}
+    assert len(good) - begin == 192
+    for bit in range(8 * (len(good) - begin)):
+        damaged = bytearray(good)
+        damaged[begin + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x\.meco.*arrays do not match.*Delete it"):
+            open_arrays(path, "thing")
+    path.write_bytes(good[:begin] + bytes(192))
+    with pytest.raises(DataError, match="arrays do not match"):
+        open_arrays(path, "thing")
+
+
+def test_a_file_under_the_name_of_another_is_told(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "x.meco", "thing", {}, ARRAYS)
+    os.rename(tmp_path / "x.meco", tmp_path / "y.meco")
+    with pytest.raises(DataError, match=r"y\.meco.*belongs under the name x\.meco"):
+        open_arrays(tmp_path / "y.meco", "thing")
+
+
+def test_a_file_of_the_earlier_version_is_built_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.meco"
+    path.write_bytes(b"MECO-ARRAYS 1\n0 0\n")
+    for _ in range(2):
+        opened = load_or_build(path, "thing", lambda: ({}, ARRAYS))
+        assert np.array_equal(opened.arrays["a"], ARRAYS["a"])
+        assert path.read_bytes().startswith(b"MECO-ARRAYS 2\n")
+
+
+def test_a_check_is_run_until_it_succeeds_and_its_record_is_whole(tmp_path: Path) -> None:
+    path, runs = tmp_path / "cache" / "x.meco", []
+
+    def check() -> None:
+        runs.append(len(runs))
+        if len(runs) == 1:
+            raise DataError("no", where="here", remedy="None.")
+
+    with pytest.raises(DataError):
+        check_once(path, "check", check)
+    for _ in range(3):
+        check_once(path, "check", check)
+    assert len(runs) == 2
+    path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        check_once(path, "check", check)
+    assert len(runs) == 3
+    # Where nothing can be written it is run each time.
+    for _ in range(2):
+        check_once(path / "below a file" / "x.meco", "check", check)
+    assert len(runs) == 5
+
+
 def with_header(content: object) -> bytes:
     """A file whose header has a right checksum, whatever it says, before 192 bytes of arrays."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    head = b"MECO-ARRAYS 1\n" + hashlib.blake2b(body, digest_size=16).hexdigest().encode()
+    head = b"MECO-ARRAYS 2\n" + hashlib.blake2b(body, digest_size=16).hexdigest().encode()
     head += b" " + str(len(body)).encode() + b"\n" + body
     return head + b" " * (-len(head) % 64) + bytes(192)
 
@@ -67,7 +124,8 @@ def with_header(content: object) -> bytes:
 def test_hostile_headers_are_told(tmp_path: Path) -> None:
     path = tmp_path / "x.meco"
     entry = {"dtype": "<i8", "shape": [10], "offset": 0}
-    good = {"kind": "thing", "header": {}, "arrays": {"a": entry}, "bytes": 192}
+    good = {"kind": "thing", "name": "x.meco", "header": {}, "arrays": {"a": entry}, "bytes": 192}
+    good["xxh3"] = xxhash.xxh3_128(bytes(192)).hexdigest()
     path.write_bytes(with_header(good))
     assert open_arrays(path, "thing").arrays["a"].tolist() == [0] * 10
     values = [-1, 1, 2**62, 2**80, 1.5, None, "x", [], [-1], [1.5], ["x"], [2**60], [3, -1], [9, 9]]

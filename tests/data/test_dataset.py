@@ -11,10 +11,12 @@ import pytest
 import reference
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 from small_corpus import BOS, EOD, LetterTokenizer, random_bodies, write_corpus
 
 from megatron_meco.config import COOLDOWN, MeCoConfig
+from megatron_meco.data import dataset as dataset_module
 from megatron_meco.data.dataset import (
     MeCoGPTDataset,
     MeCoGPTDatasetConfig,
@@ -100,6 +102,17 @@ def test_packs_equal_the_oracle(
         assert arrays(dataset[i]) == pack.arrays(LENGTH, pad=EOD), f"pack {i}"
     assert dataset.plan.counts.discarded_tokens == discarded
     assert dataset.plan.counts.num_epochs > 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_tokens_of_every_width(tmp_path: Path, dtype: Any) -> None:
+    bodies = [[min(token, 255) for token in body] for body in random_bodies(60)]
+    prefix = write_corpus(tmp_path / "c", bodies, dtype=dtype)
+    dataset = build(make_config(prefix, meco=MeCoConfig(template="")), 40)
+    order = reference.document_order(60, (0, 60), SEED, epochs=4)
+    packs, _ = reference.truncate_packs(order, bodies, [None] * 60, BOS, LENGTH, 40)
+    for i, pack in enumerate(packs):
+        assert arrays(dataset[i]) == pack.arrays(LENGTH, pad=EOD), f"pack {i}"
 
 
 @pytest.mark.parametrize("strategy", ["split", "best-fit"])
@@ -372,6 +385,91 @@ class TestRefusals:
         with pytest.raises(DataError, match="document 0 does not end in the tokenizer's EOD"):
             build(make_config(prefix), 5)
 
+    def test_a_token_outside_the_vocabulary(self, tmp_path: Path) -> None:
+        bodies = [[300] * 5 + [EOD]] * 4
+        bodies[2] = [300, 400, EOD]
+        prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(4)})
+        with pytest.raises(DataError, match="document 2 holds token id 400, outside the vocab"):
+            build(make_config(prefix), 5)
+        # With padding the model has embeddings for more.
+        assert len(build(make_config(prefix, vocab_size=401), 5)) == 5
+
+    def test_a_negative_token(self, tmp_path: Path) -> None:
+        bodies = [[300, -3, EOD]] * 4
+        prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(4)}, np.int32)
+        with pytest.raises(DataError, match="document 0 holds token id -3, outside the vocab"):
+            build(make_config(prefix), 5)
+
+    @pytest.mark.parametrize("mmap", [True, False])
+    def test_a_token_outside_where_nobody_looked(self, tmp_path: Path, mmap: bool) -> None:
+        """In a long document only its end is looked at; the sample that holds the id tells it."""
+        bodies = [[300] * 2000 + [EOD], [300, EOD]]
+        bodies[0][7] = 77_777
+        prefix = write_corpus(tmp_path / "c", bodies, {"url": hosts(2)}, np.int32)
+        dataset = build(make_config(prefix, mmap_bin_files=mmap), 6)
+        with pytest.raises(DataError, match=r"c\.bin: pack \d+ .*token id 77777 outside the vocab"):
+            for pack in range(6):
+                dataset[pack]
+
+    def test_an_eod_behind_an_empty_last_sequence(self, tmp_path: Path) -> None:
+        builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.uint16)
+        for last in (EOD, 300):
+            builder.add_document(np.array([300, last]), [2, 0])
+        builder.finalize(str(tmp_path / "c.idx"))
+        prefix = str(tmp_path / "c")
+        with pytest.raises(DataError, match="document 1 does not end in the tokenizer's EOD"):
+            build(make_config(prefix, meco=MeCoConfig(template="")), 5)
+
+    def test_an_index_that_megatron_is_told_to_read_otherwise(self, tmp_path: Path) -> None:
+        """With --per-dataset-sequences-path Megatron takes the type from the vocabulary."""
+        prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)}, np.int32)
+        config = make_config(prefix, sequences_per_dataset={prefix: (10, 11)})
+        with pytest.raises(DataError, match=r"10 documents of int32, this run was told .* uint16"):
+            MeCoGPTDataset.build_low_level_dataset(prefix, config)
+        config = make_config(prefix, sequences_per_dataset={prefix: (9, 11)})
+        with pytest.raises(DataError, match="Megatron cannot open it"):
+            MeCoGPTDataset.build_low_level_dataset(prefix, config)
+
+    def test_a_remote_index_is_checked_as_megatron_opened_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Files in an object storage cannot be looked at before."""
+        prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)})
+        monkeypatch.setattr(dataset_module, "is_object_storage_path", lambda path: True)
+        config = make_config(prefix)
+        assert len(MeCoGPTDataset.build_low_level_dataset(prefix, config)) == 10
+        content = bytearray(Path(f"{prefix}.idx").read_bytes())
+        content[34 + 4 * 10 + 8 * 3] ^= 1
+        Path(f"{prefix}.idx").write_bytes(content)
+        with pytest.raises(DataError, match=r"c\.idx: .*number 3 begins at byte"):
+            MeCoGPTDataset.build_low_level_dataset(prefix, config)
+        Path(f"{prefix}.idx").write_bytes(content[:100])
+        with pytest.raises(DataError, match="Megatron cannot open it"):
+            MeCoGPTDataset.build_low_level_dataset(prefix, config)
+
+    @pytest.mark.parametrize("length", [3, 2**26 + 1, 10**12])
+    def test_a_sequence_length_that_makes_no_pack(self, tmp_path: Path, length: int) -> None:
+        with pytest.raises(FlagError, match="--seq-length"):
+            make_config(str(tmp_path / "c"), sequence_length=length)
+
+    @pytest.mark.parametrize("packing", ["split", "best-fit"])
+    def test_a_prefix_as_long_as_a_pack(self, tmp_path: Path, packing: str) -> None:
+        """Without room for its document it is refused; over the cap it is not used."""
+        urls = ["http://" + "x" * 60 + ".org", "http://a.org"] * 5
+        prefix = write_corpus(tmp_path / "c", [[300, 301, EOD]] * 10, {"url": urls})
+        meco = MeCoConfig(template=TEMPLATE, packing=packing)
+        dataset = build(make_config(prefix, meco=meco), None)
+        assert dataset.prefixes.documents_with_long_prefix == 5
+        assert dataset.plan.counts.documents == 10
+        meco = MeCoConfig(template=TEMPLATE, packing=packing, max_prefix_tokens=100)
+        with pytest.raises(FlagError, match=r"--meco-max-prefix-tokens: a prefix of 68 tokens"):
+            build(make_config(prefix, meco=meco), None)
+
+    def test_more_samples_than_memory_holds(self, tmp_path: Path) -> None:
+        prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)})
+        with pytest.raises(DataError, match="more than a third of this machine's memory"):
+            build(make_config(prefix), 2**62)
+
     def test_nothing_but_empty_documents(self, tmp_path: Path) -> None:
         prefix = write_corpus(tmp_path / "c", [[EOD]] * 4, {"url": hosts(4)})
         with pytest.raises(DataError, match="4 of them are empty"):
@@ -413,4 +511,15 @@ class TestRefusals:
         (plan,) = Path(f"{prefix}-cache").glob("*-plan.meco")
         plan.write_bytes(plan.read_bytes()[:-100])
         with pytest.raises(DataError, match=r"plan\.meco.*damaged.*Delete it"):
+            build(make_config(prefix), 10)
+
+    @pytest.mark.parametrize("kind", ["plan", "prefixes"])
+    def test_a_bit_that_flips_in_a_cache_is_told(self, tmp_path: Path, kind: str) -> None:
+        prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
+        build(make_config(prefix), 10)
+        (path,) = Path(f"{prefix}-cache").glob(f"*-{kind}.meco")
+        content = bytearray(path.read_bytes())
+        content[-64] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{kind}\.meco.*do not match their checksum"):
             build(make_config(prefix), 10)

@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_meco import _core
-from megatron_meco.data.packing import Plan, PlanCounts, PlanRequest, build_plan, load_plan
+from megatron_meco.data.packing import (
+    Plan,
+    PlanCounts,
+    PlanRequest,
+    build_plan,
+    load_plan,
+)
 from megatron_meco.errors import DataError
 
 EOD, BOS = 1, 0
@@ -237,14 +243,44 @@ def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
     used = [pack_size(pack, shown, head, repeat_prefix) for pack in packs]
     assert max(used) <= 16
     assert max(len(pack) for pack in packs) <= max_documents
-    if not sentences and max_documents == 16:
+    if not sentences:
         sizes = [
             size
             for length, p in zip(lengths, prefixes, strict=True)
             if length > 1
             for size in reference.chunk_sizes(length, max(p, 0), int(bos), 16, repeat_prefix)
         ]
-        assert sorted(16 - u for u in used) == reference.best_fit_rooms(sizes, 16, 16)
+        bins = sorted((16 - size, len(pack)) for size, pack in zip(used, packs, strict=True))
+        assert bins == reference.best_fit_bins(sizes, 16, max_documents)
+
+
+@pytest.mark.parametrize("max_documents", [1, 4, 12, 300])
+@pytest.mark.parametrize("seed", range(6))
+def test_best_fit_spreads_small_documents_as_the_oracle(max_documents: int, seed: int) -> None:
+    """Packs of 300 with long, middling and tiny documents: rooms and numbers of documents."""
+    draw = np.random.default_rng(seed)
+    middle = (8, 25, 60)[seed % 3]
+    lengths = np.clip(draw.lognormal(np.log(middle), 1.2, 500), 2, 900).astype(int).tolist()
+    corpus = make_corpus(lengths, [-1] * 500, bos=False)
+    options = {"strategy": "best-fit", "capacity": 300, "max_documents": max_documents}
+    plan = build_plan(corpus, request(500, **options), "c")
+    wanted = request(500, **options)
+    packs = described(corpus, plan, wanted)
+    bins = sorted((300 - sum(e - b for _, b, e in pack), len(pack)) for pack in packs)
+    sizes = [s for n in lengths for s in reference.chunk_sizes(n, 0, 0, 300, True)]
+    assert bins == reference.best_fit_bins(sizes, 300, max_documents)
+
+
+def test_best_fit_leaves_no_pack_of_tiny_documents_half_empty() -> None:
+    """Web-like lengths under the default cap; without spreading 0.04 % is padding."""
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(np.log(600), 1.177, 1_000_000), 2, 200_000).astype(np.int32)
+    corpus = _core.Corpus(sequence_lengths=lengths)
+    options = {"strategy": "best-fit", "capacity": 8192, "max_documents": 127}
+    plan = build_plan(corpus, request(len(lengths), **options), "c")
+    assert plan.counts.discarded_tokens == 0
+    assert plan.counts.body_tokens == int(lengths.sum())
+    assert plan.counts.padding_tokens <= 0.00005 * plan.counts.packs * 8192
 
 
 def make_sentences(
@@ -479,6 +515,81 @@ def test_the_core_refuses_what_is_out_of_range(changes: dict[str, Any]) -> None:
     corpus = make_corpus([5] * 5, [-1] * 5, bos=False)
     with pytest.raises(ValueError, match=r"."):
         build_plan(corpus, request(5, **changes), "c")
+
+
+HUGE = [-(2**63), -(2**31), -1, 2**31, 2**62, 2**63 - 1]
+
+
+@pytest.mark.parametrize("value", HUGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("capacity", "max_documents", "num_packs", "first_document", "num_documents"),
+        *("range_begin", "range_end", "num_threads"),
+    ],
+)
+def test_the_core_survives_any_number(name: str, value: int) -> None:
+    options: dict[str, Any] = {
+        **{"strategy": "best-fit", "capacity": 16, "max_documents": 16, "num_packs": None},
+        **{"first_document": 0, "num_documents": 5, "range_begin": 0, "range_end": 5, "seed": 1},
+        **{"repeat_prefix": True, "num_threads": 1},
+    }
+    corpus = make_corpus([5] * 5, [-1] * 5, bos=False)
+    if (name, value) == ("num_packs", 2**31) or (name == "max_documents" and value > 0):
+        pytest.skip("so many there may be")
+    for changes in ({name: value}, {name: value, "num_documents": value}):
+        with pytest.raises((ValueError, TypeError)):
+            _core.build_plan(corpus, **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"capacity": value} for value in [*HUGE, 0, 1, 2**26 + 1]),
+        *({"max_documents": value} for value in (-(2**63), -1, 0)),
+        *({"token_bytes": value} for value in (-1, 0, 3, 16, 2**31 - 1)),
+        *({"vocab_size": value} for value in (-1, 0, -(2**63))),
+        {"pack_offsets": np.zeros((1, 2), np.int64)},
+        {"pack_offsets": np.zeros(0, np.int64)},
+        {"continued_begin": np.zeros(1, np.int64)},
+        {"bin": None},
+        {"bin": np.zeros((2, 2), np.uint8)},
+        {"corpus": None},
+    ],
+    ids=str,
+)
+def test_the_assembler_refuses_what_it_cannot_use(changes: dict[str, Any]) -> None:
+    options: dict[str, Any] = {
+        "corpus": make_corpus([5] * 5, [-1] * 5, bos=False),
+        "pack_offsets": np.array([0, 2], np.int64),
+        "piece_document": np.array([0, 1], np.int32),
+        "continued_piece": np.zeros(0, np.int64),
+        "continued_begin": np.zeros(0, np.int64),
+        **{"capacity": 16, "max_documents": 16, "pad_id": 1, "hide_prefixes": False},
+        **{"train_on_prefix": False, "strategy": "truncate", "repeat_prefix": True},
+        "bin": np.zeros(50, np.uint8),
+        "sequence_pointers": np.arange(0, 50, 10),
+        "token_bytes": 2,
+    }
+    assembler = _core.Assembler(**options)
+    assert assembler.sample(0)[4].tolist()[:3] == [0, 5, 10]
+    for pack in (-1, 1, 2**63 - 1, -(2**63)):
+        with pytest.raises(IndexError):
+            assembler.sample(pack)
+    with pytest.raises((ValueError, TypeError)):
+        _core.Assembler(**{**options, **changes})
+
+
+def test_the_largest_cap_is_none_at_all() -> None:
+    corpus = make_corpus([5] * 5, [-1] * 5, bos=False)
+    plans = [build_plan(corpus, request(5, max_documents=n), "c") for n in (16, 2**63 - 1)]
+    assert np.array_equal(plans[0].pack_offsets, plans[1].pack_offsets)
+
+
+def test_damaged_lengths_and_prefixes_are_told() -> None:
+    corpus = make_corpus([5, -7, 5], [-1] * 3, bos=False)
+    with pytest.raises(DataError, match=r"c: .*a length below zero.*meco verify"):
+        build_plan(corpus, request(3), "c")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""What is told when a run goes on with other samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_meco.config import FINGERPRINT_KEYS
+from megatron_meco.training.run_fingerprint import differences
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(FINGERPRINT_KEYS, 0), "meco": True, **changes}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changed"),
+    [
+        (values(packing="truncate"), values(packing="truncate", packing_rule=1), {}),
+        (
+            values(packing="best-fit"),
+            values(packing="best-fit", packing_rule=2),
+            {"packing": ("best-fit (rule 1)", "best-fit (rule 2)")},
+        ),
+        (
+            values(packing="best-fit"),
+            values(packing="split", packing_rule=1, seed=3),
+            {"packing": ("best-fit", "split"), "seed": (0, 3)},
+        ),
+        (
+            values(packing="truncate", packing_rule=1),
+            values(packing="best-fit", packing_rule=2),
+            {"packing": ("truncate", "best-fit")},
+        ),
+        ({"meco": False}, values(packing="best-fit", packing_rule=2), {"meco": (False, True)}),
+        ({"meco": False}, {"meco": False}, {}),
+    ],
+)
+def test_differences(before: dict[str, Any], now: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert differences(before, now) == changed
