@@ -131,7 +131,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "packed documents are not padded to 2 * CP, so attention would leak across documents",
         "Use 1; tensor and pipeline parallelism work.",
     ),
-    "create_attention_mask": ("it separates documents by cu_seqlens, without a dense mask",),
+    "create_attention_mask_in_dataloader": (
+        "it separates documents by cu_seqlens, without a dense mask",
+    ),
     "dataloader_defer_npy_index_mmap": ("its plan is no .npy index and is mapped without a scan",),
     "dataloader_fast_cache_load": ("its plan is no .npy index and is mapped without a scan",),
     "dataloader_type": (

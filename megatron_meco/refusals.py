@@ -180,6 +180,7 @@ def _differs(value: Any, default: Any) -> bool:
 # Flags of which only some values are refused.
 _VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
     "context_parallel_size": lambda value: value != 1,
+    "create_attention_mask_in_dataloader": bool,
     "dataloader_type": lambda value: value != "single",
     "position_embedding_type": lambda value: value in ("mrope", "relative"),
     "transformer_impl": lambda value: value == "inference_optimized",
@@ -214,7 +215,7 @@ _POSITIVE = names_in(
     eval_global_batch_size eval_interval eval_micro_batch_size exit_duration_in_mins exit_interval
     ffn_hidden_size flight_recorder_trace_buffer_size fp8_amax_history_len fp8_interval
     global_batch_size gpu_sniff_test_interval hidden_size init_method_std initial_loss_scale
-    kv_channels layernorm_epsilon log_interval log_memory_interval loss_scale loss_scale_window lr
+    kv_channels layernorm_epsilon log_interval log_memory_interval loss_scale loss_scale_window
     lr_decay_iters lr_decay_samples make_vocab_size_divisible_by max_position_embeddings
     micro_batch_size microbatch_group_size_per_vp_stage non_persistent_save_interval
     num_attention_heads num_dataset_builder_threads num_distributed_optimizer_instances num_layers

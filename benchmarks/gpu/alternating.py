@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from lanes import Lane
 from megatron.core.datasets.utils import Split
+from megatron.training import get_tokenizer
 
 from megatron_meco.config import MeCoConfig
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
 from megatron_meco.data.phases import Schedule
-from megatron_meco.training.provider import dataset_options
+from megatron_meco.training.stock import dataset_options
 
 
 class OneDocument(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -102,7 +103,7 @@ def build_lane(lane: Lane, args: argparse.Namespace, num_steps: int) -> Any:
         switch_sample=conditioned * args.global_batch_size,
     )
     config = MeCoGPTDatasetConfig(
-        **dataset_options(args), vocab_size=args.padded_vocab_size, meco=meco
+        **dataset_options(args, get_tokenizer()), vocab_size=args.padded_vocab_size, meco=meco
     )
     samples, _, _ = build_datasets([num_samples, 0, 0], lambda: True, config, schedule)
     return samples if lane.documents else OneDocument(samples)

@@ -583,7 +583,7 @@ _STOCK_OPTIONS = {
     "reset_attention_mask": "reset_attention_mask",
     "reset_position_ids": "reset_position_ids",
     "eod_mask_loss": "eod_mask_loss",
-    "create_attention_mask": "create_attention_mask",
+    "create_attention_mask": "create_attention_mask_in_dataloader",
     "fast_cache_load": "dataloader_fast_cache_load",
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
     "multiple_validation_sets": "multiple_validation_sets",

@@ -41,6 +41,9 @@ def main() -> int:
             name, _, seed = args.only.partition(":")
             return run_one(Case(name, int(seed)), Path(folder))
         names = args.targets.split(",")
+        unknown = [name for name in names if name not in TARGETS]
+        if unknown:
+            parser.error(f"no target {unknown[0]!r}; there are {', '.join(TARGETS)}")
         targets = dict(prepared((TARGETS[name]() for name in names), Path(folder)))
         chosen = islice(cases(names, args.seed), args.count)
         report = run_all(targets, chosen, workers=args.workers, seconds=args.seconds)

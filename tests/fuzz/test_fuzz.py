@@ -9,7 +9,18 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 # `model` and `checkpoint` are in `make fuzz` alone: what they find is listed there.
-TARGETS = ("core", "idx", "bin", "metadata", "manifest", "cache", "mds", "commands")
+TARGETS = (
+    "core",
+    "idx",
+    "bin",
+    "metadata",
+    "manifest",
+    "cache",
+    "mds",
+    "model",
+    "checkpoint",
+    "commands",
+)
 
 
 def run(code: list[str], **variables: str) -> subprocess.CompletedProcess[str]:

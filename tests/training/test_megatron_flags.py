@@ -45,6 +45,7 @@ def test_no_flag_is_decided_twice() -> None:
     assert twice == both
     assert both == {
         "ckpt_format",
+        "create_attention_mask_in_dataloader",
         "non_persistent_ckpt_type",
         "position_embedding_type",
         "transformer_impl",
@@ -64,6 +65,7 @@ def test_every_refused_flag_is_refused_by_name(flags: dict[str, Flag]) -> None:
     """Each flag that is not honoured, set to another value than its default."""
     values = {
         "ckpt_format": "fsdp_dtensor",
+        "create_attention_mask_in_dataloader": 1,
         "position_embedding_type": "mrope",
         "transformer_impl": "inference_optimized",
         "non_persistent_ckpt_type": "local",
