@@ -146,6 +146,14 @@ def shown(spelling: str, value: Any) -> str:
     return " ".join([spelling, *(str(getattr(v, "name", v)) for v in values)])
 
 
+def is_finite(number: float) -> bool:
+    """Whether a number is finite as a float: not NaN, infinite, or an integer of 400 digits."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
 def closest(word: str, known: Collection[str]) -> str:
     """` Did you mean X?`, or nothing when no known word is close."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
@@ -264,7 +272,7 @@ def _check_number(spelling: str, name: str, value: Any) -> None:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         where = f"{spelling} {number}"
-        if not math.isfinite(number):
+        if not is_finite(number):
             raise FlagError("not a finite number", where=where, remedy="Give a number.")
         if name in _POSITIVE and number <= 0:
             raise FlagError("must be above 0", where=where, remedy="Give a positive number.")

@@ -214,4 +214,7 @@ def _number(text: str) -> int:
     """A number with an optional suffix K, M, B or T, as Megatron reads it."""
     text = text.strip().upper()
     scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:], 1)
-    return int(float(text[:-1] if scale > 1 else text) * scale)
+    number = float(text[:-1] if scale > 1 else text) * scale
+    if not 0 <= number < 2**53:
+        raise ValueError(f"{text} is out of range")
+    return int(number)

@@ -39,7 +39,13 @@ TRANSFORMS: Mapping[str, Callable[[pa.Array], pa.Array]] = {
     "suffix": lambda values: url.suffix(url.host(values)),
     "hash": lambda values: url.hashed(url.host(values)),
 }
-_FILTERS = ("top", "min_documents", "precision", "default")
+# Each filter, and what its argument looks like.
+_ARGUMENTS = {
+    "top": r"[0-9]{1,12}|[0-9]{0,3}\.?[0-9]{1,12}%",
+    "min_documents": r"[0-9]{1,12}",
+    "precision": r"[0-9]|1[0-5]",
+    "default": r".*",
+}
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
@@ -212,14 +218,14 @@ def _parse_placeholder(text: str) -> Placeholder:
 
 def _parse_filter(text: str) -> tuple[str, str]:
     name, equals, value = (part.strip() for part in text.partition("="))
-    if name not in _FILTERS or not equals:
+    if name not in _ARGUMENTS or not equals:
         raise FlagError(
             f"unknown filter {text!r}",
             where=FLAG,
-            remedy=f"Known: {', '.join(f'{f}=...' for f in _FILTERS)}.{_closest(name, _FILTERS)}",
+            remedy=f"Known: {', '.join(f'{known}=...' for known in _ARGUMENTS)}."
+            f"{_closest(name, _ARGUMENTS)}",
         )
-    pattern = {"top": r"\d+|\d*\.?\d+%", "default": r".*"}.get(name, r"\d+")
-    if not re.fullmatch(pattern, value):
+    if not re.fullmatch(_ARGUMENTS[name], value):
         raise FlagError(
             f"filter {name} cannot take {value!r}",
             where=FLAG,

@@ -9,7 +9,6 @@ of architectures other than Llama's, which transformers does when it loads them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_meco.errors import MeCoError
 from megatron_meco.inference.input_file import Refuse, read_json
 from megatron_meco.inference.llama import Sizes, Weight, megatron_shapes, plan_weights
 from megatron_meco.inference.wording import first_line, shown
+from megatron_meco.refusals import is_finite
 
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -283,6 +283,6 @@ def finite_number(
     """A number above 0 (or 0, where allowed), as it stands in the configuration."""
     value = config.get(name, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not is_number or not is_finite(value) or value < 0 or (value == 0 and not zero):
         raise refuse(f"{CONFIG}: {name} is {value!r:.40}")
     return value

@@ -8,7 +8,6 @@ somewhere inside. Costs nothing. What was given up: flags that nobody reads.
 from __future__ import annotations
 
 import json
-import math
 import re
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_meco.inference.checkpoint import CheckpointError
+from megatron_meco.refusals import is_finite
 
 Check = Callable[[Any], bool]
 
@@ -27,7 +27,7 @@ def _whole(low: int) -> Check:
 
 def _number(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and is_finite(value)
 
 
 def _above_zero(value: Any) -> bool:

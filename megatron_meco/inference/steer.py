@@ -189,7 +189,7 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
         for key, values in given.items():
             try:
                 numbers = [float(value) for value in values]
-            except (TypeError, ValueError) as error:
+            except (OverflowError, TypeError, ValueError) as error:
                 raise _unusable(name, f"its {key!r} are no numbers ({error})") from error
             if len(numbers) != len(batch) or not np.isfinite(numbers).all():
                 what = f"gave {counted(len(numbers), 'number')} for {counted(len(batch), 'text')}"

@@ -115,3 +115,12 @@ def test_precision_of_text_is_refused() -> None:
 
 def test_an_empty_template_has_no_parts() -> None:
     assert Template.parse("").placeholders == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{q|precision=99999999999999999999}", "{q|precision=\u0663}", "{q|top=1e3}", "{q|top=9999%9}"],
+)
+def test_arguments_of_filters_are_plain_numbers_in_range(text: str) -> None:
+    with pytest.raises(FlagError, match="cannot take"):
+        Template.parse(text)
