@@ -137,3 +137,16 @@ def skip_steps_without_reading_batches() -> None:
 def rotary_scale(attention: Any) -> float:
     """What Megatron-Core's attention multiplies cosines and sines with: 1, but for YaRN."""
     return float(attention._yarn_concentration_factor)
+
+
+def rotate_half(states: Any, interleaved: bool) -> Any:
+    """Megatron's own `(-x2, x1)` of RoPE, for pairs that are halves or neighbours.
+
+    Args:
+        states: (..., rotary dimensions).
+        interleaved: Whether pairs are neighbours.
+    """
+    # Imported here: megatron.core must not be imported before torch.cuda has been replaced.
+    from megatron.core.models.common.embeddings.rope_utils import _rotate_half
+
+    return _rotate_half(states, interleaved)
