@@ -75,7 +75,7 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
             distinct=len(values),
             most_frequent=_shares(values, top, len(column)),
         )
-        if _holds_urls(name, column):
+        if holds_urls(name, column):
             hosts = _counts([pc.value_counts(host(chunk)) for chunk in column.chunks])
             report.hosts = len(hosts)
             report.most_frequent_hosts = _shares(hosts, top, len(column))
@@ -97,7 +97,8 @@ def _shares(counts: Counter[str], top: int, num_rows: int) -> list[tuple[str, fl
     return [(value, count / num_rows) for value, count in ordered[:top]]
 
 
-def _holds_urls(name: str, column: pa.ChunkedArray) -> bool:
+def holds_urls(name: str, column: pa.ChunkedArray) -> bool:
+    """Whether a column counts as one of URLs: by its name, or by most of its first values."""
     sample = column.drop_null().slice(0, _SAMPLED_VALUES)
     if len(sample) == 0:
         return False

@@ -44,7 +44,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Run `meco plan`; `args.training_flags` are the flags of the run."""
-    with _datasets(args.training_flags, keep=args.build) as (run, flags):
+    with datasets_of(args.training_flags, keep=args.build) as (run, flags):
         report = plan_report(run)
         if args.json:
             print(json.dumps(report))
@@ -85,7 +85,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         )
     name = ([s for s in args.split if s in _SPLITS] or ["train"])[-1]
     ratios = [word for s in args.split if s not in _SPLITS for word in ("--split", s)]
-    with _datasets([*args.training_flags, *ratios], keep=False) as (run, _):
+    with datasets_of([*args.training_flags, *ratios], keep=False) as (run, _):
         dataset = getattr(run, name)
         if dataset is None:
             raise FlagError(
@@ -120,7 +120,7 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
+def datasets_of(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
     """The datasets that the training script would build for these flags, and the parsed flags."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
