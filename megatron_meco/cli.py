@@ -90,6 +90,7 @@ COMMANDS = {
         module="megatron_meco.training.plan",
         takes_training_flags=True,
         example="""\
+  meco plan run.yaml
   meco plan --data-path data/web --split 99,1,0 --seq-length 8192 \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
       --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n'""",
@@ -99,10 +100,25 @@ COMMANDS = {
         module="megatron_meco.training.plan",
         takes_training_flags=True,
         example="""\
+  meco inspect run.yaml --sample 0
   meco inspect --data-path data/web --split 99,1,0 --seq-length 8192 \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
       --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n' \\
       --sample 0""",
+    ),
+    "train": Command(
+        summary="train what a run file says",
+        module="megatron_meco.run.train",
+        example="""\
+  meco train run.yaml
+  meco train run.yaml --set lr=1e-3 --set launch.nproc-per-node=8 --dry-run""",
+    ),
+    "watch": Command(
+        summary="show how a run goes, from its log",
+        module="megatron_meco.run.watch",
+        example="""\
+  meco watch runs/web
+  meco watch slurm-123.log""",
     ),
     "export": Command(
         summary="turn a checkpoint into a Hugging Face Llama folder",
@@ -261,11 +277,15 @@ def _run(arguments: list[str]) -> int:
     )
     getattr(module, f"add_{function}_arguments")(parser)
     args, unknown = parser.parse_known_args(arguments[1:])
+    run = getattr(module, f"run_{function}")
     if command.takes_training_flags:
-        args.training_flags = unknown
-    elif unknown:
+        from megatron_meco.run.run_file import training_flags
+
+        with training_flags(unknown) as args.training_flags:
+            return int(run(args))
+    if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return int(getattr(module, f"run_{function}")(args))
+    return int(run(args))
 
 
 def _top_parser() -> argparse.ArgumentParser:
