@@ -38,6 +38,7 @@ class Command:
         example: Shown at the end of its help.
         takes_training_flags: Whether it accepts the flags of a training command. They reach it as
             `args.training_flags`.
+        reads_run_file: Whether a run file in their place is read before the command runs.
     """
 
     group: str
@@ -47,6 +48,7 @@ class Command:
     run: str
     example: str
     takes_training_flags: bool = False
+    reads_run_file: bool = True
 
 
 _SET_UP = "Set up"
@@ -181,6 +183,19 @@ COMMANDS = {
         example="""\
   meco watch runs/web
   meco watch slurm-123.log""",
+    ),
+    "show": Command(
+        group=_TRAINING,
+        summary="write an HTML page about a corpus, a plan, a run and its models",
+        module="megatron_meco.show.command",
+        add_arguments="add_show_arguments",
+        run="run_show",
+        takes_training_flags=True,
+        reads_run_file=False,
+        example="""\
+  meco show data/web -o corpus.html
+  meco show run.yaml -o run.html
+  meco show run.yaml --model meco=my-llama --model baseline=my-baseline -o run.html""",
     ),
     "export": Command(
         group=_AFTER,
@@ -340,6 +355,9 @@ def _run(arguments: list[str]) -> int:
     getattr(module, command.add_arguments)(parser)
     args, unknown = parser.parse_known_args(arguments[1:])
     run = getattr(module, command.run)
+    if command.takes_training_flags and not command.reads_run_file:
+        args.training_flags = unknown
+        return int(run(args))
     if command.takes_training_flags:
         from megatron_meco.run.run_file import training_flags
 

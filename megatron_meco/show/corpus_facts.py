@@ -72,7 +72,9 @@ def _document_lengths(index: CorpusIndex) -> Iterator[np.ndarray[Any, Any]]:
         yield np.diff(index.bounds(begin, end))
 
 
-def _field_facts(name: str, column: pa.ChunkedArray, index: CorpusIndex, top: int) -> dict[str, Any]:
+def _field_facts(
+    name: str, column: pa.ChunkedArray, index: CorpusIndex, top: int
+) -> dict[str, Any]:
     by_host = holds_urls(name, column)
     total = None
     is_exact = True

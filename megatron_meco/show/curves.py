@@ -29,9 +29,7 @@ def curves_report(name: str, path: Path) -> dict[str, Any]:
     """
 
     def refuse(reason: str) -> FlagError:
-        return FlagError(
-            reason, where=f"--log {path}", remedy="Name the output of a training run."
-        )
+        return FlagError(reason, where=f"--log {path}", remedy="Name the output of a training run.")
 
     log = TrainingLog()
     steps: dict[int, float] = {}

@@ -55,7 +55,8 @@ def _pack(dataset: Any, index: int) -> dict[str, Any]:
                 "end": end,
                 "body_begin": piece["body_begin"],
                 "prefix": piece["prefix"],
-                "text": text[:_MOST_CHARACTERS] + (" [...]" if len(text) > _MOST_CHARACTERS else ""),
+                "text": text[:_MOST_CHARACTERS]
+                + (" [...]" if len(text) > _MOST_CHARACTERS else ""),
             }
         )
     return {
