@@ -136,7 +136,8 @@ def meco_batch(
     batch["cu_seqlens"] = _merge(vectors[:, :num_bounds], length)
     batch["facts"] = vectors[:, num_bounds:head].T
     if edge:
-        tokens, position_ids, loss_mask = vectors[:, head:].split([length + 1, length, length], 1)
+        columns = vectors[:, head:]
+        tokens, position_ids, loss_mask = torch.split(columns, [length + 1, length, length], dim=1)
         batch["tokens"] = tokens[:, :-1].long().view(1, -1)
         batch["labels"] = tokens[:, 1:].long().view(1, -1)
         batch["position_ids"] = position_ids.long().view(1, -1)

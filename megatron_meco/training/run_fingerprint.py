@@ -141,6 +141,8 @@ def stored_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
         found = load_args_from_checkpoint(copy.copy(args))
     if not isinstance(found, tuple):
         return None
+    filled: argparse.Namespace
+    stored: argparse.Namespace
     filled, stored = found
     stored.iteration = filled.iteration
     return stored
