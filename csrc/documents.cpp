@@ -55,6 +55,11 @@ int64_t Documents::prefix_length(int32_t prefix_id) const {
   return load(prefix_offsets, int64_t{prefix_id} + 1) - prefix_begin(prefix_id);
 }
 
+const int32_t* Documents::prefix(int32_t prefix_id, int64_t count) const {
+  if (count > prefix_length(prefix_id)) throw std::out_of_range("damaged prefix table: offsets");
+  return prefix_tokens + prefix_begin(prefix_id);
+}
+
 DocumentSize Documents::size_of(int64_t document) const {
   const int64_t body = body_length(document);
   const int32_t id = prefix_id(document);

@@ -381,7 +381,7 @@ class MeCoGPTDataset(GPTDataset):
             capacity=self.config.sequence_length,
             max_documents=meco.documents_cap(self.config.sequence_length),
             pad_id=resolve_eod(self.config.tokenizer),  # any id will do: padding is masked
-            hide_prefixes=self.config.hide_prefixes,
+            view="plain" if self.config.hide_prefixes else "conditioned",
             train_on_prefix=meco.train_on_prefix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,
