@@ -47,8 +47,8 @@ struct Documents {
   int64_t body_length(int64_t document) const;
   // The prefix that a document is shown with, or -1.
   int32_t prefix_id(int64_t document) const;
-  // Where a prefix begins in the flat table.
-  int64_t prefix_begin(int32_t prefix_id) const;
+  // Where a prefix lies in the flat table: [first, second).
+  std::pair<int64_t, int64_t> prefix_range(int32_t prefix_id) const;
   int64_t prefix_length(int32_t prefix_id) const;
   // The first `count` tokens of a prefix.
   const int32_t* prefix(int32_t prefix_id, int64_t count) const;
