@@ -23,6 +23,7 @@ Batch = dict[str, Any]
 
 _KEYS = (
     "attention_mask",
+    "compared",
     "cu_seqlens",
     "cu_seqlens_padded",
     "labels",
@@ -31,7 +32,7 @@ _KEYS = (
     "position_ids",
     "tokens",
 )
-# Behind the borders of documents: prefix tokens, and whether a validation sample shows them.
+# Behind the borders of documents: prefix tokens, and the view of a validation sample.
 _NUM_FACTS = 2
 _VECTOR = "meco_sample"
 # A baseline's samples have no view; all are plain.
@@ -65,7 +66,8 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
         Returns:
             meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
-                float32 bit by bit.
+                float32 bit by bit. In evaluation the mask is 2 for labels that are compared
+                between views, which are all in the loss.
 
         Raises:
             RuntimeError: When the pack has more borders than that: the run must not go on.
@@ -86,8 +88,10 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             sample["labels"][-1:],
             sample["position_ids"],
         )
-        mask = sample["loss_mask"].view(torch.int32)
-        return {_VECTOR: torch.cat([*(part.int() for part in parts), mask])}
+        mask = sample["loss_mask"]
+        if "meco_compared" in sample:
+            mask = mask + sample["meco_compared"]
+        return {_VECTOR: torch.cat([*(part.int() for part in parts), mask.view(torch.int32)])}
 
 
 def meco_batch(
@@ -115,8 +119,8 @@ def meco_batch(
         loss_mask: Likewise, float32.
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
-        facts: (2, micro-batch), int32: prefix tokens of each sample, and 1 for a validation sample
-            that shows them.
+        compared: In evaluation, as the loss mask but bool: labels compared between views.
+        facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
         The rest of Megatron's keys: None.
     """
     size = int(args.micro_batch_size if training else args.eval_micro_batch_size)
@@ -141,6 +145,9 @@ def meco_batch(
         batch["labels"] = tokens[:, 1:].long().view(1, -1)
         batch["position_ids"] = position_ids.long().view(1, -1)
         batch["loss_mask"] = loss_mask.view(torch.float32).reshape(1, -1)
+        if not training:
+            batch["compared"] = batch["loss_mask"] > 1
+            batch["loss_mask"] = batch["loss_mask"].clamp(max=1)
     return batch
 
 

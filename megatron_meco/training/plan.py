@@ -128,7 +128,11 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
         for name in ("megatron", "torch.utils.cpp_extension"):
             logging.getLogger(name).setLevel(logging.ERROR)
         # Late: torch and Megatron take seconds, and `--help` should not wait for them.
-        from megatron_meco.training.arguments import parse_run, schedule_from_args
+        from megatron_meco.training.arguments import (
+            evaluation_from_args,
+            parse_run,
+            schedule_from_args,
+        )
         from megatron_meco.training.blends import cooldown_blend
 
         args, notes = parse_run(flags)
@@ -159,7 +163,14 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
             meco=MeCoConfig.from_args(args),
         )
         sizes = _sizes(args, schedule)
-        built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args))
+        built = build_datasets(
+            sizes,
+            lambda: True,
+            config,
+            schedule,
+            cooldown_blend(args),
+            evaluation_from_args(args),
+        )
         yield Run(schedule, *built), args
 
 
