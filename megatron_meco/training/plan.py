@@ -178,10 +178,9 @@ def _build(args: argparse.Namespace) -> Run:
         meco=MeCoConfig.from_args(args),
     )
     sizes = _split_sizes(args, schedule)
-    return Run(
-        schedule,
-        *build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args)),
-    )
+    evaluation = evaluation_from_args(args)
+    built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args), evaluation)
+    return Run(schedule, *built)
 
 
 def _split_sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | None]:
