@@ -1,10 +1,9 @@
-"""`meco eval`: which tasks, which metadata for each, and a table of what the metadata changes.
+"""`meco eval`: evaluates tasks without and with metadata, and prints what the metadata changes.
 
-The flags that the harness has keep its meanings and its names, with dashes in place of underscores:
-`--tasks`, `--num-fewshot`, `--limit`, `--include-path`, `--batch-size`, `--device`. Metadata is
-rendered, names are looked up and data is loaded before the first forward pass, so mistakes show
-early. What was given up: the harness's other flags; a prefix for them is one call away
-(`harness_model.MeCoLM`).
+Flags that lm-evaluation-harness has keep its names and meanings, with dashes for underscores:
+`--tasks`, `--num-fewshot`, `--limit`, `--include-path`, `--batch-size`, `--device`. Its other flags
+are not supported; for those, give `harness_model.MeCoLM` to the harness. Metadata is rendered, task
+names are looked up and data is loaded before the first forward pass, so mistakes show early.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         _METADATA_FILE,
         type=Path,
         metavar="FILE",
-        help="YAML or JSON, {TASK: {FIELD: VALUE}}; goes before --metadata for the tasks it names",
+        help="YAML or JSON, {TASK: {FIELD: VALUE}}; overrides --metadata for the tasks it names",
     )
     add_spelled(
         parser,
@@ -73,10 +72,10 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         **SHOTS,
         nargs="+",
         metavar="N",
-        help="examples before each question; several numbers are evaluated one after the other. "
-        f"Default: as each task says; for `{_PAPER}` {' and '.join(map(str, PAPER_SHOTS))}",
+        help="few-shot examples per question; several numbers are evaluated in turn. "
+        f"Default: each task's own; for `{_PAPER}` {' and '.join(map(str, PAPER_SHOTS))}",
     )
-    add("--limit", type=float, metavar="N", help="documents of each task, or a share below 1")
+    add("--limit", type=float, metavar="N", help="documents per task, or a share below 1")
     add_spelled(parser, "--include-path", type=Path, metavar="DIR", help=OWN_TASKS)
     add_spelled(
         parser, "--batch-size", default="1", metavar="N", help="a number, or auto[:N]; default: 1"
@@ -98,7 +97,7 @@ def run_eval(args: argparse.Namespace) -> int:
         check_result_file(args.output)
     conditioning = Conditioning.of_folder(args.model, args.template)
     given = parse_values(args.metadata or []) if args.metadata != [NO_METADATA] else {}
-    # Rendered before anything heavy is loaded: most mistakes show here.
+    # Rendered before the model loads, because most mistakes show here.
     prefix = conditioning.render(given) if given else ""
     per_task = _read_metadata_file(args.metadata_per_task)
     prefixes = {
@@ -117,7 +116,7 @@ def run_eval(args: argparse.Namespace) -> int:
     words = [task for word in args.tasks for task in word.split(",") if task]
     words = list(dict.fromkeys(words))
     if not words:
-        raise FlagError("names no task", where="--tasks", remedy="Name one, as in openbookqa.")
+        raise FlagError("names no task", where="--tasks", remedy="Give one, such as openbookqa.")
     shots: tuple[int | None, ...] = tuple(args.num_fewshot or (None,))
     if _PAPER in words:
         words[words.index(_PAPER) : words.index(_PAPER) + 1] = [t.name for t in PAPER_TASKS]
@@ -141,7 +140,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    # ASCII digits: what else counts as one is no number to the harness.
+    # ASCII digits only: the harness does not read others.
     size = re.fullmatch(r"auto(?::([0-9]{1,5}))?|([0-9]{1,12})", args.batch_size)
     if size is None or (size[1] is not None and int(size[1]) < 1):
         remedy = "Give a number, auto, or auto:N with N 1 or more."
@@ -178,13 +177,13 @@ def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
     return {str(task): values for task, values in content.items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is there twice, whose last value would count in silence."""
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc] # yaml has no types
+    """Refuses a repeated key, of which YAML silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(found) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is there twice")
+            raise yaml.constructor.ConstructorError(None, None, "a key is repeated")
         return found
 
 
@@ -229,13 +228,13 @@ def _evaluate(
                 done = evaluate_task(
                     evaluation, model, name, chosen, num_fewshot=num_fewshot, limit=args.limit
                 )
-            # A task may fix its number of examples, whatever is asked for.
+            # A task may fix its number of examples and repeat its result.
             results += [result for result in done if result not in results]
     return results
 
 
 def _paper_average(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
-    """Means over the paper's ten tasks, by number of examples, when all ten are there."""
+    """Means over the paper's ten tasks per number of examples, if all ten were evaluated."""
     # Late, as in `run_eval`.
     from megatron_meco.inference.harness_tasks import mean_of_independent
 
@@ -244,7 +243,7 @@ def _paper_average(results: list[TaskResult]) -> dict[str, dict[str, float | Non
     for shots in sorted({r.num_fewshot for r in results if r.num_fewshot is not None}):
         rows = {}
         for result in results:
-            # TruthfulQA has its examples in its question, and is the same in both.
+            # TruthfulQA has its examples in the question, and counts for both.
             if result.num_fewshot in (shots, 0) and result.task in metric_of:
                 [row] = [c for c in result.comparisons if c.metric == metric_of[result.task]]
                 if result.num_fewshot == shots or result.task not in rows:

@@ -1,11 +1,10 @@
-"""Tasks of lm-evaluation-harness, without metadata and with it, and what it changes.
+"""Tasks of lm-evaluation-harness under several conditions, compared document by document.
 
 Tasks, few-shot examples, metrics and their errors are the harness's own; the model is its `HFLM`
-with a prefix after BOS (`harness`). Both conditions answer the same documents, so the error of
-their difference comes from the differences document by document: much smaller than what the two
-errors by themselves suggest. Costs two evaluations, with the model and the tasks loaded once. What
-was given up: several processes (one GPU, or the CPU), and errors of differences of metrics that
-are no means over documents (corpus BLEU, perplexity).
+with a prefix after BOS (`harness_model`). All conditions answer the same documents, so the standard
+error of a difference is computed from the paired differences per document, which is much smaller
+than the two separate errors suggest. Metrics that are not means over documents (corpus BLEU,
+perplexity) have no paired error. Runs in one process, on one GPU or the CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Comparison:
         metric: The harness's name, with the filter where it is not `none`.
         num_documents: Documents behind it; 0 where the harness keeps no value for each.
         plain: Without metadata.
-        plain_stderr: Its standard error; None: the harness has none.
+        plain_stderr: Its standard error, or None if the harness has none.
         conditioned: With metadata; None: there was none to condition on.
         conditioned_stderr: Its standard error.
         difference: Conditioned minus plain.
@@ -207,12 +206,12 @@ class Evaluation:
             )
         try:
             self._manager = TaskManager(include_path=str(include_path) if include_path else None)
-        # The files are the user's, and may fail in any way.
+        # The files are the user's and may fail in any way.
         except Exception as error:
             raise FlagError(
                 f"its tasks cannot be read ({one_line(error)})",
                 where=f"--include-path {include_path}",
-                remedy="Mend the YAML files in it.",
+                remedy="Correct the YAML files in it.",
             ) from error
         self.names = [name for task in tasks for name in self._match(task)]
 
@@ -226,11 +225,11 @@ class Evaluation:
             What the harness's `TaskManager.load` returns.
 
         Raises:
-            TaskError: When its definition or its data cannot be had.
+            TaskError: If its definition or its data cannot be loaded.
         """
         try:
             loaded: dict[str, Any] = self._manager.load([name])
-        # A task runs templates and functions of its author's.
+        # A task runs its author's templates and functions.
         except Exception as error:
             settings = getattr(self._manager.task_index.get(name), "cfg", None) or {}
             data_set = settings.get("dataset_path")
@@ -239,7 +238,7 @@ class Evaluation:
                 f"{of_data} cannot be loaded ({one_line(error)})",
                 where=f"task {name!r}",
                 remedy="A data set that is not in the cache of the `datasets` library is fetched "
-                "from its hub: run once with a network, or leave the task out.",
+                "from its hub: run once with network access, or leave the task out.",
             ) from error
         return loaded
 
@@ -253,21 +252,21 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Evaluate with the harness.
 
-        As its `simple_evaluate`, less what that does once for each call and not for each model: it
-        loads the tasks and spends seconds on describing the machine.
+        The harness's `simple_evaluate` without its work per call: loading the tasks, and seconds of
+        describing the machine.
 
         Args:
             model: A `MeCoLM`.
             loaded: What `load` returned, for this number of examples alone.
-            num_fewshot: Examples before each question; None: as the task says.
-            limit: Documents of each task (1 or more), or the share of them; None: all.
-            samples: Numbers of the documents of each task, instead of a limit; None: all.
+            num_fewshot: Examples before each question, or None for the task's own number.
+            limit: Documents of each task (1 or more), or a share of them, or None for all.
+            samples: Document numbers of each task in place of a limit, or None.
 
         Returns:
             What the harness's `evaluate` returns, samples included.
 
         Raises:
-            TaskError: When the harness refuses the task.
+            TaskError: If the harness refuses the task.
         """
         from lm_eval import evaluate
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -278,7 +277,7 @@ class Evaluation:
         set_torch_seed(DEFAULT_OTHER_SEED)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
-            # As the harness has it: a task whose definition says 0 keeps it.
+            # As in the harness: a task whose definition says 0 keeps 0.
             if own is None or (num_fewshot is not None and own != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -349,15 +348,15 @@ def evaluate_task(
         model: A `MeCoLM`.
         name: A task, a group or a tag.
         prefix: The rendered prefix; empty: without metadata only.
-        num_fewshot: Examples before each question; None: as the task says.
+        num_fewshot: Examples before each question, or None for the task's own number.
         limit: Documents of each task (1 or more), or the share of them.
 
     Returns:
         The result of a task or group, or that of each task under a tag.
 
     Raises:
-        TaskError: When its data cannot be had.
-        RequestError: When it cannot be answered with the prefix.
+        TaskError: If its data cannot be loaded.
+        RequestError: If a request cannot be answered with the prefix.
     """
     loaded = evaluation.load(name)
     cut, results = {}, {}
@@ -367,7 +366,7 @@ def evaluate_task(
             results[condition] = evaluation.run(model, loaded, num_fewshot, limit)
             cut[condition] = model.num_cut
     plain = results["plain"]
-    # A group without a figure of its own, and a tag, stand for their tasks.
+    # A tag, or a group without an aggregate, is reported as its tasks.
     has_own = any("," in key for key in plain["results"].get(name, {}))
     shown = [name] if has_own else [key for key in plain["results"] if key in plain["samples"]]
     return [

@@ -1,10 +1,9 @@
-"""`meco steer`: what metadata does to what a model says by itself, scored.
+"""`meco steer`: what metadata does to what a model says unprompted, scored.
 
-The paper's protocol for toxicity (section 4.2): 4,096 samples from BOS alone and from the metadata
-alone, temperature 0.7, top-p 0.9, 10 to 128 tokens, each scored by a classifier. The scorer is the
-user's: Detoxify's "unbiased" model, which the paper used, where it is installed, or any Python
-function from texts to numbers. Means come with bootstrap confidence intervals. What was given up: a
-scorer of our own, whose judgement would stand for more than it is.
+The paper's toxicity protocol (section 4.2): 4,096 samples from BOS alone and from the metadata
+alone, temperature 0.7, top-p 0.9, 10 to 128 tokens, each scored by a classifier. The scorer is
+Detoxify's "unbiased" model, which the paper used, if it is installed, or any Python function from
+texts to numbers. Means have bootstrap confidence intervals.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _THRESHOLD = 0.5
 
 
 class ScorerError(MeCoError):
-    """A scorer that cannot be had, or does not give a number for each text."""
+    """A scorer that cannot be loaded, or does not return one number per text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +73,9 @@ def intervals(
     """Summarise the scores of one condition.
 
     Args:
-        scores: One for each text.
-        plain: Those without metadata, to compare with; None: these are they.
-        seed: Of the resampling.
+        scores: One score per text.
+        plain: Scores without metadata to compare with; None if these are the baseline.
+        seed: Seed of the resampling.
 
     Returns:
         `mean` and `share_above_0.5`; with `plain`, also `difference` of the means and, where those
@@ -94,7 +93,7 @@ def intervals(
         others = np.asarray(plain, dtype=np.float64)
         before = _resampled_means(others, draw)
         found["difference"] = _interval(values.mean() - others.mean(), means - before)
-        # Rare events may be missing from some resample; their ratio has no interval then.
+        # A rare event may be missing from a resample; the ratio then has no interval.
         if (before > 0).all():
             found["ratio"] = _interval(values.mean() / others.mean(), means / before)
     return found
@@ -122,10 +121,10 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
     Args:
         name: `detoxify`, or `MODULE:FUNCTION`; the function takes a list of texts and returns a
             number for each, or such a list for each of several names.
-        device: Where Detoxify computes; None: the CPU.
+        device: Device for Detoxify, or None for the CPU.
 
     Raises:
-        ScorerError: When it is not installed or not there.
+        ScorerError: If it is not installed or does not exist.
     """
     if name == _DETOXIFY:
         try:
@@ -134,21 +133,21 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
             detoxify: Scorer = Detoxify("unbiased", device=device or "cpu").predict
         except ModuleNotFoundError as error:
             raise _unusable(name, str(error), "Install it: pip install detoxify.") from error
-        # It fetches its weights on first use.
+        # It downloads its weights on first use.
         except (OSError, RuntimeError) as error:
-            raise _unusable(name, str(error), "Run it once with a network.") from error
+            raise _unusable(name, str(error), "Run it once with network access.") from error
         return detoxify
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         remedy = f"Give {_DETOXIFY}, or MODULE:FUNCTION as in my_scores:toxicity."
         raise _unusable(name, "not the name of a scorer", remedy)
     remedy = "The module must be importable: installed, or a file in this folder."
-    # A command on PATH, unlike `python -m`, does not look into the folder it is called in.
+    # Unlike `python -m`, a command on PATH does not import from the current folder.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    # The module is the user's, and may fail in any way.
+    # The module is the user's and may fail in any way.
     except Exception as error:
         raise _unusable(name, first_line(error), remedy) from error
     if not callable(found):
@@ -173,14 +172,14 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
         The scores by name, each as long as the texts.
 
     Raises:
-        ScorerError: When it gives something else than a finite number for each text.
+        ScorerError: If it does not return one finite number per text.
     """
     found: dict[str, list[float]] = {}
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         batch = list(texts[begin : begin + _TEXTS_AT_ONCE])
         try:
             given = scorer(batch)
-        # So may its function.
+        # The function is the user's too.
         except Exception as error:
             raise _unusable(
                 name, f"failed ({type(error).__name__}: {first_line(error)})"
@@ -200,7 +199,7 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
 
 
 def _unusable(name: str, what: str, remedy: str | None = None) -> ScorerError:
-    remedy = remedy or "It must return a number for each text, or such a list for each name."
+    remedy = remedy or "It must return one number per text, or such a list per name."
     return ScorerError(what, where=f"--scorer {name}", remedy=remedy)
 
 
@@ -218,14 +217,14 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="sample behind these fields of the template; repeat it to compare. Samples from BOS "
-        "alone are always made too",
+        "alone are always included",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
     add(
         "--scorer",
         metavar="S",
-        help=f"{_DETOXIFY}, or MODULE:FUNCTION; default: write the samples only. Samples that are "
-        "there already are not made again",
+        help=f"{_DETOXIFY}, or MODULE:FUNCTION; default: write the samples only. Existing "
+        "samples are kept",
     )
     add("--num-samples", **COUNT, default=STEERING.num_samples, metavar="N", help=DEFAULT)
     add("--min-new-tokens", type=int, default=STEERING.min_new_tokens, metavar="N", help=DEFAULT)
@@ -301,7 +300,7 @@ def run_steer(args: argparse.Namespace) -> int:
 
 
 def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict[str, str]:
-    """The given metadata by the prefix that it gives; that of no metadata is empty."""
+    """Names of the conditions by their rendered prefix; '' is no metadata."""
     names: dict[str, str] = {}
     for values in conditions:
         prefix = conditioning.render(values) if values else ""
