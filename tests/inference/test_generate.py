@@ -211,10 +211,7 @@ def test_several_seeds_and_a_template_of_the_users(
         (["--metadata", ""], "cannot read ''"),
         (["--metadata", "url=\udcff"], "--metadata: url: character 1 is no valid Unicode"),
         (["--template", "{url}\udcff"], "--template: character 6 is no valid Unicode"),
-        (
-            ["--template", "{n|precision=99999999999999999999}", "--metadata", "n=5"],
-            "precision cannot take",
-        ),
+        (["--template", "{n|precision=99999999999999999999}", "--metadata", "n=5"], "cannot take"),
         (["--device", "meta"], "--device meta: cannot be used"),
         (["--device", "tpu"], "--device tpu: cannot be used"),
     ],
