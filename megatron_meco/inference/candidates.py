@@ -75,7 +75,11 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
 
 
 def read_candidates(
-    path: Path, conditioning: Conditioning, tell: Callable[[str], None] = lambda line: None
+    path: Path,
+    conditioning: Conditioning,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    flag: str = "--candidates",
 ) -> list[Candidate]:
     """Read candidates from a file, one per line; blank lines are skipped.
 
@@ -86,6 +90,7 @@ def read_candidates(
         path: The file.
         conditioning: Renders them.
         tell: Called with a message about lines that repeat an earlier prefix.
+        flag: The flag that names the file, for messages.
 
     Returns:
         One candidate per prefix, named after its first line.
@@ -95,8 +100,8 @@ def read_candidates(
     """
     found: dict[str, tuple[int, str]] = {}
     repeated = []
-    for number, line in _filled_lines(path, "--candidates"):
-        where = f"--candidates {path}, line {number}"
+    for number, line in _filled_lines(path, flag):
+        where = f"{flag} {path}, line {number}"
         prefix = conditioning.render(_values(line, conditioning.columns, where), where)
         first, _ = found.setdefault(prefix, (number, line))
         if first != number:
@@ -105,13 +110,13 @@ def read_candidates(
         [prefix] = found
         raise FlagError(
             f"every line gives the prefix {prefix!r}",
-            where=f"--candidates {path}",
+            where=f"{flag} {path}",
             remedy="Give values that render to different prefixes.",
         )
     if repeated:
         more = f" and {len(repeated) - 5:,} more" if len(repeated) > 5 else ""
         tell(
-            f"--candidates {path}: lines that give the same prefix as an earlier one are scored "
+            f"{flag} {path}: lines that give the same prefix as an earlier one are scored "
             f"once: {', '.join(repeated[:5])}{more}"
         )
     return [Candidate(name=shown(name), prefix=prefix) for prefix, (_, name) in found.items()]

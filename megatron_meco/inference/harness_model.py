@@ -14,7 +14,7 @@ without. Response caches are not supported: their keys do not include the prefix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import not_an_export
+from megatron_meco.inference.harness_tasks import Document
 from megatron_meco.inference.model import check_finite, encode_text, finite_scores, load_model
 from megatron_meco.wording import one_line
 
@@ -54,19 +55,52 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
                 config = pretrained.config
             options["add_bos_token"] = config.bos_token_id is not None
         super().__init__(pretrained=pretrained, **options)
-        self._prefix_ids: list[int] = []
+        self._prefix, self._prefix_ids = "", list[int]()
+        self._by_document: Mapping[Document, str] = {}
         self.num_cut = 0
         """Number of requests since `condition_on` whose context was cut."""
         self.condition_on(prefix)
 
-    def condition_on(self, prefix: str) -> None:
+    def condition_on(self, prefix: str, by_document: Mapping[Document, str] | None = None) -> None:
         """Set the prefix of the following requests.
 
         Args:
             prefix: The rendered prefix; may be empty.
+            by_document: Prefixes of single documents, in place of `prefix`.
         """
+        self._prefix, self._by_document = prefix, by_document or {}
         self._prefix_ids = encode_text(self.tokenizer, prefix)
         self.num_cut = 0
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, each behind the prefix of its document."""
+        return self._by_prefix(requests, super().loglikelihood, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate answers, each behind the prefix of its document."""
+        return self._by_prefix(requests, super().generate_until, disable_tqdm)
+
+    def _by_prefix[Answer](
+        self,
+        requests: list[Any],
+        answer: Callable[[list[Any], bool], list[Answer]],
+        disable_tqdm: bool,
+    ) -> list[Answer]:
+        if not self._by_document:
+            return answer(requests, disable_tqdm)
+        places: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            key = (request.task_name, request.doc_id)
+            places.setdefault(self._by_document.get(key, self._prefix), []).append(place)
+        answers: dict[int, Answer] = {}
+        for prefix, group in places.items():
+            self._prefix_ids = encode_text(self.tokenizer, prefix)
+            found = answer([requests[place] for place in group], disable_tqdm)
+            answers |= zip(group, found, strict=True)
+        self._prefix_ids = encode_text(self.tokenizer, self._prefix)
+        return [answers[place] for place in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Score whole documents; without a prefix only.

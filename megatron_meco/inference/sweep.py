@@ -25,7 +25,7 @@ from megatron_meco.inference.candidates import (
     read_texts,
 )
 from megatron_meco.inference.conditioning import Conditioning
-from megatron_meco.inference.harness_tasks import mean_and_error, open_evaluation
+from megatron_meco.inference.harness_tasks import open_evaluation
 from megatron_meco.inference.likelihood import TextScore, longest_prefix
 from megatron_meco.inference.model import enough_memory, load_model
 from megatron_meco.inference.model_flags import (
@@ -37,6 +37,7 @@ from megatron_meco.inference.model_flags import (
 )
 from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import check_result_file, write_json
+from megatron_meco.inference.paired import mean_and_error
 from megatron_meco.wording import counted
 
 _FEWEST_DOCUMENTS = 4
