@@ -68,7 +68,10 @@ class Interval:
 
 
 def intervals(
-    scores: Sequence[float], plain: Sequence[float] | None = None, seed: int = 0
+    scores: Sequence[float],
+    plain: Sequence[float] | None = None,
+    seed: int = 0,
+    wrong: Sequence[float] | None = None,
 ) -> dict[str, Interval]:
     """Summarise the scores of one condition.
 
@@ -76,10 +79,12 @@ def intervals(
         scores: One score per text.
         plain: Scores without metadata to compare with; None if these are the baseline.
         seed: Seed of the resampling.
+        wrong: Scores under other metadata to compare with, or None.
 
     Returns:
         `mean` and `share_above_0.5`; with `plain`, also `difference` of the means and, where those
-        of `plain` are above 0, their `ratio`.
+        of `plain` are above 0, their `ratio`; with `wrong`, also `right_minus_shuffled`, the
+        difference of the means.
     """
     draw = np.random.default_rng(seed)
     values = np.asarray(scores, dtype=np.float64)
@@ -96,6 +101,10 @@ def intervals(
         # A rare event may be missing from a resample; the ratio then has no interval.
         if (before > 0).all():
             found["ratio"] = _interval(values.mean() / others.mean(), means / before)
+    if wrong is not None:
+        others = np.asarray(wrong, dtype=np.float64)
+        difference = means - _resampled_means(others, draw)
+        found["right_minus_shuffled"] = _interval(values.mean() - others.mean(), difference)
     return found
 
 
@@ -226,6 +235,12 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{_DETOXIFY}, or MODULE:FUNCTION; default: write the samples only. Existing "
         "samples are kept",
     )
+    add(
+        "--shuffled",
+        action="store_true",
+        help="also compare the scores under each metadata with those under the other metadata "
+        "given: the effect of what the metadata says. Needs --scorer and two or more --metadata",
+    )
     add("--num-samples", **COUNT, default=STEERING.num_samples, metavar="N", help=DEFAULT)
     add("--min-new-tokens", type=int, default=STEERING.min_new_tokens, metavar="N", help=DEFAULT)
     add_sampling_arguments(
@@ -263,6 +278,12 @@ def run_steer(args: argparse.Namespace) -> int:
     conditioning = Conditioning.of_folder(args.model, args.template)
     check_model(args.model)
     names = _names(conditions, conditioning)
+    if args.shuffled and (args.scorer is None or len(names) < 3):
+        raise FlagError(
+            f"needs --scorer and two or more --metadata, and has {len(names) - 1}",
+            where="--shuffled",
+            remedy="Add them, or drop the flag.",
+        )
     scorer = None if args.scorer is None else load_scorer(args.scorer, args.device)
     settings = SampleSettings(
         model=str(args.model.resolve()),
@@ -281,7 +302,7 @@ def run_steer(args: argparse.Namespace) -> int:
     print(f"{args.output}: {told}", file=sys.stderr)
     if scorer is not None:
         scores = {p: score_texts(scorer, texts[p], args.scorer) for p in settings.prefixes}
-        report = _report(scores, args.seed)
+        report = _report(scores, args.seed, shuffled=args.shuffled)
         _print_report(report, names)
         write_json(
             args.output / "scores.json",
@@ -324,28 +345,42 @@ def _tell(done: int, total: int) -> None:
 
 
 def _report(
-    scores: dict[str, dict[str, list[float]]], seed: int
+    scores: dict[str, dict[str, list[float]]], seed: int, *, shuffled: bool
 ) -> dict[str, dict[str, dict[str, Interval]]]:
     plain = scores[""]
-    return {
-        prefix: {
-            name: intervals(values, plain[name] if prefix else None, seed)
+    report = {}
+    for prefix, rows in scores.items():
+        report[prefix] = {
+            name: intervals(
+                values,
+                plain[name] if prefix else None,
+                seed,
+                _under_others(scores, prefix, name) if prefix and shuffled else None,
+            )
             for name, values in rows.items()
         }
-        for prefix, rows in scores.items()
-    }
+    return report
+
+
+def _under_others(scores: dict[str, dict[str, list[float]]], prefix: str, name: str) -> list[float]:
+    """Return the scores of all samples under metadata other than `prefix`."""
+    return [
+        value for other, rows in scores.items() if other not in ("", prefix) for value in rows[name]
+    ]
 
 
 def _print_report(report: dict[str, dict[str, dict[str, Interval]]], names: dict[str, str]) -> None:
     titles = {"": "BOS alone", **{prefix: name for prefix, name in names.items() if prefix}}
     header = ["score", "samples from", "mean", "share above 0.5", "mean / mean from BOS alone"]
-    rows = [header]
+    is_shuffled = any(
+        "right_minus_shuffled" in row for rows in report.values() for row in rows.values()
+    )
+    rows = [header + ["mean - mean under the other metadata"] * is_shuffled]
     for score in report[""]:
         for prefix, found in report.items():
             row = found[score]
             ratio = str(row["ratio"]) if "ratio" in row else ""
-            rows.append(
-                [score, titles[prefix], str(row["mean"]), str(row["share_above_0.5"]), ratio]
-            )
-    print("\n".join(aligned(rows, len(header))))
+            cells = [score, titles[prefix], str(row["mean"]), str(row["share_above_0.5"]), ratio]
+            rows.append(cells + [str(row.get("right_minus_shuffled", ""))] * is_shuffled)
+    print("\n".join(aligned(rows, len(rows[0]))))
     print("in brackets: 95 % bootstrap confidence intervals")
