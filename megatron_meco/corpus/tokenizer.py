@@ -249,6 +249,40 @@ def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
     return bos if bos is not None and 0 <= bos < tokenizer.vocab_size else None
 
 
+def token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
+    """Return the id of a token by its name in the vocabulary.
+
+    Args:
+        tokenizer: Megatron's tokenizer.
+        name: As the vocabulary spells it, such as `<|context_begin|>`.
+        where: The flag that names it, for the message.
+
+    Raises:
+        FlagError: The vocabulary lacks it; or it is no tokenizer of Megatron's.
+    """
+    check_tokenizer(tokenizer)
+    found = None
+    # Libraries answer for a token that they lack with an error of some kind, with the name, or with
+    # the id of their unknown token.
+    with contextlib.suppress(Exception):
+        library = tokenizer._tokenizer
+        found = library.tokens_to_ids([name])[0]
+        if library.ids_to_tokens([found])[0] != name:
+            found = None
+    if not isinstance(found, int) or not 0 <= found < tokenizer.vocab_size:
+        raise unknown_token(name, where)
+    return found
+
+
+def unknown_token(name: str, where: str) -> FlagError:
+    """The refusal of a token that a vocabulary lacks."""
+    return FlagError(
+        f"the tokenizer has no token {name!r}",
+        where=where,
+        remedy="Add it to the tokenizer as a special token, or name one that it has.",
+    )
+
+
 def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
     """Return the fastest encoder that gives this tokenizer's ids for plain text.
 

@@ -37,6 +37,7 @@ from megatron_meco.corpus.tokenizer import (
     resolve_bos,
     resolve_eod,
     text_encoder,
+    token_id,
 )
 from megatron_meco.data.corpora import check_files
 from megatron_meco.data.fingerprint import file_identity
@@ -312,6 +313,8 @@ class MeCoGPTDataset(GPTDataset):
             tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
             _cache_folder(self.corpus_prefix, self.config),
+            token_ids=token_ids(tokenizer, self.config.template),
+            seed=self.config.random_seed,
         )
 
     def _load_plan(self) -> Plan:
@@ -615,6 +618,15 @@ def tokenizer_identity(tokenizer: Any) -> list[Any]:
     except ValueError:  # NullTokenizer reads numbers only
         ids = []
     return [tokenizer.unique_identifiers, tokenizer.vocab_size, ids]
+
+
+def token_ids(tokenizer: Any, template: Template) -> dict[str, int]:
+    """The ids of a template's special tokens by name.
+
+    Raises:
+        FlagError: The vocabulary lacks one.
+    """
+    return {name: token_id(tokenizer, name, template.flag) for name in template.tokens}
 
 
 def _check_split(where: str, indices: np.ndarray | None, split: Split) -> None:

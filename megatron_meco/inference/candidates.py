@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import PrefixText, Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, parse_values
 from megatron_meco.inference.input_file import check_text, parse_json, read_lines
@@ -52,7 +52,7 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
     table = open_metadata(data_path)
     template = Template.parse(conditioning.template)
     where = str(metadata_path(data_path))
-    counts: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[PrefixText] = collections.Counter()
     for batch in table.to_batches(_ROWS_AT_ONCE):
         # Frequency filters choose among these very values, so all of them are candidates.
         frequent = {
@@ -61,7 +61,8 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
             if p.frequency_filters
         }
         for entry in template.render(batch, where, frequent).drop_null().value_counts():
-            counts[entry["values"].as_py()] += entry["counts"].as_py()
+            prefix = PrefixText(template.segments(entry["values"].as_py()))
+            counts[prefix] += entry["counts"].as_py()
     ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
     if not ranked:
         raise FlagError(

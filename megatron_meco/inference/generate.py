@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from megatron_meco.corpus.tokenizer import unknown_token
+from megatron_meco.data.template import PrefixText
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, not_an_export, parse_values
 from megatron_meco.inference.eval_command import add_model_arguments
@@ -220,11 +222,37 @@ def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> 
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise text as in training: no tokens of the tokenizer's own, and text stays text."""
+    """Tokenise text as in training: no tokens of the tokenizer's own, and text stays text.
+
+    Args:
+        tokenizer: Of transformers.
+        text: Of a `PrefixText` each special token is one id, and the texts between are apart.
+
+    Raises:
+        FlagError: The tokenizer lacks a special token of the template.
+    """
     if not text:
         return []
+    if isinstance(text, PrefixText) and text.segments != (str(text),):
+        return [
+            i
+            for part in text.segments
+            for i in (
+                encode_text(tokenizer, part)
+                if isinstance(part, str)
+                else [_token_id(tokenizer, part.name)]
+            )
+        ]
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids
+
+
+def _token_id(tokenizer: Any, name: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(name)
+    # For a token that is not there it gives the id of its unknown token.
+    if found is None or tokenizer.convert_ids_to_tokens(found) != name:
+        raise unknown_token(name, "the model's template")
+    return int(found)
 
 
 def generate_text(
