@@ -17,6 +17,7 @@ import re
 import stat
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -249,18 +250,22 @@ def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
     return bos if bos is not None and 0 <= bos < tokenizer.vocab_size else None
 
 
-def token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
-    """Return the id of a token by its name in the vocabulary.
+def token_ids(tokenizer: MegatronTokenizerText, names: Iterable[str], where: str) -> dict[str, int]:
+    """Return the ids of tokens by their names in the vocabulary.
 
     Args:
         tokenizer: Megatron's tokenizer.
-        name: As the vocabulary spells it, such as `<|context_begin|>`.
-        where: The flag that names it, for the message.
+        names: As the vocabulary spells them, such as `<|context_begin|>`.
+        where: The flag that names them, for the message.
 
     Raises:
-        FlagError: The vocabulary lacks it; or it is no tokenizer of Megatron's.
+        FlagError: The vocabulary lacks one; or it is no tokenizer of Megatron's.
     """
     check_tokenizer(tokenizer)
+    return {name: _token_id(tokenizer, name, where) for name in names}
+
+
+def _token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
     found = None
     # Libraries answer for a token that they lack with an error of some kind, with the name, or with
     # the id of their unknown token.

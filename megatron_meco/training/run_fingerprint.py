@@ -20,7 +20,8 @@ from typing import Any
 
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
-from megatron_meco.data.fingerprint import digest, file_fingerprint
+from megatron_meco.corpus.tokenizer import token_ids
+from megatron_meco.data.fingerprint import digest, file_fingerprint, tokenizer_identity
 from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
 from megatron_meco.data.template import Template
@@ -170,11 +171,8 @@ def _tokenizer(tokenizer: Any, template: Template) -> str:
 
     The folder's name may change.
     """
-    # Not at the top: Megatron must not be imported before the platform is chosen.
-    from megatron_meco.data.dataset import token_ids, tokenizer_identity
-
     identifiers, vocab_size, ids = tokenizer_identity(tokenizer)
-    special = token_ids(tokenizer, template)
+    special = token_ids(tokenizer, template.tokens, template.flag)
     return digest([identifiers.get("class"), vocab_size, ids, *([special] if special else [])])
 
 

@@ -18,7 +18,7 @@ from megatron_meco.corpus.tokenizer import (
     resolve_bos,
     resolve_eod,
     text_encoder,
-    token_id,
+    token_ids,
 )
 from megatron_meco.errors import FlagError
 
@@ -93,9 +93,10 @@ def test_a_tokenizer_of_transformers_is_refused(tokenizer_folder: Path) -> None:
 
 def test_special_tokens_by_name(tokenizer_folder: Path) -> None:
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
-    assert token_id(tokenizer, "<|end_of_text|>", "--meco-template") == 1
+    found = token_ids(tokenizer, ["<|end_of_text|>"], "--meco-template")
+    assert found == {"<|end_of_text|>": 1}
     null = build_tokenizer("NullTokenizer", None, vocab_size=50)
-    assert token_id(null, "7", "--meco-template") == 7
+    assert token_ids(null, ["7"], "--meco-template") == {"7": 7}
     for other, name in ((tokenizer, "<|no_such_token|>"), (null, "50"), (null, "<s>")):
         with pytest.raises(FlagError, match=f"no token {name!r}".replace("|", r"\|")):
-            token_id(other, name, "--meco-template")
+            token_ids(other, [name], "--meco-template")
