@@ -31,6 +31,7 @@ from megatron_meco.corpus.tokenizer import (
     resolve_bos,
     resolve_eod,
     text_encoder,
+    token_ids,
 )
 from megatron_meco.data.fingerprint import file_identity, tokenizer_identity
 from megatron_meco.data.opened_corpus import (
@@ -340,16 +341,18 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def _load_prefixes(self) -> PrefixTable | None:
         if self.config.phase == COOLDOWN or not self.config.meco.template:
             return None
-        tokenizer = self.config.tokenizer
+        tokenizer, template = self.config.tokenizer, self.config.template
         return load_prefix_table(
             self.corpus_prefix,
             self.numel_low_level_dataset(self.dataset),
-            self.config.template,
+            template,
             # The encoder is made when it is called: the table is usually in the cache.
             lambda texts: text_encoder(tokenizer).encode_batch(texts),
             tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
             self._cache_folder,
+            token_ids=token_ids(tokenizer, template.tokens, template.flag),
+            seed=self.config.random_seed,
         )
 
     def _load_plan(self) -> Plan:

@@ -163,7 +163,7 @@ class _Plan:
     tasks: list[str]
     shots: tuple[int | None, ...]
     prefix: str
-    prefixes: dict[str, str]
+    prefixes: Mapping[str, str]
     named: list[str]
     others: list[str] | None
 
