@@ -150,7 +150,7 @@ class Launch:
         return self.nnodes == 1 or self.options.get("rdzv-backend") == "c10d"
 
     def torchrun(self, node_rank: str) -> list[str]:
-        """torchrun's command up to the flags of the training script.
+        """Torchrun's command up to the flags of the training script.
 
         Args:
             node_rank: The number of the node, or a shell's expression for it.

@@ -88,7 +88,7 @@ def complete(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]
     if "seq-length" in words:
         more["max-position-embeddings"] = words["seq-length"]
     ranks = int(words.get("tensor-model-parallel-size", ("1",))[0])
-    if 0 < ranks and 128 % ranks == 0:
+    if ranks > 0 and 128 % ranks == 0:
         # TP times this stays 128, so that every layout has the same padded vocabulary.
         more["make-vocab-size-divisible-by"] = (str(128 // ranks),)
     if ranks > 1:

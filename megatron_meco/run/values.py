@@ -160,7 +160,7 @@ def _check_given(key: str, value: Scalar, where: str) -> None:
             remedy="Give one ('' is the empty text), or take the key out.",
         )
     # What no command line can hold.
-    if "\0" in value.text or not value.text.isascii() and not _encodes(value.text):
+    if "\0" in value.text or (not value.text.isascii() and not _encodes(value.text)):
         raise RunFileError(
             f"{key} holds a character that no command line can pass on",
             where=where,
