@@ -68,11 +68,12 @@ COMMANDS = {
     ),
     "tokenizer": Command(
         group=_SET_UP,
-        summary="make a tokenizer folder from what its authors publish",
-        module="megatron_meco.corpus.llama3",
+        summary="train a tokenizer, or make the folder of Llama 3's",
+        module="megatron_meco.corpus.tokenizer_command",
         add_arguments="add_tokenizer_arguments",
         run="run_tokenizer",
         example="""\
+  meco tokenizer train pages-*.jsonl.zst --vocab-size 32000 --output my-tokenizer
   meco tokenizer llama3 my-llama3""",
     ),
     "prepare": Command(
