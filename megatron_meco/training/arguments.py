@@ -235,6 +235,14 @@ def _check_without_meco(args: argparse.Namespace, own_flags: Mapping[str, Flag])
                 where=shown(flag.spelling, value),
                 remedy="Add --meco, or drop the flag.",
             )
+    ranks = args.context_parallel_size
+    if not args.meco and args.dataloader_inter_document_masking and not args.sft and ranks > 1:
+        raise FlagError(
+            "Megatron cuts each sequence as a whole for these ranks, and attention counts in "
+            "chunks of documents: documents would reach each other",
+            where=f"--dataloader-inter-document-masking --context-parallel-size {ranks}",
+            remedy="Drop one of the two, or add --meco (with --meco-template '' for a baseline).",
+        )
 
 
 def parse_run(

@@ -163,6 +163,8 @@ def _with_rotary(
         positions = positions_of(packed.cu_seqlens_q, num_tokens * group.size())
         positions = positions[_layout(packed, num_tokens, group).places]
     made = RotaryPackedSeqParams(**given, angles=table[positions], scale=scale)
+    if group is not None:
+        made.meco_layout = packed.meco_layout
     packed.meco_rotary = (table, made)
     return made
 

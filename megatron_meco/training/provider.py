@@ -218,7 +218,8 @@ def loss_func(
     """Sum of the losses inside the mask, and what to report of it.
 
     Args:
-        loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
+        loss_mask: (1, tokens) or (micro-batch, tokens of a sample), float32: those of this
+            context-parallel rank, as many of each sample.
         output_tensor: Per-token losses, as many.
         facts: (2, micro-batch), int32: prefix tokens of each sample, and 1 for a validation sample
             that shows them.
@@ -254,9 +255,12 @@ def _token_counts(
     facts: torch.Tensor, num_tokens: torch.Tensor, num_places: int
 ) -> dict[str, torch.Tensor]:
     """Pairs that Megatron logs as losses: the step's share of prefix tokens, and trained tokens."""
-    places = torch.full_like(num_tokens, num_places, dtype=torch.float32)
-    # Megatron divides by what it added up over these, which makes a sum out of the mean.
-    parts = get_num_microbatches() * mpu.get_data_parallel_world_size()
+    # Megatron adds both up over micro-batches, data-parallel and context-parallel ranks. Of the
+    # latter each knows the prefix tokens of whole samples, and has a part of the places.
+    num_ranks = mpu.get_context_parallel_world_size()
+    places = torch.full_like(num_tokens, num_places * num_ranks, dtype=torch.float32)
+    # Megatron divides by what it added up, which makes a sum out of the mean.
+    parts = get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True)
     return {
         "prefix share": torch.stack([facts[0].sum().float(), places]),
         "trained tokens": torch.stack([num_tokens.float() * parts, torch.ones_like(places)]),
@@ -276,17 +280,29 @@ def packed_seq_params(
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # Megatron's FLOPs account
     # An upper bound serves the kernels, and costs no wait for the device.
     longest = args.seq_length
+    num_ranks = mpu.get_context_parallel_world_size()
     if args.transformer_impl != "local" and not args.apply_rope_fusion:
         # Megatron's own RoPE counts on through a pack that is as long as its table of angles.
-        longest += 1
+        # Transformer Engine divides this length among context-parallel ranks and their chunks.
+        longest += 1 if num_ranks == 1 else 2 * num_ranks
     seq_idx = None
     if args.hybrid_layer_pattern:
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
+    padded = {}
+    if num_ranks > 1:
+        # Transformer Engine asks for both. A document's padding is part of the document, so no
+        # kernel has to skip it: the same tensor says so, too, which older versions would compare.
+        padded = {
+            "cu_seqlens_q_padded": cu_seqlens,
+            "cu_seqlens_kv_padded": cu_seqlens,
+            "pad_between_seqs": False,
+        }
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        **padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         seq_idx=seq_idx,
