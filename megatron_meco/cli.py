@@ -143,6 +143,7 @@ COMMANDS = {
         run="run_plan",
         takes_training_flags=True,
         example="""\
+  meco plan run.yaml
   meco plan --data-path data/web --split 99,1,0 --seq-length 8192 \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
       --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n'""",
@@ -155,10 +156,31 @@ COMMANDS = {
         run="run_inspect",
         takes_training_flags=True,
         example="""\
+  meco inspect run.yaml --sample 0
   meco inspect --data-path data/web --split 99,1,0 --seq-length 8192 \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
       --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n' \\
       --sample 0""",
+    ),
+    "train": Command(
+        group=_TRAINING,
+        summary="train what a run file says",
+        module="megatron_meco.run.train",
+        add_arguments="add_train_arguments",
+        run="run_train",
+        example="""\
+  meco train run.yaml
+  meco train run.yaml --set lr=1e-3 --set launch.nproc-per-node=8 --dry-run""",
+    ),
+    "watch": Command(
+        group=_TRAINING,
+        summary="show how a run goes, from its log",
+        module="megatron_meco.run.watch",
+        add_arguments="add_watch_arguments",
+        run="run_watch",
+        example="""\
+  meco watch runs/web
+  meco watch slurm-123.log""",
     ),
     "export": Command(
         group=_AFTER,
@@ -317,11 +339,15 @@ def _run(arguments: list[str]) -> int:
     )
     getattr(module, command.add_arguments)(parser)
     args, unknown = parser.parse_known_args(arguments[1:])
+    run = getattr(module, command.run)
     if command.takes_training_flags:
-        args.training_flags = unknown
-    elif unknown:
+        from megatron_meco.run.run_file import training_flags
+
+        with training_flags(unknown) as args.training_flags:
+            return int(run(args))
+    if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return int(getattr(module, command.run)(args))
+    return int(run(args))
 
 
 def _top_parser() -> argparse.ArgumentParser:

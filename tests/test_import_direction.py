@@ -32,7 +32,8 @@ ALLOWED = {
     "data": DATA,
     "training": DATA | {"training"},
     "inference": DATA | {"training", "inference"},
-    "top": DATA | {"corpus", "training", "inference", "top"},
+    "run": DATA | {"training", "run"},
+    "top": DATA | {"corpus", "training", "inference", "run", "top"},
 }
 
 # What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
@@ -71,6 +72,12 @@ WITHOUT_TORCH = [
     "data.packing",
     "data.phases",
     "data.fingerprint",
+    "run.endings",
+    "run.flag_table",
+    "run.launch",
+    "run.run_file",
+    "run.run_folder",
+    "run.watch",
     "training.kernels",
 ]
 
