@@ -515,6 +515,12 @@ def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     if args.spec not in (None, PACKED_LOCAL_SPEC):
         chosen = f"as --spec {' '.join(args.spec)} says"
         kernels = replace(kernels, attention=chosen, layers=chosen)
+    if args.context_parallel_size > 1 and args.meco:
+        shared = "keys and values of all ranks gathered"
+        if args.transformer_impl != "local":
+            shared = " ".join(args.cp_comm_type)
+        shared = f"{kernels.attention}, over {args.context_parallel_size} ranks ({shared})"
+        kernels = replace(kernels, attention=shared)
     if args.optimizer != "adam":
         kernels = replace(kernels, optimizer=f"Megatron's {args.optimizer}")
     return kernels

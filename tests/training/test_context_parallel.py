@@ -125,7 +125,7 @@ def test_a_document_reaches_no_other_unless_ranks_are_cut_by_sequence(per_sequen
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_model_on_several_ranks_is_the_model_on_one(ranks: int) -> None:
     """Logits, gradients through the gathered keys and values, documents apart on every rank."""
-    result = launch([str(SCRIPT)], ranks)
+    result = launch([str(SCRIPT), "local"], ranks)
     assert result.status == 0, result.log[-3000:]
     reports = json.loads(result.log.splitlines()[-1])
     assert len(reports) == ranks
