@@ -178,7 +178,7 @@ def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
     return {str(task): values for task, values in content.items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Refuses a key that is there twice, whose last value would count in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -37,7 +37,7 @@ class RequestError(MeCoError):
 
 
 @register_model(_NAME)
-class MeCoLM(HFLM):
+class MeCoLM(HFLM):  # type: ignore[misc]  # the harness has no types
     """`HFLM` with a prefix after BOS.
 
     Args:
@@ -80,7 +80,8 @@ class MeCoLM(HFLM):
                 where=f"task {requests[0].task_name!r}",
                 remedy="Leave it out, or evaluate it without metadata.",
             )
-        return super().loglikelihood_rolling(requests, disable_tqdm)
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return scores
 
     def tok_batch_encode(
         self,
@@ -104,7 +105,10 @@ class MeCoLM(HFLM):
         room = left_truncate_len
         if not self._prefix_ids:
             self.num_cut += sum(room is not None and len(row) > room for row in rows)
-            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            pair: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(
+                strings, padding_side, left_truncate_len, truncation
+            )
+            return pair
         rows = [self._conditioned(row, room, is_empty=False) for row in rows]
         batch = self.tokenizer.pad(
             {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"

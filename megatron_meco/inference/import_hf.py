@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.llama import Sizes, Weight, join_parts, megatron_shapes
@@ -284,10 +286,10 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], args: Namespace) -> N
         # It says that no process group is there, which is the point.
         warnings.simplefilter("ignore")
         try:
-            dcp.save(
+            save(
                 state,
-                storage_writer=dcp.FileSystemWriter(folder),
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+                storage_writer=FileSystemWriter(folder),
+                planner=DefaultSavePlanner(flatten_state_dict=False),
                 no_dist=True,
             )
         except CheckpointException as error:

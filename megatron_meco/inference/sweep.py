@@ -172,8 +172,8 @@ class TextScore:
             first = len(begin) + self._skipped
             hidden = decoder(ids[:, :-1]).last_hidden_state[0, first - 1 :]
             total = 0.0
-            targets = ids[0, first:].split(_POSITIONS_AT_ONCE)
-            for part, labels in zip(hidden.split(_POSITIONS_AT_ONCE), targets, strict=True):
+            targets = torch.split(ids[0, first:], _POSITIONS_AT_ONCE)
+            for part, labels in zip(torch.split(hidden, _POSITIONS_AT_ONCE), targets, strict=True):
                 logits = head(part).float()
                 check_finite(logits.amax(-1))
                 total -= torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
