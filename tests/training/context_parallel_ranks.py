@@ -1,9 +1,9 @@
 """A model on context-parallel ranks against the same model on one; rank 0 prints the comparison.
 
-Run under torchrun: `context_parallel_ranks.py LAYERS`, in float64, or on a GPU for each rank in bf16.
-Every rank also computes the whole pack by a model without context parallelism. What is compared:
-logits of the rank's tokens, gradients summed over ranks, and whether one document changed leaves
-all others bit-identical.
+Run under torchrun with LAYERS: in float64, or on a GPU for each rank in bf16. Every rank also
+computes the whole pack by a model without context parallelism. What is compared: logits of the
+rank's tokens, gradients summed over ranks, and whether one document changed leaves all others
+bit-identical.
 """
 
 from __future__ import annotations
