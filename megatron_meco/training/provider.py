@@ -260,7 +260,7 @@ def _token_counts(
     num_ranks = mpu.get_context_parallel_world_size()
     places = torch.full_like(num_tokens, num_places * num_ranks, dtype=torch.float32)
     # Megatron averages over these; multiplying makes it a sum.
-    parts = get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True)
+    parts = get_num_microbatches() * mpu.get_data_parallel_world_size() * num_ranks
     return {
         "prefix share": torch.stack([facts[0].sum().float(), places]),
         "trained tokens": torch.stack([num_tokens.float() * parts, torch.ones_like(places)]),
