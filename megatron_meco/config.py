@@ -29,6 +29,8 @@ class View(IntEnum):
 
     PLAIN = 0
     CONDITIONED = 1
+    SHUFFLED = 2
+    """Each document under the prefix of another one of the pack."""
 
 
 FINGERPRINT_KEYS = (

@@ -111,9 +111,9 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
     """One sample, JSON-serializable, and the `MeCoGPTDataset` it comes from.
 
     Returns:
-        `sample`, `phase` ("conditioned", "cooldown", or "plain" for a validation pack that hides
-        prefixes), `corpus`, `pack`, the arrays of the sample, `cu_seqlens` without its fixed-length
-        tail, and `documents`.
+        `sample`, `phase` ("conditioned", "cooldown", or the view of a validation pack: "plain"
+        without prefixes, "shuffled" with those of other documents), `corpus`, `pack`, the arrays of
+        the sample, `cu_seqlens` without its fixed-length tail, and `documents`.
     """
     arrays = dataset[index]
     source, pack = dataset.locate(index) if hasattr(dataset, "locate") else (dataset, index)
@@ -121,9 +121,10 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
         part = int(source.dataset_index[pack])
         source, pack = source.datasets[part], int(source.dataset_sample_index[pack])
     cu_seqlens = np.unique(arrays["cu_seqlens"].numpy())
+    phase, view = source.config.phase, source.config.view
     return {
         "sample": index,
-        "phase": "plain" if source.config.view is View.PLAIN else source.config.phase,
+        "phase": phase if view is View.CONDITIONED else view.name.lower(),
         "corpus": source.corpus_prefix,
         "pack": pack,
         **{key: arrays[key].tolist() for key in ("tokens", "labels", "loss_mask", "position_ids")},

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
+from megatron_meco.data.evaluation import EvaluationBlocks
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError, MeCoError, show_refusals_in_one_line
@@ -421,6 +422,16 @@ def schedule_from_args(args: argparse.Namespace) -> Schedule:
         train_iterations=None if args.train_samples else args.train_iters,
         train_samples=args.train_samples,
     )
+
+
+def evaluation_from_args(args: argparse.Namespace) -> EvaluationBlocks:
+    """Which validation samples one evaluation reads, from Megatron's validated flags.
+
+    Args:
+        args: Validated flags, with what a loaded checkpoint says of the samples already read.
+    """
+    begin = 0 if args.skip_train else args.consumed_valid_samples
+    return EvaluationBlocks(args.eval_iters * args.eval_global_batch_size, begin)
 
 
 def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:

@@ -26,6 +26,7 @@ Batch = dict[str, Any]
 
 _KEYS = (
     "attention_mask",
+    "compared",
     "cu_seqlens",
     "cu_seqlens_padded",
     "labels",
@@ -34,7 +35,7 @@ _KEYS = (
     "position_ids",
     "tokens",
 )
-# After `cu_seqlens`: the number of prefix tokens, and `meco_view`.
+# Behind the borders of documents: prefix tokens, and the view of a validation sample.
 _NUM_FACTS = 2
 _VECTOR = "meco_sample"
 # Samples of the baseline have no `meco_view`; all are plain.
@@ -67,8 +68,9 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             idx: Index for the dataset.
 
         Returns:
-            meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; it has the bits of the
-                float32 loss mask.
+            meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
+                float32 bit by bit. In evaluation the mask is 2 for labels that are compared
+                between views, which are all in the loss.
 
         Raises:
             RuntimeError: The pack has more documents than fit `num_bounds`.
@@ -89,8 +91,10 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             sample["labels"][-1:],
             sample["position_ids"],
         )
-        mask = sample["loss_mask"].view(torch.int32)
-        return {_VECTOR: torch.cat([*(part.int() for part in parts), mask])}
+        mask = sample["loss_mask"]
+        if "meco_compared" in sample:
+            mask = mask + sample["meco_compared"]
+        return {_VECTOR: torch.cat([*(part.int() for part in parts), mask.view(torch.int32)])}
 
 
 def meco_batch(
@@ -118,7 +122,8 @@ def meco_batch(
         loss_mask: Likewise, float32.
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
-        facts: (2, micro-batch), int32: number of prefix tokens and `meco_view` of each sample.
+        compared: In evaluation, as the loss mask but bool: labels compared between views.
+        facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
         The rest of Megatron's keys: None.
 
     Raises:
@@ -151,6 +156,9 @@ def meco_batch(
         batch["loss_mask"] = loss_mask.view(torch.float32).reshape(1, -1)
         if mpu.get_context_parallel_world_size() > 1:
             _keep_own_part(batch, size * length)
+        if not training:
+            batch["compared"] = batch["loss_mask"] > 1
+            batch["loss_mask"] = batch["loss_mask"].clamp(max=1)
     return batch
 
 

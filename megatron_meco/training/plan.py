@@ -164,7 +164,7 @@ def _build(args: argparse.Namespace) -> Run:
     from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
     from megatron_meco.data.dataset import MeCoGPTDatasetConfig
     from megatron_meco.data.run_datasets import build_datasets
-    from megatron_meco.training.arguments import schedule_from_args
+    from megatron_meco.training.arguments import evaluation_from_args, schedule_from_args
     from megatron_meco.training.blends import cooldown_blend
     from megatron_meco.training.stock import dataset_options
 
@@ -178,10 +178,9 @@ def _build(args: argparse.Namespace) -> Run:
         meco=MeCoConfig.from_args(args),
     )
     sizes = _split_sizes(args, schedule)
-    return Run(
-        schedule,
-        *build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args)),
-    )
+    evaluation = evaluation_from_args(args)
+    built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args), evaluation)
+    return Run(schedule, *built)
 
 
 def _split_sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | None]:
