@@ -12,12 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_meco"
 
 # Each room and the rooms that it may import, itself included.
-BASE = {"errors", "config", "whole_file", "megatron_flags", "refusals"}
+BASE = {
+    *("errors", "config", "whole_file", "wording", "flag_range", "untrusted"),
+    *("megatron_flags", "refusals"),
+}
 DATA = BASE | {"source", "core", "data"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "whole_file": {"errors"},
+    "wording": set(),
+    "flag_range": {"errors"},
+    "untrusted": {"errors", "untrusted"},
     "megatron_flags": set(),
     "refusals": {"errors", "megatron_flags"},
     "core": set(),
@@ -39,6 +45,10 @@ WITHOUT_TORCH = [
     "errors",
     "config",
     "whole_file",
+    "wording",
+    "flag_range",
+    "untrusted.text_file",
+    "untrusted.inert_pickle",
     "megatron_flags",
     "refusals",
     "cli",

@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.training.megatron_patches import rotary_scale, rotate_half
+from megatron_meco.training.megatron_patches import rotary_scale
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -151,6 +151,14 @@ def _with_rotary(
     made = RotaryPackedSeqParams(**given, angles=table[positions], scale=scale)
     packed.meco_rotary = (table, made)
     return made
+
+
+def _rotate_half(states: Tensor, interleaved: bool) -> Tensor:
+    """`(-x2, x1)` of RoPE, for pairs (x1, x2) that are the two halves, or neighbours."""
+    if interleaved:
+        return torch.stack((-states[..., 1::2], states[..., ::2]), dim=-1).flatten(-2)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
 
 def positions_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -262,7 +270,7 @@ class PackedDotProductAttention(MegatronModule):
         cos, sin = packed.waves_in(states.dtype)
         size = cos.size(-1)
         turned, rest = states[..., :size], states[..., size:]
-        turned = turned * cos + rotate_half(turned, self.config.rotary_interleaved) * sin
+        turned = turned * cos + _rotate_half(turned, self.config.rotary_interleaved) * sin
         return torch.cat((turned, rest), dim=-1)
 
     def _random_state(self, dropout: float) -> AbstractContextManager[Any]:
