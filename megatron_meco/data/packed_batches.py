@@ -25,8 +25,9 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_meco.config import MeCoConfig
 from megatron_meco.corpus.tokenizer import build_tokenizer
-from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
+from megatron_meco.data.dataset import MeCoGPTDatasetConfig
 from megatron_meco.data.phases import BatchSize, make_schedule
+from megatron_meco.data.run_datasets import build_datasets
 from megatron_meco.errors import FlagError
 
 Borders = Literal["document_ids", "cu_seqlens", "none"]
@@ -327,7 +328,8 @@ def make_batch(samples: Sequence[Mapping[str, torch.Tensor]], borders: Borders) 
     Returns:
         tokens, position_ids: (samples, S), int64; positions restart at each document.
         targets: (samples, S), int64: the next token, or -100 where it is not trained on.
-        conditioned: (samples,), bool: whether the sample shows prefixes.
+        view: (samples,), int64: the `View` of a validation sample; of a training sample, 1 when it
+            holds a prefix, else 0.
         document_ids: (samples, S), int32, with borders="document_ids": a token may attend to
             earlier tokens of its sample with the same number.
         cu_seqlens: (documents + 1,), int32, with borders="cu_seqlens": borders in the flat batch,
@@ -340,8 +342,8 @@ def make_batch(samples: Sequence[Mapping[str, torch.Tensor]], borders: Borders) 
 
     tokens, positions, bounds = stack("tokens"), stack("position_ids"), stack("cu_seqlens")
     targets = stack("labels").masked_fill(stack("loss_mask") == 0, IGNORED_TARGET)
-    views = [sample.get("meco_view", sample["meco_prefix_tokens"]) for sample in samples]
-    values: dict[str, Any] = {"conditioned": torch.stack(views) > 0}
+    views = [s.get("meco_view", (s["meco_prefix_tokens"] > 0).long()) for s in samples]
+    values: dict[str, Any] = {"view": torch.stack(views)}
     length = tokens.size(1)
     if borders == "document_ids":
         places = torch.arange(length, dtype=bounds.dtype).expand_as(tokens).contiguous()

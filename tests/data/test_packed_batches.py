@@ -83,7 +83,7 @@ def test_targets_are_the_labels_inside_the_mask_and_nothing_else(run: PlainRun) 
             assert (targets[trained] == sample["labels"][trained]).all()
             assert (targets[~trained] == IGNORED_TARGET).all()
             assert 0 < int(trained.sum()) < LENGTH
-    assert first["conditioned"].all() and not last["conditioned"].any()
+    assert first["view"].tolist() == [1] * 8 and last["view"].tolist() == [0] * 8
 
 
 def test_both_kinds_of_borders_tell_the_same_documents(run: PlainRun) -> None:
@@ -109,8 +109,8 @@ def test_both_kinds_of_borders_tell_the_same_documents(run: PlainRun) -> None:
 
 def test_validation_shows_both_views_and_completes_the_last_batch(run: PlainRun) -> None:
     batches = list(run.validation_batches(micro_batch_size=2, borders="document_ids"))
-    shown = [flag for batch in batches for flag in batch["conditioned"].tolist()]
-    assert shown[:5] == [True, False, True, False, True] and len(shown) == 6
+    shown = [view for batch in batches for view in batch["view"].tolist()]
+    assert shown[:5] == [1, 0, 1, 0, 1] and len(shown) == 6
     assert (batches[-1]["targets"][1] == IGNORED_TARGET).all()
     assert (batches[-1]["targets"][0] != IGNORED_TARGET).any()
 
