@@ -43,12 +43,14 @@ class Recipe:
     Args:
         output: The folder for everything.
         iterations: Training steps of a run, a multiple of ten.
+        seed: Of the order of documents, the initial weights and the samples; above 0.
     """
 
-    def __init__(self, output: Path, iterations: int) -> None:
+    def __init__(self, output: Path, iterations: int, seed: int = 1234) -> None:
         assert iterations % 10 == 0, "the switch must fall between two iterations"
         self.output = output
         self.iterations = iterations
+        self.seed = seed
         self.switch = 9 * iterations // 10
 
     def path(self, name: str) -> str:
@@ -129,7 +131,7 @@ class Recipe:
         for host in hosts:
             command += ["--metadata", f"url={url_of(host)}"]
         command += ["--num-samples", str(SAMPLES), "--max-new-tokens", str(SAMPLE_TOKENS)]
-        command += ["--batch-size", str(SAMPLES)]
+        command += ["--batch-size", str(SAMPLES), "--seed", str(self.seed)]
         return [*command, "--output", self.path(f"samples/{run}-{iteration}")]
 
     def judge(self) -> list[str]:
@@ -173,6 +175,7 @@ class Recipe:
             *("--seq-length", str(SEQUENCE_LENGTH)),
             *("--global-batch-size", str(BATCH_SIZE)),
             *("--train-iters", str(self.iterations)),
+            *("--seed", str(self.seed)),
             # The third of these evaluations falls on the switch; Megatron adds one at the end.
             *("--eval-interval", str(self.switch // 3)),
             *("--eval-iters", str(evaluation_batches)),

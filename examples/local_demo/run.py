@@ -43,13 +43,14 @@ class Demo:
     Args:
         output: The folder for everything.
         iterations: Training steps of each run, a multiple of ten.
+        seed: Of the training runs and the samples.
         console: The terminal.
     """
 
-    def __init__(self, output: Path, iterations: int, console: Console) -> None:
+    def __init__(self, output: Path, iterations: int, seed: int, console: Console) -> None:
         self.output = output
         self.console = console
-        self.recipe = Recipe(output, iterations)
+        self.recipe = Recipe(output, iterations, seed)
         self.commands = Commands(ROOT, output, console, environment(output))
         self.begin = time.monotonic()
         self.step = 0
@@ -253,6 +254,7 @@ def main() -> int:
         help=f"training steps of {BATCH_SIZE * SEQUENCE_LENGTH:,} tokens in each run, a multiple "
         "of 10 (default: %(default)s)",
     )
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="above 0")
     args = parser.parse_args()
     console = Console(highlight=False)
     # A closed terminal and a `kill` end the children as an interrupt does.
@@ -261,7 +263,7 @@ def main() -> int:
     try:
         output = args.output.absolute()
         open_output(output, fresh=args.fresh)
-        Demo(output, args.iterations, console).run()
+        Demo(output, args.iterations, args.seed, console).run()
     except CommandFailed as failure:
         report(console, failure)
         return 1

@@ -184,14 +184,16 @@ def print_shares(console: Console, models: dict[str, Judgement], ceiling: Share)
         shares = [f"{model.accuracy(host).value:.2f}" for model in models.values()]
         table.add_row(host, *shares, f"{models[last_meco].without_url(host).value:.2f}")
     table.add_section()
+    shares = [model.accuracy() for model in models.values()]
     # Every sample without a URL looks like one of the sources: the mean is chance by construction.
     chance = f"{1 / len(_hosts(models)):.2f}"
-    table.add_row("all", *(str(model.accuracy()) for model in models.values()), chance)
+    table.add_row("all", *(f"{share.value:.2f}" for share in shares), chance)
+    table.add_row("95 % interval", *("{:.2f}-{:.2f}".format(*share.interval) for share in shares))
     console.print(table)
     number = len(models[last_meco].texts[""])
     console.print(
-        f"{number} samples of each model under each URL; in brackets the 95 % interval over "
-        f"samples. No URL: what the {last_meco} model writes by itself. The classifier names the "
+        f"{number} samples of each model under each URL; the interval is over samples. "
+        f"No URL: what the {last_meco} model writes by itself. The classifier names the "
         f"source of held-out real documents with accuracy {ceiling}."
     )
 
