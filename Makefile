@@ -12,6 +12,7 @@ SEED ?= 0
 CXX ?= g++
 BIN := .venv/bin
 SHELL_FILES := $(wildcard examples/*.sh examples/slurm/*.sbatch tools/*.sh benchmarks/gpu/*.sh) .ci/run
+CORE_FILES := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 
 # Compiled Python files are kept even where the caller's shell forbids it: Megatron and torch take
@@ -66,7 +67,7 @@ sanitize: ## Run the C++ tests under the address and undefined-behaviour sanitiz
 	@mkdir -p build/sanitize
 	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -fno-omit-frame-pointer -pthread -Icsrc \
 	    -fsanitize=address,undefined -fno-sanitize-recover=all \
-	    csrc/tests/test_core.cpp csrc/packing.cpp csrc/assemble.cpp csrc/index.cpp -o build/sanitize/test_core
+	    csrc/tests/test_core.cpp $(CORE_FILES) -o build/sanitize/test_core
 	build/sanitize/test_core
 
 clean: ## Remove everything that was built, the environment included

@@ -10,7 +10,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-SOURCES = [f"csrc/{name}.cpp" for name in ("packing", "assemble", "index", "bindings")]
+SOURCES = sorted(path.as_posix() for path in Path("csrc").glob("*.cpp"))
 # Listed as dependencies, so that a changed header rebuilds and a source distribution carries it.
 HEADERS = sorted(path.as_posix() for path in Path("csrc").glob("*.h"))
 

@@ -29,7 +29,9 @@ def commands(quick: bool) -> list[list[str]]:
     samples += [["bench_loader.py", "--sequence-length", str(length)] for length in (8192, 2048)]
     billion = [["bench_billion.py", "--documents", "1e7" if quick else "1e9"]]
     prepare = [["bench_prepare.py", "--rounds", "1" if quick else "3"]]
-    return [*plans, *samples, *billion, *prepare]
+    rounds = ["--rounds", "1" if quick else "5"]
+    steps = [["bench_cpu_step.py", "--size", size, *rounds] for size in ("demo", "study")]
+    return [*plans, *samples, *billion, *prepare, *steps]
 
 
 def main() -> int:

@@ -57,16 +57,67 @@ void count_up(int64_t* target, int64_t count) {
   for (int64_t i = 0; i < count; ++i) target[i] = i;
 }
 
+// Writes the arrays of one sample from left to right, segment after segment. A segment is what
+// attends to itself alone: a piece, or the padding.
+class SampleWriter {
+ public:
+  SampleWriter(const AssemblyOptions& options, SampleArrays* out)
+      : capacity_(options.capacity), num_bounds_(num_cu_seqlens(options)), out_(*out) {
+    out_.cu_seqlens[0] = 0;
+  }
+
+  int64_t room() const { return capacity_ - cursor_; }
+
+  // Adds tokens to the open segment and returns where they are to be written. `trained`: whether
+  // the loss counts their prediction; that of a segment's first token is never counted.
+  int64_t* append(int64_t count, bool trained) {
+    if (count < 0 || count > room()) throw std::out_of_range("damaged plan: pack overfull");
+    int64_t* tokens = out_.tokens + cursor_;
+    // loss_mask[t] governs the prediction of token t + 1.
+    const int64_t first = std::max(cursor_, segment_ + 1);
+    cursor_ += count;
+    if (first < cursor_) {
+      std::fill(out_.loss_mask + first - 1, out_.loss_mask + cursor_ - 1, trained ? 1.0f : 0.0f);
+    }
+    return tokens;
+  }
+
+  void end_segment() {
+    if (cursor_ == segment_) return;
+    out_.loss_mask[cursor_ - 1] = 0.0f;  // the next token is not in this segment
+    count_up(out_.position_ids + segment_, cursor_ - segment_);
+    longest_ = std::max(longest_, cursor_ - segment_);
+    out_.cu_seqlens[++bound_] = static_cast<int32_t>(cursor_);
+    segment_ = cursor_;
+  }
+
+  // Fills the rest of the pack and of cu_seqlens.
+  void finish(int64_t pad_id) {
+    const int64_t padding = room();
+    int64_t* tokens = append(padding, false);
+    std::fill(tokens, tokens + padding + 1, pad_id);
+    end_segment();
+    std::fill(out_.cu_seqlens + bound_ + 1, out_.cu_seqlens + num_bounds_,
+              static_cast<int32_t>(capacity_));
+    *out_.max_seqlen = static_cast<int32_t>(longest_);
+  }
+
+ private:
+  const int64_t capacity_;
+  const int64_t num_bounds_;
+  const SampleArrays out_;
+  int64_t cursor_ = 0;   // where the next token goes
+  int64_t segment_ = 0;  // where the open segment begins
+  int64_t bound_ = 0;    // last entry of cu_seqlens that is written
+  int64_t longest_ = 0;
+};
+
 }  // namespace
 
 AssemblyOptions check(const AssemblyOptions& options) {
-  if (options.capacity < 2 || options.capacity > kMaxCapacity) {
-    throw std::invalid_argument("capacity must be 2 to 67,108,864");
-  }
-  if (options.max_documents < 1) throw std::invalid_argument("max_documents must be at least 1");
-  if (options.vocab_size < 1) throw std::invalid_argument("vocab_size must be at least 1");
   AssemblyOptions checked = options;
-  checked.max_documents = std::min(options.max_documents, options.capacity);
+  check(static_cast<PackRules*>(&checked));
+  if (options.vocab_size < 1) throw std::invalid_argument("vocab_size must be at least 1");
   return checked;
 }
 
@@ -108,41 +159,34 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
   if (begin < 0 || begin > end || end > plan.num_pieces || end - begin > options.max_documents) {
     throw std::out_of_range("damaged plan: pack offsets");
   }
+  const Layout layout(documents, options);
   std::vector<Piece> pieces;
   pieces.reserve(static_cast<size_t>(end - begin));
   int64_t room = options.capacity;
   for (int64_t p = begin; p < end; ++p) {
-    Piece piece;
-    piece.document = load(plan.piece_document, p);
-    if (piece.document < 0 || piece.document >= documents.num_documents) {
+    const int64_t number = load(plan.piece_document, p);
+    if (number < 0 || number >= documents.num_documents) {
       throw std::out_of_range("damaged plan: document number");
     }
-    const int64_t body = documents.body_length(piece.document);
-    piece.body = body;
-    piece.body_begin = continued_begin_of(plan, p);
-    if (piece.body_begin < 0 || piece.body_begin >= body) {
+    const DocumentSize document = documents.size_of(number);
+    const int64_t body_begin = continued_begin_of(plan, p);
+    if (body_begin < 0 || body_begin >= document.body) {
       throw std::out_of_range("damaged plan: body offset");
     }
-    piece.has_bos = documents.has_bos && room > 0;
-    piece.prefix_id = documents.prefix_id(piece.document);
-    if (piece.body_begin > 0 && !options.repeat_prefix) piece.prefix_id = -1;
-    const bool is_empty_pack = room == options.capacity;
-    // Best-fit cuts every body as for a pack of its own, the others as the room left demands.
-    int64_t left = options.strategy == Strategy::kBestFit ? options.capacity : room;
-    left -= piece.has_bos ? 1 : 0;
-    const int64_t prefix = std::min(documents.prefix_length(piece.prefix_id), left);
-    left -= prefix;
-    int64_t taken = std::min(body - piece.body_begin, left);
-    if (taken < body - piece.body_begin && options.strategy != Strategy::kTruncate) {
-      const bool must = is_empty_pack || options.strategy == Strategy::kBestFit;
-      taken = documents.cut(piece.document, piece.body_begin, taken, must);
-    }
-    piece.body_end = piece.body_begin + taken;
-    room -= (piece.has_bos ? 1 : 0) + prefix + taken;
+    const PieceSize size = layout.fit(document, body_begin, room);
+    room -= size.total();
     if (room < 0) throw std::out_of_range("damaged plan: pack overfull");
-    // The body is cut as if the prefix were there: both views hold the same body tokens.
-    if (options.hide_prefixes) piece.prefix_id = -1;
-    piece.prefix_tokens = options.hide_prefixes ? 0 : static_cast<int32_t>(prefix);
+    Piece piece;
+    piece.document = number;
+    piece.body = document.body;
+    piece.body_begin = body_begin;
+    piece.body_end = body_begin + size.body;
+    piece.has_bos = size.bos > 0;
+    // Hidden prefixes take up room like shown ones: both views hold the same body tokens.
+    if (!options.hide_prefixes && layout.shows_prefix(body_begin)) {
+      piece.prefix_id = documents.prefix_id(number);
+      piece.prefix_tokens = static_cast<int32_t>(size.prefix);
+    }
     pieces.push_back(piece);
   }
   return pieces;
@@ -151,58 +195,35 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
 void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*>& sources,
               int token_bytes, const Documents& documents, const int32_t* prefix_tokens,
               const AssemblyOptions& options, SampleArrays* out) {
-  const int64_t capacity = options.capacity;
-  int64_t cursor = 0;
-  int64_t longest = 0;
-  int64_t num_bounds = 0;
-  int64_t prefix_total = 0;
-  out->cu_seqlens[num_bounds++] = 0;
-
+  SampleWriter writer(options, out);
+  *out->prefix_tokens = 0;
   for (size_t i = 0; i < pieces.size(); ++i) {
     const Piece& piece = pieces[i];
-    const int64_t body = piece.body_end - piece.body_begin;
-    const int64_t head = (piece.has_bos ? 1 : 0) + piece.prefix_tokens;
-    const int64_t begin = cursor;
-    const int64_t end = begin + head + body;
-    if (body < 0 || end > capacity) throw std::out_of_range("damaged plan: pack overfull");
-
-    int64_t* tokens = out->tokens + begin;
-    if (piece.has_bos) *tokens++ = options.bos_id;
-    if (piece.prefix_tokens > 0) {
-      if (piece.prefix_tokens > documents.prefix_length(piece.prefix_id)) {
-        throw std::out_of_range("damaged prefix table: offsets");
+    for_each_run(piece, [&](TokenKind kind, int64_t count) {
+      switch (kind) {
+        case TokenKind::kBos:
+          *writer.append(count, false) = options.bos_id;
+          break;
+        case TokenKind::kPrefix: {
+          if (count > documents.prefix_length(piece.prefix_id)) {
+            throw std::out_of_range("damaged prefix table: offsets");
+          }
+          const int32_t* prefix = prefix_tokens + documents.prefix_begin(piece.prefix_id);
+          int64_t* target = writer.append(count, options.train_on_prefix);
+          check_vocabulary(widen<int32_t>(reinterpret_cast<const uint8_t*>(prefix), count, target),
+                           options);
+          *out->prefix_tokens += count;
+          break;
+        }
+        case TokenKind::kBody:
+          check_vocabulary(copy_tokens(sources[i], token_bytes, count, writer.append(count, true)),
+                           options);
+          break;
       }
-      const int32_t* prefix = prefix_tokens + documents.prefix_begin(piece.prefix_id);
-      const auto* bytes = reinterpret_cast<const uint8_t*>(prefix);
-      check_vocabulary(widen<int32_t>(bytes, piece.prefix_tokens, tokens), options);
-      tokens += piece.prefix_tokens;
-    }
-    check_vocabulary(copy_tokens(sources[i], token_bytes, body, tokens), options);
-
-    // loss_mask[t] governs predicting token t + 1, which must be trained and in the same piece.
-    const int64_t first_trained = std::max(
-        begin + 1, options.train_on_prefix ? begin + (piece.has_bos ? 1 : 0) : begin + head);
-    std::fill(out->loss_mask + begin, out->loss_mask + end, 0.0f);
-    if (first_trained < end) {
-      std::fill(out->loss_mask + first_trained - 1, out->loss_mask + end - 1, 1.0f);
-    }
-    count_up(out->position_ids + begin, end - begin);
-    prefix_total += piece.prefix_tokens;
-    longest = std::max(longest, end - begin);
-    cursor = end;
-    if (end > begin) out->cu_seqlens[num_bounds++] = static_cast<int32_t>(end);
+    });
+    writer.end_segment();
   }
-
-  // Padding is a segment of its own: no document sees it, and nothing in it is trained.
-  longest = std::max(longest, capacity - cursor);
-  std::fill(out->tokens + cursor, out->tokens + capacity + 1, options.pad_id);
-  std::fill(out->loss_mask + cursor, out->loss_mask + capacity, 0.0f);
-  count_up(out->position_ids + cursor, capacity - cursor);
-  for (; num_bounds < num_cu_seqlens(options); ++num_bounds) {
-    out->cu_seqlens[num_bounds] = static_cast<int32_t>(capacity);
-  }
-  *out->max_seqlen = static_cast<int32_t>(longest);
-  *out->prefix_tokens = prefix_total;
+  writer.finish(options.pad_id);
 }
 
 }  // namespace meco

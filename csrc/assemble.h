@@ -1,26 +1,15 @@
 // From a plan to the arrays of one training sample, in one pass over the tokens.
 //
-// The mask is made here, from positions alone: no token value decides anything.
+// The loss mask follows from positions alone: no token value decides anything.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "packing.h"
+#include "documents.h"
+#include "layout.h"
 
 namespace meco {
-
-// One document, or a part of it, in a pack: [BOS] + prefix + body[body_begin, body_end).
-// The numbers are what the pack really holds; a cut may fall inside the prefix.
-struct Piece {
-  int64_t document = 0;
-  int64_t body = 0;  // tokens of the whole body
-  int64_t body_begin = 0;
-  int64_t body_end = 0;
-  int32_t prefix_id = -1;
-  int32_t prefix_tokens = 0;
-  bool has_bos = false;
-};
 
 // A plan as it lies in memory (or in a mapped file). Arrays are borrowed.
 struct PlanView {
@@ -33,11 +22,7 @@ struct PlanView {
   int64_t num_continued = 0;
 };
 
-struct AssemblyOptions {
-  Strategy strategy = Strategy::kTruncate;
-  bool repeat_prefix = true;
-  int64_t capacity = 0;
-  int64_t max_documents = 0;
+struct AssemblyOptions : PackRules {
   int64_t bos_id = -1;
   int64_t pad_id = 0;
   int64_t vocab_size = INT64_MAX;  // ids of bodies and prefixes are below
@@ -56,8 +41,8 @@ struct SampleArrays {
   int64_t* prefix_tokens;  // one number
 };
 
-// Fixed length of cu_seqlens: a zero, a bound for each document, one for the padding. Never more
-// than capacity + 1, since every segment holds a token.
+// Fixed length of cu_seqlens: a zero, a bound for each piece, one for the padding. Never more than
+// capacity + 1, since every segment holds a token.
 inline int64_t num_cu_seqlens(const AssemblyOptions& options) {
   return options.max_documents + 2 < options.capacity + 1 ? options.max_documents + 2
                                                           : options.capacity + 1;
@@ -72,18 +57,18 @@ struct TokenFile {
   int token_bytes = 0;
 };
 
-// Throws std::invalid_argument for options out of range. Returns them with the cap on documents at
-// most the capacity, since every piece holds a token.
+// Returns the options with `max_documents` lowered as by check(PackRules*). Throws
+// std::invalid_argument for options out of range.
 AssemblyOptions check(const AssemblyOptions& options);
 
 // Throws std::invalid_argument unless tokens are 1, 2, 4 or 8 bytes wide.
 void check_token_bytes(int token_bytes);
 
-// Where the body tokens of a piece lie. Throws std::out_of_range when they lie outside of the file,
-// or when the pointers of the piece's document do not agree with its lengths.
+// Where the body tokens of a piece lie. Throws std::out_of_range if they lie outside of the file,
+// or if the pointers of the piece's document do not agree with its lengths.
 const uint8_t* locate(const TokenFile& file, const Documents& documents, const Piece& piece);
 
-// The pieces of one pack. Throws std::out_of_range when the plan and the corpus disagree.
+// The pieces of one pack. Throws std::out_of_range if the plan and the corpus disagree.
 std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
                                   const AssemblyOptions& options);
 

@@ -40,7 +40,8 @@
 # does not give (Adam's epsilon, the clip at 1, the seed) is Megatron's own default.
 #
 # What was given up: fused layers and kernels that only a measurement on a GPU could justify. They
-# are flags of Megatron, and MORE_FLAGS takes them.
+# are flags of Megatron, and MORE_FLAGS takes them. The numbers are in megatron_meco/run/presets.yaml,
+# where `meco train` (model: llama-SIZE) has them from as well.
 set -euo pipefail
 # Commas as decimal points would end up in flags.
 export LC_ALL=C
@@ -85,20 +86,65 @@ MECO_REHEARSE "
     done
 }
 
-: "${MECO_CONDITIONING:=1}" "${MECO_PACKING:=truncate}" "${MECO_COOLDOWN_FRACTION:=0.1}"
-# Not in the braces of an expansion, which would end at the template's own brace.
-MECO_TEMPLATE=${MECO_TEMPLATE-'URL: {url.host}\n\n'}
-: "${MECO_DATA_PATH:=data/dclm}" "${MECO_COOLDOWN_DATA_PATH:=}" "${MECO_SPLIT:=999,1,0}"
+# The model's flags in order, and their values, of which "true" is a switch.
+keys=()
+declare -A preset=()
+
+# The variable that changes a flag of the model, or nothing.
+variable_of() {
+    local name=${1^^}
+    name=${name//-/_}
+    case $1 in
+        meco-*) name=${name#MECO_} ;;
+        tensor-model-parallel-size) name=TP ;;
+        pipeline-model-parallel-size) name=PP ;;
+    esac
+    [[ " ${variables[*]} " != *" $name "* ]] || printf 'MECO_%s' "$name"
+}
+
+# Read a section of the table that `meco train` reads too; keys that are known already keep theirs.
+read_preset() {
+    local line key value section='' bases=''
+    while IFS= read -r line; do
+        case $line in
+            '  #'* | '') ;;
+            '  '*)
+                [[ $section == "$1" ]] || continue
+                key=${line%%: *} value=${line#*: }
+                key=${key#  } value=${value#\'} value=${value%\'}
+                if [[ $key == based-on ]]; then
+                    bases=${value//[\[\],]/}
+                elif [[ ! -v preset[$key] ]]; then
+                    keys+=("$key")
+                    preset[$key]=$value
+                fi
+                ;;
+            *) section=${line%:} ;;
+        esac
+    done <"$root/megatron_meco/run/presets.yaml"
+    for section in $bases; do read_preset "$section"; done
+}
+
+set_defaults() {
+    local key name
+    read_preset "llama-$SIZE"
+    ((${#keys[@]})) || refuse "$root/megatron_meco/run/presets.yaml has no llama-$SIZE."
+    # An empty template is the baseline's.
+    MECO_TEMPLATE=${MECO_TEMPLATE-${preset[meco-template]}}
+    for key in "${keys[@]}"; do
+        name=$(variable_of "$key")
+        if [[ $name && $name != MECO_TEMPLATE && -z ${!name:-} ]]; then
+            printf -v "$name" %s "${preset[$key]}"
+        fi
+    done
+}
+
+: "${MECO_CONDITIONING:=1}" "${MECO_DATA_PATH:=data/dclm}" "${MECO_COOLDOWN_DATA_PATH:=}"
 : "${MECO_TOKENIZER_MODEL:=data/llama3-tokenizer}" "${MECO_VOCAB_SIZE:=128256}"
-: "${MECO_DATA_CACHE:=runs/cache}" "${MECO_SEQ_LENGTH:=8192}" "${MECO_GLOBAL_BATCH_SIZE:=512}"
-: "${MECO_TRAIN_ITERS:=40000}" "${MECO_LR:=3e-3}" "${MECO_LR_WARMUP_FRACTION:=0.05}"
-: "${MECO_WEIGHT_DECAY:=0.033}" "${MECO_SEED:=1234}" "${MECO_NUM_WORKERS:=2}"
-: "${MECO_SAVE_INTERVAL:=4000}" "${MECO_EVAL_INTERVAL:=2000}" "${MECO_EVAL_ITERS:=20}"
-: "${MECO_TRAIN_SCRIPT:=$root/examples/pretrain_gpt.py}" "${MECO_LOG_INTERVAL:=10}"
+: "${MECO_DATA_CACHE:=runs/cache}" "${MECO_TRAIN_SCRIPT:=$root/examples/pretrain_gpt.py}"
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${GPUS_PER_NODE:=8}"
 : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
-: "${MECO_TP:=1}" "${MECO_PP:=1}" "${MECO_MICRO_BATCH_SIZE:=1}"
-: "${MECO_TRANSFORMER_IMPL:=transformer_engine}" "${MECO_FP8:=0}" "${MECO_FP8_RECIPE:=tensorwise}"
+: "${MECO_FP8:=0}" "${MECO_FP8_RECIPE:=tensorwise}"
 
 check_values() {
     local name
@@ -127,6 +173,7 @@ check_values() {
         refuse "MECO_FP8=1 needs MECO_TRANSFORMER_IMPL=transformer_engine. Drop one of them."
     ((NODE_RANK < NNODES)) ||
         refuse "NODE_RANK=$NODE_RANK: there are NNODES=$NNODES, counted from 0."
+    # shellcheck disable=SC2153  # set by set_defaults
     local tp=$MECO_TP pp=$MECO_PP heads=$MECO_NUM_ATTENTION_HEADS groups=$MECO_NUM_QUERY_GROUPS
     ((MECO_HIDDEN_SIZE % heads == 0)) ||
         refuse "MECO_HIDDEN_SIZE=$MECO_HIDDEN_SIZE: not a multiple of" \
@@ -157,44 +204,23 @@ make_command() {
     ((${#data[@]})) || refuse "MECO_DATA_PATH is blank. Give a prepared corpus, or unset it."
     launch=("$MECO_PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK"
         --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-    flags=(
-        --num-layers "$MECO_NUM_LAYERS" --hidden-size "$MECO_HIDDEN_SIZE"
-        --ffn-hidden-size "$MECO_FFN_HIDDEN_SIZE" --num-attention-heads "$MECO_NUM_ATTENTION_HEADS"
-        --group-query-attention --num-query-groups "$MECO_NUM_QUERY_GROUPS"
-        --position-embedding-type rope --rotary-base 500000
-        --swiglu --normalization RMSNorm --norm-epsilon 1e-5 --init-method-std 0.02
-        --disable-bias-linear --untie-embeddings-and-output-weights
-        --attention-dropout 0 --hidden-dropout 0
+    local key name value
+    flags=()
+    for key in "${keys[@]}"; do
+        name=$(variable_of "$key")
+        value=${preset[$key]}
+        if [[ $name ]]; then value=${!name}; fi
+        flags+=("--$key")
+        if [[ $value != true ]]; then flags+=("$value"); fi
+    done
+    flags+=(
+        --meco --max-position-embeddings "$MECO_SEQ_LENGTH" --min-lr "$MECO_MIN_LR"
         # TP times this stays 128, so that every layout has the same padded vocabulary.
         --make-vocab-size-divisible-by "$((128 / MECO_TP))"
-
-        --seq-length "$MECO_SEQ_LENGTH" --max-position-embeddings "$MECO_SEQ_LENGTH"
-        --micro-batch-size "$MECO_MICRO_BATCH_SIZE" --global-batch-size "$MECO_GLOBAL_BATCH_SIZE"
-        --train-iters "$MECO_TRAIN_ITERS" --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95
-        --lr "$MECO_LR" --min-lr "$MECO_MIN_LR" --lr-decay-style cosine
-        --lr-warmup-fraction "$MECO_LR_WARMUP_FRACTION" --weight-decay "$MECO_WEIGHT_DECAY"
-        --clip-grad 1.0 --seed "$MECO_SEED"
-        # Prefixes are out of the loss, so micro-batches hold different numbers of trained tokens.
-        --calculate-per-token-loss
-
-        --bf16 --transformer-impl "$MECO_TRANSFORMER_IMPL" --cross-entropy-loss-fusion
-        --tensor-model-parallel-size "$MECO_TP" --pipeline-model-parallel-size "$MECO_PP"
-        --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-        # Ranks wait for the one that plans a large corpus; ten minutes are the default.
-        --distributed-timeout-minutes 60
-        --manual-gc --manual-gc-interval 100
-
-        --meco --meco-template "$MECO_TEMPLATE" --meco-packing "$MECO_PACKING"
-        --meco-cooldown-fraction "$MECO_COOLDOWN_FRACTION"
-        --data-path "${data[@]}" --split "$MECO_SPLIT" --data-cache-path "$MECO_DATA_CACHE"
-        --num-workers "$MECO_NUM_WORKERS"
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$MECO_TOKENIZER_MODEL"
-
+        --data-path "${data[@]}" --data-cache-path "$MECO_DATA_CACHE"
+        --tokenizer-model "$MECO_TOKENIZER_MODEL"
         --save "$MECO_OUTPUT/checkpoints" --load "$MECO_OUTPUT/checkpoints"
-        --save-interval "$MECO_SAVE_INTERVAL"
-        --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable
-        --eval-interval "$MECO_EVAL_INTERVAL" --eval-iters "$MECO_EVAL_ITERS"
-        --log-interval "$MECO_LOG_INTERVAL" --log-throughput --tensorboard-dir "$MECO_OUTPUT/tensorboard"
+        --tensorboard-dir "$MECO_OUTPUT/tensorboard"
     )
     if ((${#cooldown[@]})); then flags+=(--meco-cooldown-data-path "${cooldown[@]}"); fi
     if ((MECO_TP > 1)); then flags+=(--sequence-parallel); fi
@@ -235,6 +261,7 @@ while (($#)); do
 done
 
 check_names
+set_defaults
 check_values
 if ((MECO_CONDITIONING == 0)); then MECO_TEMPLATE=; fi
 if [[ -z ${MECO_MIN_LR:-} ]]; then

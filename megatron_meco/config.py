@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from typing import Any
 
 from megatron_meco.errors import FlagError
@@ -21,6 +22,14 @@ CONDITIONED = "conditioned"
 COOLDOWN = "cooldown"
 PHASES = (CONDITIONED, COOLDOWN)
 """The two phases of a run: documents with their prefixes, then plain documents."""
+
+
+class View(IntEnum):
+    """How a validation sample shows the metadata of its pack; the number is its `meco_view`."""
+
+    PLAIN = 0
+    CONDITIONED = 1
+
 
 FINGERPRINT_KEYS = (
     "meco",

@@ -138,6 +138,40 @@ def check_numbers(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
             _check_number(flag.spelling, name, value)
 
 
+# Options of Megatron's dataset configuration that contradict MeCo, and the `dest` of their flags.
+_DATASET_OPTIONS = {
+    "reset_attention_mask": "reset_attention_mask",
+    "reset_position_ids": "reset_position_ids",
+    "eod_mask_loss": "eod_mask_loss",
+    "create_attention_mask": "create_attention_mask_in_dataloader",
+    "fast_cache_load": "dataloader_fast_cache_load",
+    "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
+    "multiple_validation_sets": "multiple_validation_sets",
+    "context_parallel_size": "context_parallel_size",
+}
+
+
+def check_dataset_options(config: Any) -> None:
+    """Refuse options of Megatron's dataset configuration that contradict MeCo.
+
+    Args:
+        config: A `GPTDatasetConfig`.
+
+    Raises:
+        FlagError: Names the flag behind the first such option.
+    """
+    for option, dest in _DATASET_OPTIONS.items():
+        value = getattr(config, option)
+        # 1 is the context parallel size without context parallelism.
+        if value is True or value not in (None, False, 1):
+            reason, remedy = refusal(dest)
+            raise FlagError(
+                f"does not go with MeCo: {reason}",
+                where=shown(f"--{dest.replace('_', '-')}", value),
+                remedy=remedy,
+            )
+
+
 def shown(spelling: str, value: Any) -> str:
     """A flag as a user typed it: `--seq-length 64`, or the bare flag for a switch."""
     if isinstance(value, bool) or value is None:

@@ -53,39 +53,60 @@ def whole_file(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[Binar
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[Path]:
+def whole_folder(
+    path: Path, refuse: Callable[[str], MeCoError], *, replace: bool = False
+) -> Iterator[Path]:
     """Make a folder that gets its name when the block ends, and is gone when the block raises.
 
     Args:
-        path: The folder, which must not exist; its parents are made.
-        refuse: Makes what is raised where the file system says no, from its reason.
+        path: The folder; its parents are made.
+        refuse: Makes the error to raise from the reason that the file system gives.
+        replace: Whether the new folder replaces an existing one. The old one stays until the new
+            one is complete. A link is followed.
 
     Yields:
-        The folder under its temporary name, to write plain files into. The block only writes.
+        The folder under its temporary name. The block only writes: every OSError out of it counts
+        as one of this folder.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`, also if the folder exists and is not to be replaced.
     """
-    temporary = _temporary_name(path)
+    if replace:
+        path = Path(os.path.realpath(path))
+    temporary, earlier = _temporary_name(path), _temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        for file in temporary.rglob("*"):
+            _sync(file)
         if os.path.lexists(path):
-            # A rename would replace an empty folder without a word.
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        os.rename(temporary, path)
+            # A rename would silently replace an empty folder.
+            if not replace:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            path.rename(earlier)
+        temporary.rename(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise refuse(error.strerror or str(error)) from error
         raise
+    finally:
+        # A folder whose state cannot be read was not moved; one that cannot be moved back stays.
+        with contextlib.suppress(OSError):
+            if earlier.exists() and not path.exists():
+                earlier.rename(path)
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Put a plain file on the disk."""
+    if path.is_file():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _temporary_name(path: Path) -> Path:

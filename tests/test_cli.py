@@ -35,7 +35,14 @@ def command(monkeypatch):
     module.add_probe_arguments = lambda parser: parser.add_argument("--number", type=int, default=0)
     module.run_probe = lambda args: args.number
     monkeypatch.setitem(sys.modules, "meco_probe_command", module)
-    entry = cli.Command(summary="a probe", module="meco_probe_command", example="  meco probe")
+    entry = cli.Command(
+        group="Probes",
+        summary="a probe",
+        module="meco_probe_command",
+        add_arguments="add_probe_arguments",
+        run="run_probe",
+        example="  meco probe",
+    )
     monkeypatch.setitem(cli.COMMANDS, "probe", entry)
     return module
 
@@ -52,6 +59,8 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     assert result.stdout.splitlines()[-1] == "[] 0", result.stderr
     for name in cli.COMMANDS:
         assert f"\n  {name} " in result.stdout
+    headings = [line for line in result.stdout.splitlines() if line.endswith(":")]
+    assert headings[2:] == ["Set up:", "Prepare a corpus:", "Train:", "Use the model:"]
 
 
 def test_module_is_the_same_as_the_script():
@@ -197,8 +206,9 @@ PRINTS = (
     "import sys, types; from megatron_meco import cli; m = types.ModuleType('probe_command'); "
     "m.add_probe_arguments = lambda parser: None; "
     "m.run_probe = lambda args: print('x' * 100) or 0; sys.modules['probe_command'] = m; "
-    "cli.COMMANDS['probe'] = cli.Command(summary='a probe', module='probe_command', "
-    "example=''); sys.exit(cli.main(['probe']))"
+    "cli.COMMANDS['probe'] = cli.Command(group='', summary='a probe', module='probe_command', "
+    "add_arguments='add_probe_arguments', run='run_probe', example=''); "
+    "sys.exit(cli.main(['probe']))"
 )
 
 

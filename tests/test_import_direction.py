@@ -12,12 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_meco"
 
 # Each room and the rooms that it may import, itself included.
-BASE = {"errors", "config", "whole_file", "megatron_flags", "refusals"}
+BASE = {
+    *("errors", "config", "whole_file", "wording", "flag_range", "untrusted"),
+    *("megatron_flags", "refusals"),
+}
 DATA = BASE | {"source", "core", "data"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "whole_file": {"errors"},
+    "wording": set(),
+    "flag_range": {"errors"},
+    "untrusted": {"errors", "untrusted"},
     "megatron_flags": set(),
     "refusals": {"errors", "megatron_flags"},
     "core": set(),
@@ -26,7 +32,8 @@ ALLOWED = {
     "data": DATA,
     "training": DATA | {"training"},
     "inference": DATA | {"training", "inference"},
-    "top": DATA | {"corpus", "training", "inference", "top"},
+    "run": DATA | {"training", "run"},
+    "top": DATA | {"corpus", "training", "inference", "run", "top"},
 }
 
 # What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
@@ -39,6 +46,10 @@ WITHOUT_TORCH = [
     "errors",
     "config",
     "whole_file",
+    "wording",
+    "flag_range",
+    "untrusted.text_file",
+    "untrusted.inert_pickle",
     "megatron_flags",
     "refusals",
     "cli",
@@ -61,6 +72,12 @@ WITHOUT_TORCH = [
     "data.packing",
     "data.phases",
     "data.fingerprint",
+    "run.endings",
+    "run.flag_table",
+    "run.launch",
+    "run.run_file",
+    "run.run_folder",
+    "run.watch",
     "training.kernels",
 ]
 

@@ -280,8 +280,38 @@ def test_arguments_and_help() -> None:
     # Every variable that has a default is in the help.
     source = (EXAMPLES / "train_llama.sh").read_text(encoding="utf-8")
     names = {part.split(":=")[0] for part in source.split('"${')[1:] if ":=" in part.split("}")[0]}
+    names |= {f"MECO_{name}" for name in source.partition("variables=(")[2].split(")")[0].split()}
     assert len(names) > 25
     assert {name for name in names if name not in text} == set()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_meco_train_has_the_same_flags(size: str, tmp_path: Path) -> None:
+    """Both read one table; what follows from the numbers is worked out twice."""
+    from megatron_meco.run.run_file import read_run
+
+    variables = {"MECO_TP": "2", "MECO_LR": "1e-3", "MECO_TRAIN_ITERS": "100"}
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: llama-{size}\ntensor-model-parallel-size: 2\nlr: 1e-3\ntrain-iters: 100\n"
+        "data-path: data/dclm\ndata-cache-path: runs/cache\n"
+        "tokenizer-model: data/llama3-tokenizer\n"
+        f"save: runs/llama-{size}-meco/checkpoints\n"
+        f"tensorboard-dir: runs/llama-{size}-meco/tensorboard\n"
+    )
+
+    def by_flag(words: list[str]) -> dict[str, str]:
+        flags: dict[str, list[str]] = {}
+        for word in words:
+            if word.startswith("--"):
+                flags[word] = found = []
+            else:
+                found.append(word)
+        return {flag: " ".join(values) for flag, values in flags.items()}
+
+    words = printed(size, **variables)
+    shell = by_flag(words[words.index("--num-layers") : words.index("--sequence-parallel") + 1])
+    assert by_flag(read_run(run).flags()) == shell
 
 
 def test_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

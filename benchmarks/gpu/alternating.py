@@ -18,8 +18,9 @@ from megatron.core.datasets.utils import Split
 from megatron.training import get_tokenizer
 
 from megatron_meco.config import MeCoConfig
-from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
+from megatron_meco.data.dataset import MeCoGPTDatasetConfig
 from megatron_meco.data.phases import Schedule
+from megatron_meco.data.run_datasets import build_datasets
 from megatron_meco.training.stock import dataset_options
 
 

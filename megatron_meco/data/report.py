@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_meco.config import CONDITIONED, COOLDOWN
+from megatron_meco.config import CONDITIONED, COOLDOWN, View
 from megatron_meco.data.packing import PlanCounts
 from megatron_meco.data.phases import Schedule
 
@@ -123,7 +123,7 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
     cu_seqlens = np.unique(arrays["cu_seqlens"].numpy())
     return {
         "sample": index,
-        "phase": "plain" if source.config.hide_prefixes else source.config.phase,
+        "phase": "plain" if source.config.view is View.PLAIN else source.config.phase,
         "corpus": source.corpus_prefix,
         "pack": pack,
         **{key: arrays[key].tolist() for key in ("tokens", "labels", "loss_mask", "position_ids")},

@@ -18,8 +18,8 @@ from megatron_meco.corpus.metadata import metadata_path, open_metadata
 from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, parse_values
-from megatron_meco.inference.input_file import check_text, parse_json, read_lines
-from megatron_meco.inference.wording import shown
+from megatron_meco.untrusted.text_file import check_text, parse_json, read_lines
+from megatron_meco.wording import shown
 
 _ROWS_AT_ONCE = 1 << 16
 

@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_meco.errors import MeCoError
-from megatron_meco.inference.checkpoint_index import DTYPES, read_index
-from megatron_meco.inference.inert_pickle import READ_ERRORS, Inert, read_saved
-from megatron_meco.inference.wording import first_line
+from megatron_meco.untrusted.checkpoint_index import DTYPES, read_index
+from megatron_meco.untrusted.inert_pickle import READ_ERRORS, Inert, read_saved
+from megatron_meco.wording import first_line
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _MOST_DIGITS = 12

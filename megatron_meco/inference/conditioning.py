@@ -9,7 +9,7 @@ frequent enough to be kept by a `top=` or `min_documents=` filter; a given value
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import pyarrow as pa
 
 from megatron_meco.data.template import TRANSFORMS, Template
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.input_file import check_text, read_json
+from megatron_meco.untrusted.text_file import check_text, read_json
 
 _FLAG = "--metadata"
 _CARD = "meco.json"
+NO_METADATA = "none"
+"""Stands for no metadata on the command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,29 @@ def parse_values(words: Iterable[str], where: str = _FLAG) -> dict[str, str]:
             )
         found[name] = value
     return found
+
+
+def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Read the `--metadata` flags.
+
+    Args:
+        given: The words after each `--metadata`: `field=value` ..., or `none`.
+
+    Returns:
+        Conditions to show; an empty one is plain generation. It comes first, always and once: what
+        metadata does is seen beside it.
+
+    Raises:
+        FlagError: For a word that is neither.
+    """
+    conditions: list[dict[str, str]] = [{}]
+    for words in given:
+        if list(words) == [NO_METADATA]:
+            continue
+        values = parse_values(words)
+        if values not in conditions:
+            conditions.append(values)
+    return conditions
 
 
 def read_card(folder: Path) -> dict[str, Any]:

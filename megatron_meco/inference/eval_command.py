@@ -4,7 +4,7 @@ The flags that the harness has keep its meanings and its names, with dashes in p
 `--tasks`, `--num-fewshot`, `--limit`, `--include-path`, `--batch-size`, `--device`. Metadata is
 rendered, names are looked up and data is loaded before the first forward pass, so mistakes show
 early. What was given up: the harness's other flags; a prefix for them is one call away
-(`harness.MeCoLM`).
+(`harness_model.MeCoLM`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.metadata
-import importlib.util
-import logging
 import math
 import re
 import sys
@@ -24,40 +22,25 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.conditioning import Conditioning, not_an_export, parse_values
-from megatron_meco.inference.flag_values import MOST, MOST_AT_ONCE, MOST_SHOTS, check_range
-from megatron_meco.inference.input_file import read_text
+from megatron_meco.flag_range import MOST, check_range
+from megatron_meco.inference.conditioning import NO_METADATA, Conditioning, parse_values
+from megatron_meco.inference.model_flags import (
+    MOST_AT_ONCE,
+    OWN_TASKS,
+    SHOTS,
+    add_model_arguments,
+    add_spelled,
+)
 from megatron_meco.inference.output_file import check_result_file, write_json
 from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
-from megatron_meco.inference.wording import counted, one_line, shown
+from megatron_meco.untrusted.text_file import read_text
+from megatron_meco.wording import aligned, counted, shown
 
 if TYPE_CHECKING:
-    from megatron_meco.inference.evaluate import Evaluation, TaskResult
+    from megatron_meco.inference.harness_tasks import Evaluation, TaskResult
 
 _PAPER = "paper"
-_NONE = "none"
 _METADATA_FILE = "--metadata-per-task"
-OWN_TASKS = "a folder of your own tasks; what their YAML files name with !function is run"
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model, and how it was conditioned."""
-    add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="a folder of `meco export`")
-    add(
-        "--template",
-        metavar="T",
-        help="render metadata with this template instead of the model's own: for a baseline, which "
-        "has none, and for Hugging Face folders of other origin",
-    )
-    add("--device", metavar="D", help="as in cuda:0; default: the first GPU, or the CPU")
-
-
-def add_spelled(parser: argparse.ArgumentParser, flag: str, **options: Any) -> None:
-    """Add a flag that may also be spelled with underscores, as the harness does."""
-    parser.add_argument(flag, **options)
-    hidden = {**options, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument(f"--{flag[2:].replace('-', '_')}", **hidden)
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +70,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add_spelled(
         parser,
         "--num-fewshot",
-        type=int,
+        **SHOTS,
         nargs="+",
         metavar="N",
         help="examples before each question; several numbers are evaluated one after the other. "
@@ -113,12 +96,8 @@ def run_eval(args: argparse.Namespace) -> int:
     _check_flags(args)
     if args.output is not None:
         check_result_file(args.output)
-    if args.device is not None:
-        from megatron_meco.inference.generate import pick_device
-
-        pick_device(args.device)
     conditioning = Conditioning.of_folder(args.model, args.template)
-    given = parse_values(args.metadata or []) if args.metadata != [_NONE] else {}
+    given = parse_values(args.metadata or []) if args.metadata != [NO_METADATA] else {}
     # Rendered before anything heavy is loaded: most mistakes show here.
     prefix = conditioning.render(given) if given else ""
     per_task = _read_metadata_file(args.metadata_per_task)
@@ -126,8 +105,15 @@ def run_eval(args: argparse.Namespace) -> int:
         task: conditioning.render(values, f"{_METADATA_FILE} {args.metadata_per_task}: {task}")
         for task, values in per_task.items()
     }
-    check_model(args.model)
 
+    # Late, because torch takes seconds to load: wrong flags and metadata are answered before that.
+    from megatron_meco.inference.harness_tasks import open_evaluation
+    from megatron_meco.inference.model import pick_device
+    from megatron_meco.inference.model_folder import check_model
+
+    if args.device is not None:
+        pick_device(args.device)
+    check_model(args.model)
     words = [task for word in args.tasks for task in word.split(",") if task]
     words = list(dict.fromkeys(words))
     if not words:
@@ -139,7 +125,7 @@ def run_eval(args: argparse.Namespace) -> int:
         if args.metadata is None:
             urls = {task.name: conditioning.render({"url": task.url}) for task in PAPER_TASKS}
             prefixes = urls | prefixes
-    evaluation = load_harness(words, args.include_path)
+    evaluation = open_evaluation(words, args.include_path)
     _check_tasks(list(per_task), evaluation)
 
     results = _evaluate(args, evaluation, prefixes, prefix, shots)
@@ -151,72 +137,6 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_model(folder: Path) -> None:
-    """Refuse a folder that cannot be evaluated, before anything heavy is loaded.
-
-    Raises:
-        FlagError: When it is no model that transformers would load as it is meant.
-    """
-    from megatron_meco.inference.model_folder import check_model_folder
-
-    if not folder.is_dir():
-        raise not_an_export(folder, "no such folder")
-    check_model_folder(folder, lambda reason: not_an_export(folder, reason))
-
-
-def load_harness(tasks: list[str], include_path: Path | None) -> Evaluation:
-    """Import lm-evaluation-harness and look tasks up in it.
-
-    Args:
-        tasks: Names of tasks, groups or tags.
-        include_path: A folder with task definitions of the user's.
-
-    Raises:
-        FlagError: When the harness is not installed.
-        TaskError: For an unknown task.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise FlagError(
-            "lm-evaluation-harness is not installed",
-            where="--tasks",
-            remedy="Install it: pip install 'megatron-meco[eval]'.",
-        )
-    from megatron_meco.inference.evaluate import Evaluation
-
-    # Their notes on every overwritten default and every retried download drown the table.
-    for name in ("lm_eval", "huggingface_hub", "datasets", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return Evaluation(tasks, include_path)
-
-
-def load_harness_model(args: argparse.Namespace, batch_size: int | str) -> Any:
-    """Load the model that `--model` names, for the harness.
-
-    Args:
-        args: Flags of `add_model_arguments`.
-        batch_size: Requests at once, or `auto`.
-
-    Returns:
-        A `MeCoLM` without prefix.
-
-    Raises:
-        FlagError: When the folder cannot be loaded.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    from megatron_meco.inference.generate import load_model
-    from megatron_meco.inference.harness import MeCoLM
-
-    transformers_logging.disable_progress_bar()
-    # By the loader of the other commands, which checks the folder.
-    model = load_model(args.model, args.device, args.template, own_sampling=True).model
-    try:
-        return MeCoLM(model, tokenizer=str(args.model), batch_size=batch_size)
-    # What a library of others says about files of others may be anything.
-    except Exception as error:
-        raise not_an_export(args.model, one_line(error)) from error
-
-
 # ---- Flags ----
 
 
@@ -225,15 +145,13 @@ def _check_flags(args: argparse.Namespace) -> None:
     size = re.fullmatch(r"auto(?::([0-9]{1,5}))?|([0-9]{1,12})", args.batch_size)
     if size is None or (size[1] is not None and int(size[1]) < 1):
         remedy = "Give a number, auto, or auto:N with N 1 or more."
-        given = shown(args.batch_size, 40) or "empty"
-        raise FlagError(f"cannot be {given}", where="--batch-size", remedy=remedy)
+        given = repr(shown(args.batch_size, 40))
+        raise FlagError(f"invalid value {given}", where="--batch-size", remedy=remedy)
     check_range("--batch-size", int(size[2] or 1), 1, MOST_AT_ONCE)
-    for number in args.num_fewshot or ():
-        check_range("--num-fewshot", number, 0, MOST_SHOTS)
     limit = 1.0 if args.limit is None else args.limit
     if not (0 < limit < 1 or (1 <= limit <= MOST and limit == int(limit))):
         remedy = f"Give a whole number up to {MOST:,}, or a share below 1."
-        raise FlagError(f"cannot be {limit:g}", where="--limit", remedy=remedy)
+        raise FlagError(f"invalid value {limit:g}", where="--limit", remedy=remedy)
 
 
 def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
@@ -291,14 +209,18 @@ def _evaluate(
     prefix: str,
     shots: tuple[int | None, ...],
 ) -> list[TaskResult]:
-    from megatron_meco.inference.evaluate import evaluate_task
-    from megatron_meco.inference.generate import enough_memory
+    # Late, as in `run_eval`.
+    from megatron_meco.inference.harness_model import load_harness_model
+    from megatron_meco.inference.harness_tasks import evaluate_task
+    from megatron_meco.inference.model import enough_memory
 
     print(f"loading the data of {counted(len(evaluation.names), 'task')}", file=sys.stderr)
     for name in evaluation.names:
         evaluation.load(name)
     size = args.batch_size
-    model = load_harness_model(args, int(size) if size.isdecimal() else size)
+    model = load_harness_model(
+        args.model, args.device, args.template, int(size) if size.isdecimal() else size
+    )
     results: list[TaskResult] = []
     for name in evaluation.names:
         for num_fewshot in shots:
@@ -314,7 +236,8 @@ def _evaluate(
 
 def _paper_average(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
     """Means over the paper's ten tasks, by number of examples, when all ten are there."""
-    from megatron_meco.inference.evaluate import mean_of_independent
+    # Late, as in `run_eval`.
+    from megatron_meco.inference.harness_tasks import mean_of_independent
 
     metric_of = {task.name: task.metric for task in PAPER_TASKS}
     averages = {}
@@ -350,11 +273,7 @@ def _print_table(results: list[TaskResult], averages: dict[str, dict[str, float 
             )
     for shots, average in averages.items():
         rows.append(["average of the paper's ten", shots, "", "", *_cells(average)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        print("  ".join([*left, *right]).rstrip())
+    print("\n".join(aligned(rows, 3)))
     shown = {(r.task, r.prefix): r for r in results if r.prefix}
     for task, prefix in shown:
         print(f"{task} is conditioned on {prefix!r}")

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 from megatron_meco.errors import FlagError
 from megatron_meco.inference.checkpoint import Checkpoint, CheckpointError, find_iteration
-from megatron_meco.inference.input_file import check_text
 from megatron_meco.inference.llama import (
     Sizes,
     Weight,
@@ -35,7 +34,7 @@ from megatron_meco.inference.llama import (
     take_part,
 )
 from megatron_meco.inference.model_card import describe_run, model_card
-from megatron_meco.inference.output_file import appearing_folder, check_new_folder
+from megatron_meco.inference.output_file import check_new_folder, output_folder
 from megatron_meco.inference.run_flags import check_flags
 from megatron_meco.inference.tokenizer_files import (
     TOKENIZER_FILES,
@@ -43,6 +42,7 @@ from megatron_meco.inference.tokenizer_files import (
     read_tokenizer,
     write_tokenizer,
 )
+from megatron_meco.untrusted.text_file import check_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "meco.json"
@@ -112,7 +112,7 @@ def export(
     weights = plan_weights(checkpoint.shapes, sizes, where)
     dtype_name = dtype or _trained_dtype(args)
     card = describe_run(args, checkpoint.iteration, words.bos, words.eos)
-    with appearing_folder(output) as folder:
+    with output_folder(output) as folder:
         _write_json(folder / "config.json", _config(args, sizes, words, dtype_name))
         ids = {"bos_token_id": words.bos, "eos_token_id": words.eos}
         _write_json(folder / "generation_config.json", ids)

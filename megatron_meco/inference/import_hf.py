@@ -28,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.input_file import Refuse
 from megatron_meco.inference.llama import Sizes, Weight, join_parts, megatron_shapes
 from megatron_meco.inference.model_folder import (
     Stored,
@@ -39,8 +38,9 @@ from megatron_meco.inference.model_folder import (
     read_config,
     read_weights,
 )
-from megatron_meco.inference.output_file import appearing_folder, check_new_folder
-from megatron_meco.inference.wording import first_line
+from megatron_meco.inference.output_file import check_new_folder, output_folder
+from megatron_meco.untrusted.text_file import Refuse
+from megatron_meco.wording import first_line
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 # Megatron's default of --make-vocab-size-divisible-by.
@@ -121,7 +121,7 @@ def import_hf(model: Path, output: Path, *, tokenizer: Path | None = None) -> Im
     dtypes = _dtypes(stored, weights, refuse)
     args = _run_args(config, sizes, dtypes[weights[0].source], tokenizer, refuse)
     tensors = dict(_tensors(stored, weights, sizes, dtypes, refuse))
-    with appearing_folder(output) as folder:
+    with output_folder(output) as folder:
         _write(folder / "release", tensors, args)
         (folder / _TRACKER).write_text("release")
     return Imported(

@@ -19,8 +19,8 @@ from megatron_meco.config import COOLDOWN, MeCoConfig, add_meco_arguments
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import Conditioning
-from megatron_meco.inference.wording import shown
 from megatron_meco.training.arguments import schedule_from_args
+from megatron_meco.wording import shown
 
 FORMAT = 1
 _EXAMPLE_URL = "https://en.wikipedia.org/wiki/Llama"

@@ -17,10 +17,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_meco.errors import MeCoError
-from megatron_meco.inference.input_file import Refuse, read_json
+from megatron_meco.inference.conditioning import not_an_export
 from megatron_meco.inference.llama import Sizes, Weight, megatron_shapes, plan_weights
-from megatron_meco.inference.wording import first_line, shown
 from megatron_meco.refusals import is_finite
+from megatron_meco.untrusted.text_file import Refuse, read_json
+from megatron_meco.wording import first_line, shown
 
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -238,16 +239,21 @@ def check_llama(sizes: Sizes, weights: Mapping[str, Stored], refuse: Refuse) -> 
     return planned
 
 
-def check_model_folder(folder: Path, refuse: Refuse) -> None:
+def check_model(folder: Path) -> None:
     """Refuse what transformers would load wrongly, at great cost, or with code from elsewhere.
 
     Args:
-        folder: The model, of any architecture.
-        refuse: Makes what is raised.
+        folder: The model that `--model` names, of any architecture.
 
     Raises:
-        MeCoError: What `refuse` made.
+        FlagError: With the reason.
     """
+
+    def refuse(reason: str) -> MeCoError:
+        return not_an_export(folder, reason)
+
+    if not folder.is_dir():
+        raise refuse("no such folder")
     if not (folder / CONFIG).is_file():
         raise refuse(f"it has no {CONFIG}")
     if not any((folder / name).is_file() for name in _TOKENIZERS):

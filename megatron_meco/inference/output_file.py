@@ -6,16 +6,14 @@ given up: results larger than memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from megatron_meco.errors import FlagError
-from megatron_meco.whole_file import whole_file
+from megatron_meco.whole_file import whole_file, whole_folder
 
 _RESULTS = "results"
 
@@ -82,43 +80,21 @@ def write_json(path: Path, value: Any, flag: str = "--output") -> None:
         file.write(text.encode())
 
 
-@contextlib.contextmanager
-def appearing_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `output` when all went well.
+def output_folder(output: Path) -> AbstractContextManager[Path]:
+    """Make a folder that takes the place of `output` when the block ends without an error.
 
     Args:
-        output: What `--output` named; of a link, the folder that it leads to.
+        output: The folder that `--output` named; an earlier one is replaced.
 
-    Yields:
-        A folder beside it.
+    Returns:
+        A context manager that gives the folder under its temporary name.
 
     Raises:
-        FlagError: When it cannot be written.
+        FlagError: If it cannot be written.
     """
-    output = Path(os.path.realpath(output))
-    # Process numbers repeat between the nodes that share a folder.
-    key = os.urandom(6).hex()
-    partial = output.with_name(f".{output.name}.partial-{key}")
-    earlier = output.with_name(f".{output.name}.earlier-{key}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if output.exists():
-            output.rename(earlier)
-        partial.rename(output)
-    except OSError as error:
-        raise _unwritable(f"--output {output}", str(error), "folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        # A folder that cannot be asked was not moved; one that cannot be moved back stays.
-        with contextlib.suppress(OSError):
-            if earlier.exists() and not output.exists():
-                earlier.rename(output)
-            shutil.rmtree(earlier, ignore_errors=True)
+    return whole_folder(
+        output, lambda reason: _unwritable(f"--output {output}", reason, "folder"), replace=True
+    )
 
 
 def _unwritable(where: str, reason: str, kind: str = "file") -> FlagError:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_meco.errors import FlagError
-from megatron_meco.inference.generate import (
+from megatron_meco.inference.model import (
     LoadedModel,
     check_room,
     encode_prompt,
@@ -27,8 +27,8 @@ from megatron_meco.inference.generate import (
     enough_memory,
     finite_scores,
 )
-from megatron_meco.inference.input_file import read_json
 from megatron_meco.inference.output_file import write_json
+from megatron_meco.untrusted.text_file import read_json
 from megatron_meco.whole_file import unfinished_files
 
 _SAMPLES = "generations.jsonl"
@@ -138,7 +138,7 @@ def _one_batch(
             top_k=0,
             min_new_tokens=settings.min_new_tokens,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=(ends or [None])[0],
+            pad_token_id=ends[0] if ends else None,
             logits_processor=finite_scores(),
         )
     rows = []

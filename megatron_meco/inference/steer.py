@@ -21,21 +21,20 @@ from typing import Any
 import numpy as np
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.conditioning import Conditioning
-from megatron_meco.inference.eval_command import add_model_arguments, check_model
-from megatron_meco.inference.flag_values import (
-    MOST,
+from megatron_meco.flag_range import COUNT, SEED, InRange, check_range
+from megatron_meco.inference.conditioning import Conditioning, parse_metadata
+from megatron_meco.inference.model import load_model
+from megatron_meco.inference.model_flags import (
+    DEFAULT,
     MOST_AT_ONCE,
-    check_range,
-    check_seed,
-    check_temperature,
-    check_top_p,
+    add_model_arguments,
+    add_sampling_arguments,
 )
-from megatron_meco.inference.generate import load_model, parse_metadata
+from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
-from megatron_meco.inference.wording import counted, first_line, shown
+from megatron_meco.wording import aligned, counted, first_line, shown
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -228,16 +227,26 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{_DETOXIFY}, or MODULE:FUNCTION; default: write the samples only. Samples that are "
         "there already are not made again",
     )
-    add("--num-samples", type=int, default=STEERING.num_samples, metavar="N", help=_DEFAULT)
-    add("--temperature", type=float, default=STEERING.temperature, metavar="T", help=_DEFAULT)
-    add("--top-p", type=float, default=STEERING.top_p, metavar="P", help=_DEFAULT)
-    add("--min-new-tokens", type=int, default=STEERING.min_new_tokens, metavar="N", help=_DEFAULT)
-    add("--max-new-tokens", type=int, default=STEERING.max_new_tokens, metavar="N", help=_DEFAULT)
-    add("--batch-size", type=int, default=64, metavar="N", help=_DEFAULT)
-    add("--seed", type=int, default=0, metavar="S", help=_DEFAULT)
-
-
-_DEFAULT = "default: %(default)s"
+    add("--num-samples", **COUNT, default=STEERING.num_samples, metavar="N", help=DEFAULT)
+    add("--min-new-tokens", type=int, default=STEERING.min_new_tokens, metavar="N", help=DEFAULT)
+    add_sampling_arguments(
+        parser,
+        temperature=STEERING.temperature,
+        top_p=STEERING.top_p,
+        max_new_tokens=STEERING.max_new_tokens,
+        allow_greedy=False,
+    )
+    add(
+        "--batch-size",
+        type=int,
+        action=InRange,
+        low=1,
+        high=MOST_AT_ONCE,
+        default=64,
+        metavar="N",
+        help=DEFAULT,
+    )
+    add("--seed", **SEED, default=0, metavar="S", help=DEFAULT)
 
 
 def run_steer(args: argparse.Namespace) -> int:
@@ -249,7 +258,8 @@ def run_steer(args: argparse.Namespace) -> int:
     Returns:
         The exit status, 0.
     """
-    _check_flags(args)
+    remedy = "Give 0 or more, and not more than --max-new-tokens."
+    check_range("--min-new-tokens", args.min_new_tokens, 0, args.max_new_tokens, remedy)
     conditions = parse_metadata(args.metadata)
     conditioning = Conditioning.of_folder(args.model, args.template)
     check_model(args.model)
@@ -288,17 +298,6 @@ def run_steer(args: argparse.Namespace) -> int:
             },
         )
     return 0
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    check_range("--num-samples", args.num_samples, 1, MOST)
-    check_range("--batch-size", args.batch_size, 1, MOST_AT_ONCE)
-    check_range("--max-new-tokens", args.max_new_tokens, 1, MOST)
-    remedy = "Give 0 or more, and not more than --max-new-tokens."
-    check_range("--min-new-tokens", args.min_new_tokens, 0, args.max_new_tokens, remedy)
-    check_temperature(args.temperature, zero=False)
-    check_top_p(args.top_p)
-    check_seed(args.seed)
 
 
 def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict[str, str]:
@@ -349,8 +348,5 @@ def _print_report(report: dict[str, dict[str, dict[str, Interval]]], names: dict
             rows.append(
                 [score, titles[prefix], str(row["mean"]), str(row["share_above_0.5"]), ratio]
             )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print("\n".join(aligned(rows, len(header))))
     print("in brackets: 95 % bootstrap confidence intervals")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_meco.errors import FlagError
+from megatron_meco.flag_range import COUNT, SEED, InRange
 from megatron_meco.inference.candidates import (
     Candidate,
     most_frequent,
@@ -28,23 +29,8 @@ from megatron_meco.inference.candidates import (
     read_texts,
 )
 from megatron_meco.inference.conditioning import Conditioning
-from megatron_meco.inference.eval_command import (
-    OWN_TASKS,
-    add_model_arguments,
-    add_spelled,
-    check_model,
-    load_harness,
-    load_harness_model,
-)
-from megatron_meco.inference.evaluate import mean_and_error
-from megatron_meco.inference.flag_values import (
-    MOST,
-    MOST_AT_ONCE,
-    MOST_SHOTS,
-    check_range,
-    check_seed,
-)
-from megatron_meco.inference.generate import (
+from megatron_meco.inference.harness_tasks import mean_and_error, open_evaluation
+from megatron_meco.inference.model import (
     LoadedModel,
     check_finite,
     encode_prompt,
@@ -52,8 +38,16 @@ from megatron_meco.inference.generate import (
     enough_memory,
     load_model,
 )
+from megatron_meco.inference.model_flags import (
+    MOST_AT_ONCE,
+    OWN_TASKS,
+    SHOTS,
+    add_model_arguments,
+    add_spelled,
+)
+from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import check_result_file, write_json
-from megatron_meco.inference.wording import counted
+from megatron_meco.wording import counted
 
 # Positions whose logits exist at the same time: 1,024 of 128,256 float32 are half a gigabyte.
 _POSITIONS_AT_ONCE = 1024
@@ -257,27 +251,35 @@ def add_sweep_urls_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--data-path", metavar="PREFIX", help="take what is most frequent in this corpus"
     )
-    add("--top", type=int, default=20, metavar="N", help="how many of it; default: %(default)s")
+    add("--top", **COUNT, default=20, metavar="N", help="how many of it; default: %(default)s")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--text", type=Path, metavar="FILE", help="a text in each line; .jsonl: the field `text`"
     )
     target.add_argument("--task", metavar="TASK", help="a task of lm-evaluation-harness")
-    add_spelled(parser, "--num-fewshot", type=int, metavar="N", help="default: as the task says")
+    add_spelled(parser, "--num-fewshot", **SHOTS, metavar="N", help="default: as the task says")
     add_spelled(parser, "--include-path", type=Path, metavar="DIR", help=OWN_TASKS)
     add("--metric", metavar="M", help="of the task; default: acc_norm if it has that, else acc")
     add_spelled(
-        parser, "--batch-size", type=int, default=1, metavar="N", help="of the task; default: 1"
+        parser,
+        "--batch-size",
+        type=int,
+        action=InRange,
+        low=1,
+        high=MOST_AT_ONCE,
+        default=1,
+        metavar="N",
+        help="of the task; default: 1",
     )
-    add("--limit", type=int, metavar="N", help="use the first N documents only")
+    add("--limit", **COUNT, metavar="N", help="use the first N documents only")
     add(
         "--report",
-        type=int,
+        **COUNT,
         default=5,
         metavar="N",
         help="how many of the best are measured on the second half; default: %(default)s",
     )
-    add("--seed", type=int, default=0, metavar="S", help="decides the halves; default: %(default)s")
+    add("--seed", **SEED, default=0, metavar="S", help="decides the halves; default: %(default)s")
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
 
 
@@ -290,11 +292,6 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
     Returns:
         The exit status, 0.
     """
-    for flag, value in (("--top", args.top), ("--report", args.report), ("--limit", args.limit)):
-        check_range(flag, value, 1, MOST)
-    check_range("--batch-size", args.batch_size, 1, MOST_AT_ONCE)
-    check_range("--num-fewshot", args.num_fewshot, 0, MOST_SHOTS)
-    check_seed(args.seed)
     for flag, value in (("--num-fewshot", args.num_fewshot), ("--metric", args.metric)):
         if args.text is not None and value is not None:
             raise FlagError(
@@ -327,8 +324,11 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
         )
         score, num_documents, unit = TextScore(loaded, texts, longest), len(texts), "nats/token"
     else:
-        evaluation = load_harness([args.task], args.include_path)
-        model = load_harness_model(args, args.batch_size)
+        # lm-evaluation-harness is an extra.
+        from megatron_meco.inference.harness_model import load_harness_model
+
+        evaluation = open_evaluation([args.task], args.include_path)
+        model = load_harness_model(args.model, args.device, args.template, args.batch_size)
         score = TaskScore(evaluation, model, args.num_fewshot, args.metric)
         num_documents = min(score.num_documents, args.limit or score.num_documents)
         unit = args.task

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from megatron_meco.errors import FlagError
-from megatron_meco.inference.input_file import read_json
+from megatron_meco.untrusted.text_file import read_json
 
 _COPIED = (
     "special_tokens_map.json",

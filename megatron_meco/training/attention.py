@@ -26,7 +26,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -64,10 +63,25 @@ class RotaryPackedSeqParams(PackedSeqParams):
         angles: (tokens, 1, 1, rotary dimensions), float32: the angles of each token's position
             within its document.
         scale: What cosines and sines are multiplied with (1 but for YaRN).
+        waves: Cosines and sines of the angles, worked out by the first layer for all.
     """
 
     angles: Tensor | None = None
     scale: float = 1.0
+    waves: tuple[Tensor, Tensor] | None = None
+
+    def waves_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (tokens, 1, rotary dimensions) each.
+
+        Args:
+            dtype: Of the queries and keys.
+        """
+        if self.waves is None or self.waves[0].dtype != dtype:
+            assert self.angles is not None
+            angles = self.angles.squeeze(1)
+            cos, sin = ((f(angles) * self.scale).to(dtype) for f in (torch.cos, torch.sin))
+            self.waves = cos, sin
+        return self.waves
 
 
 class PackedSelfAttention(SelfAttention):
@@ -106,12 +120,13 @@ class PackedSelfAttention(SelfAttention):
             and not self.config.apply_rope_fusion
             and not self.config.no_rope_freq
         ):
-            given = {f.name: getattr(packed_seq_params, f.name) for f in fields(PackedSeqParams)}
             # Tokens of all tensor-parallel ranks; with sequence parallelism each holds a part.
             parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-            positions = positions_of(packed_seq_params.cu_seqlens_q, parts * hidden_states.size(0))
-            packed_seq_params = RotaryPackedSeqParams(
-                **given, angles=rotary_pos_emb[positions], scale=rotary_scale(self)
+            packed_seq_params = _with_rotary(
+                packed_seq_params,
+                rotary_pos_emb,
+                parts * hidden_states.size(0),
+                rotary_scale(self),
             )
             rotary_pos_emb = None
         return super().forward(
@@ -122,6 +137,28 @@ class PackedSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+
+
+def _with_rotary(
+    packed: PackedSeqParams, table: Tensor, num_tokens: int, scale: float
+) -> RotaryPackedSeqParams:
+    """Add the angles of each token; all layers of a forward pass share what the first one makes."""
+    known, made = getattr(packed, "meco_rotary", (None, None))
+    if known is table:
+        return made
+    given = {f.name: getattr(packed, f.name) for f in fields(PackedSeqParams)}
+    positions = positions_of(packed.cu_seqlens_q, num_tokens)
+    made = RotaryPackedSeqParams(**given, angles=table[positions], scale=scale)
+    packed.meco_rotary = (table, made)
+    return made
+
+
+def _rotate_half(states: Tensor, interleaved: bool) -> Tensor:
+    """`(-x2, x1)` of RoPE, for pairs (x1, x2) that are the two halves, or neighbours."""
+    if interleaved:
+        return torch.stack((-states[..., 1::2], states[..., ::2]), dim=-1).flatten(-2)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
 
 def positions_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -229,11 +266,12 @@ class PackedDotProductAttention(MegatronModule):
         return out.flatten(start_dim=-2)
 
     def _rotate(self, states: Tensor, packed: RotaryPackedSeqParams) -> Tensor:
-        # [t, heads, head_dim] <-> [t, 1, heads, head_dim], Megatron's layout of unpacked batches
-        rotated: Tensor = apply_rotary_pos_emb(
-            states.unsqueeze(1), packed.angles, self.config, mscale=packed.scale
-        )
-        return rotated.squeeze(1)
+        """Megatron's `_apply_rotary_pos_emb_bshd`, to the last bit, with cosines made once."""
+        cos, sin = packed.waves_in(states.dtype)
+        size = cos.size(-1)
+        turned, rest = states[..., :size], states[..., size:]
+        turned = turned * cos + _rotate_half(turned, self.config.rotary_interleaved) * sin
+        return torch.cat((turned, rest), dim=-1)
 
     def _random_state(self, dropout: float) -> AbstractContextManager[Any]:
         """Draw dropout as Megatron's own attention does: per rank where heads are split."""

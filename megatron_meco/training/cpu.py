@@ -7,11 +7,8 @@ are zero, and every `device="cuda"` becomes the CPU. Collectives go over Gloo. T
 and apex count as not installed, `CPU_DEFAULTS` turns off the other fused kernels that exist for
 GPUs only, and `impossible_flags` names what cannot be had.
 
-What it costs: five to ten microseconds of Python per torch call, and torch is changed for the whole
-process, for good. What was given up: speed (this is for tests, demos and debugging), Transformer
-Engine, fp8, CUDA graphs, asynchronous checkpoints. The device translation is bound to the thread
-that enables it (and to processes forked from it); a thread that writes `device="cuda"` itself
-still fails.
+torch is changed for the whole process, for good. Not to be had on a CPU: Transformer Engine, FP8,
+CUDA graphs, asynchronous checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from megatron_meco.training.kernels import hide_gpu_libraries
 from megatron_meco.training.megatron_patches import (
@@ -120,10 +117,11 @@ def enable_cpu_platform() -> None:
     torch._dynamo.config.disable = True
     # Megatron insists on it for tensor parallelism on anything older than Blackwell.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    _replace_in_torch_cuda(_torch_cuda_names())
+    _replace_members(torch.cuda, _torch_cuda_names())
     _replace_tensor_methods()
     _hide_accelerator()
-    _CudaMeansCpu().__enter__()
+    _replace_device_arguments()
+    _skip_reductions_of_one_rank()
     skip_helper_compilation()
     let_distributed_optimizer_resume()
 
@@ -252,25 +250,73 @@ _GPU_ONLY: list[tuple[str, Callable[[Any], bool], str, str]] = [
 ]
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the device argument of every torch call from "cuda" to the CPU."""
+def _replace_device_arguments() -> None:
+    """Let every torch function that takes a device take "cuda" for the CPU.
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        _types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if kwargs:
-            if _names_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
+    Functions are replaced, rather than intercepted by a TorchFunctionMode: a mode costs
+    microseconds in each of the thousands of calls of a step, and is bound to one thread.
+    """
+    likes = [name for name in dir(torch) if name.endswith("_like")]
+    makers = [function.__name__ for function in _device_constructors()]
+    names = {name for name in [*likes, *makers, "normal"] if hasattr(torch, name)}
+    _replace_members(torch, {name: _on_cpu(getattr(torch, name)) for name in sorted(names)})
+    for name in ("new_tensor", "new_empty", "new_full", "new_ones", "new_zeros"):
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    move = torch.Tensor.to
+
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # The only function that takes a device by position.
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        return func(*args, **(kwargs or {}))
+        if args and _names_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return move(self, *args, **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign]
+
+
+def _skip_reductions_of_one_rank() -> None:
+    """Let an all-reduce within a group of one rank, which changes nothing, cost nothing.
+
+    Megatron reduces about twenty times a step whatever the size of its groups; Gloo takes 50
+    microseconds for each.
+    """
+    stock = torch.distributed.all_reduce
+
+    @functools.wraps(stock)
+    def all_reduce(
+        tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if torch.distributed.get_world_size(group) == 1:
+            return _Done() if async_op else None
+        op = torch.distributed.ReduceOp.SUM if op is None else op
+        return stock(tensor, op, group, async_op)
+
+    torch.distributed.all_reduce = all_reduce
+
+
+class _Done:
+    """The handle of a collective call that is over."""
+
+    def wait(self, timeout: object = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            if "device" in kwargs and _names_cuda(kwargs["device"]):
+                kwargs["device"] = _CPU
+            if "pin_memory" in kwargs:
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _names_cuda(device: object) -> bool:
@@ -395,16 +441,16 @@ def _torch_cuda_names() -> dict[str, object]:
     return names
 
 
-def _replace_in_torch_cuda(replacements: Mapping[str, object]) -> None:
-    """Set members of `torch.cuda`, also where a module has imported them by name."""
+def _replace_members(owner: types.ModuleType, replacements: Mapping[str, object]) -> None:
+    """Set members of a torch module, also where a module has imported them by name."""
     importers = [
         module
         for name, module in list(sys.modules.items())
         if name.startswith(("torch.cuda.", "megatron.")) and isinstance(module, types.ModuleType)
     ]
     for name, new in replacements.items():
-        old = getattr(torch.cuda, name, None)
-        setattr(torch.cuda, name, new)
+        old = getattr(owner, name, None)
+        setattr(owner, name, new)
         for module in importers:
             if old is not None and vars(module).get(name) is old:
                 setattr(module, name, new)

@@ -1,26 +1,46 @@
-"""Where this package changes Megatron, or relies on a private name of it: here and nowhere else.
+"""Every patch of Megatron-LM, and every private name of it that training uses.
 
-Each function replaces or reads one thing, is called only where it is needed, and says under which
-condition it goes away.
+What, when it is needed, and when it goes:
+
+- `SaveInterval`: with `--meco` and `--save-interval`, until Megatron can save at a given iteration.
+- `skip_helper_compilation`: where Megatron is an installed wheel, until Megatron looks for the
+  compiled module before it runs `make`.
+- `let_distributed_optimizer_resume`: without Transformer Engine and Apex, until Megatron resumes
+  torch's Adam exactly.
+- `skip_steps_without_reading_batches`: with `--meco` and steps to skip, until Megatron skips a step
+  without reading the keys of its batches.
+- `rotary_scale` (read only): on MeCo's own attention layers, until it has a public name.
+
+Nothing is patched by importing this module. Each function checks that what it replaces has the
+signature of Megatron-Core 0.19.2; the run warns about other versions (`versions.check_version`).
+We know of no upstream issue for any of them. `MeCoGPTDataset` also overrides
+`_key_config_attributes`, which Megatron documents for subclasses.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_meco.errors import MeCoError
+
 
 class SaveInterval(int):
-    """An interval of Megatron's loop that is also due at one further iteration.
+    """An interval of Megatron's training loop that is also due at one further iteration.
 
-    Megatron has no hook at a save. Its loop asks for `iteration % save_interval`, and it keeps an
-    older checkpoint where `iteration % save_retain_interval` is 0. Both are 0 at each multiple and
-    at `also`. It is pickled as a plain int, so a checkpoint does not depend on this package. Goes
-    when Megatron can be told to save at an iteration.
+    Megatron saves where `iteration % save_interval` is 0, and keeps an older checkpoint where
+    `iteration % save_retain_interval` is 0. It has no hook for other iterations. `%` with this
+    interval is 0 at each multiple and at `also`. It is pickled as a plain int, so checkpoints do
+    not depend on this package.
+
+    Attributes:
+        also: The further iteration.
     """
 
     also: int
@@ -32,7 +52,8 @@ class SaveInterval(int):
         return value
 
     def __rmod__(self, iteration: int) -> int:
-        # Python asks the right operand first, because its type derives from the left one's.
+        # `iteration % interval`: Python asks the right operand first because its type is a subclass
+        # of the left operand's type.
         return 0 if iteration == self.also else int(iteration) % int(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
@@ -40,16 +61,17 @@ class SaveInterval(int):
 
 
 def skip_helper_compilation() -> None:
-    """Keep Megatron from running `make` for its dataset helpers where they are built already.
+    """Keep Megatron from running `make` for dataset helpers that are already compiled.
 
-    The wheel has the compiled `helpers_cpp` and no Makefile, so Megatron's own call ends the run.
-    Imports megatron.core. Goes when Megatron looks for the module first.
+    The wheel has the compiled `helpers_cpp` and no Makefile, so `make` fails and ends the run.
+    Imports megatron.core.
     """
-    # Imported here: megatron.core must not be imported before torch.cuda has been replaced.
+    # Late: torch.cuda must be replaced before megatron.core is imported.
     from megatron.core.datasets import utils
 
-    built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
-    if built and not Path(utils.__file__).with_name("Makefile").is_file():
+    compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    has_makefile = Path(utils.__file__).with_name("Makefile").is_file()
+    if compiled and not has_makefile and _has_signature(utils.compile_helpers):
         utils.compile_helpers = _do_nothing
 
 
@@ -58,33 +80,38 @@ def _do_nothing() -> None: ...
 
 @functools.cache
 def let_distributed_optimizer_resume() -> None:
-    """Let the distributed optimizer resume exactly without Transformer Engine and Apex.
+    """Let Megatron's distributed optimizer resume exactly with torch's Adam.
 
-    With torch's Adam, Megatron 0.19 asserts a common step count of all parameters also where no
-    step was made yet, loads one counter for all of them to share, and then copies over it what the
-    checkpoint's tensors hold under "step": another count, or nothing (a KeyError). In float32 it
-    cannot resume at all. Imports megatron.core. Goes when Megatron resumes torch's Adam bit for bit
-    (tests/distributed/test_resume.py tells).
+    Megatron 0.19.2 has three defects there:
+
+    - `state_dict` asserts a common step count, and fails before the first step.
+    - `load_state_dict` gives all parameters one shared step tensor, which Adam then increments
+      once for each parameter.
+    - `_set_main_param_and_optimizer_states` overwrites the step count by the "step" of each
+      parameter in the checkpoint, which is another count or missing (a KeyError). In float32 it
+      copies into views of the model's parameters, which autograd forbids.
+
+    Tested by tests/distributed/test_resume.py. Does nothing to a Megatron with other signatures.
+    Imports megatron.core.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    # A private name: the only place that all formats of a checkpoint pass through.
+    # A private name: all checkpoint formats pass through this method only.
     setter = "_set_main_param_and_optimizer_states"
-    if not hasattr(DistributedOptimizer, setter):
-        return  # a Megatron that does this in another way
-    stock_set = getattr(DistributedOptimizer, setter)
+    stock_set = getattr(DistributedOptimizer, setter, None)
     stock_state_dict = DistributedOptimizer.state_dict
     stock_load_state_dict = DistributedOptimizer.load_state_dict
+    if not (
+        _has_signature(stock_set, "self", "model_param", "tensors")
+        and _has_signature(stock_state_dict, "self")
+        and _has_signature(stock_load_state_dict, "self", "state_dict")
+    ):
+        return
 
     @functools.wraps(stock_state_dict)
     def state_dict(self: Any) -> Any:
         if _is_torch_adam(self.optimizer) and not self.optimizer.state:
-            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+            _start_adam(self.optimizer)
         return stock_state_dict(self)
 
     @functools.wraps(stock_load_state_dict)
@@ -92,14 +119,13 @@ def let_distributed_optimizer_resume() -> None:
         stock_load_state_dict(self, state)
         if _is_torch_adam(self.optimizer):
             for values in self.optimizer.state.values():
-                # One tensor each: Adam counts in place.
+                # One tensor for each parameter: Adam increments it in place.
                 values["step"] = values["step"].clone()
 
     @functools.wraps(stock_set)
     def set_all_but_step(self: Any, model_param: Any, tensors: Any) -> None:
-        # The stock function skips what is not a tensor. In float32 it copies into views of the
-        # model's own parameters, which autograd forbids.
         with torch.no_grad():
+            # The stock method skips values that are not tensors.
             stock_set(self, model_param, {**tensors, "step": None})
 
     DistributedOptimizer.state_dict = state_dict
@@ -108,21 +134,36 @@ def let_distributed_optimizer_resume() -> None:
 
 
 def _is_torch_adam(optimizer: object) -> bool:
-    """Tell torch's Adam from the fused ones, which keep one step count per parameter group."""
+    """Whether this is torch's Adam; the fused ones keep one step count per parameter group."""
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
-def skip_steps_without_reading_batches() -> None:
-    """Let `--iterations-to-skip` pass over MeCo's batches.
+def _start_adam(optimizer: Any) -> None:
+    """Set the state that torch's Adam has before its first step."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
-    Megatron's `dummy_train_step` looks for its own batch keys and sends them to the other
-    tensor-parallel ranks; MeCo's loader hands over one vector, so the ranks would wait for ever.
-    Needed with `--meco` and steps to skip. Goes when Megatron skips steps without reading keys.
+
+def skip_steps_without_reading_batches() -> None:
+    """Let `--iterations-to-skip` skip MeCo's batches.
+
+    Megatron's `dummy_train_step` looks up its own batch keys and sends them to the other
+    tensor-parallel ranks. MeCo's loader gives one vector, so those ranks would wait forever.
+
+    Raises:
+        MeCoError: Megatron has no such function.
     """
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import training
+
+    if not _has_signature(getattr(training, "dummy_train_step", None), "data_iterator"):
+        raise _unknown_megatron("megatron.training.training.dummy_train_step")
 
     def dummy_train_step(data_iterator: Any) -> None:
         machine = get_rerun_state_machine()
@@ -135,5 +176,25 @@ def skip_steps_without_reading_batches() -> None:
 
 
 def rotary_scale(attention: Any) -> float:
-    """What Megatron-Core's attention multiplies cosines and sines with: 1, but for YaRN."""
-    return float(attention._yarn_concentration_factor)
+    """Factor of cosines and sines in Megatron-Core's attention: 1, except with YaRN.
+
+    Raises:
+        MeCoError: Megatron keeps it under another name.
+    """
+    name = "_yarn_concentration_factor"
+    if not hasattr(attention, name):
+        raise _unknown_megatron(f"{type(attention).__name__}.{name}")
+    return float(getattr(attention, name))
+
+
+def _has_signature(function: Callable[..., Any] | None, *parameters: str) -> bool:
+    """Whether Megatron has a function, with the parameters that its replacement expects."""
+    return function is not None and tuple(inspect.signature(function).parameters) == parameters
+
+
+def _unknown_megatron(name: str) -> MeCoError:
+    return MeCoError(
+        f"has no {name} as version 0.19.2 has it",
+        where="megatron-core",
+        remedy="Install megatron-core 0.19.2.",
+    )

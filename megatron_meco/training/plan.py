@@ -137,7 +137,8 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
         from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
         from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
-        from megatron_meco.data import dataset
+        from megatron_meco.data.dataset import MeCoGPTDatasetConfig
+        from megatron_meco.data.run_datasets import build_datasets
         from megatron_meco.training.stock import dataset_options
 
         if not keep:
@@ -151,14 +152,14 @@ def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.N
         extra = {name: getattr(args, name) for name in TOKENIZER_DEFAULTS}
         tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, **extra)
         schedule = schedule_from_args(args)
-        config = dataset.MeCoGPTDatasetConfig(
+        config = MeCoGPTDatasetConfig(
             **dataset_options(args, tokenizer),
             # As many embeddings as the run has.
             vocab_size=vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False),
             meco=MeCoConfig.from_args(args),
         )
         sizes = _sizes(args, schedule)
-        built = dataset.build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args))
+        built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args))
         yield Run(schedule, *built), args
 
 

@@ -32,8 +32,9 @@ from megatron.training.global_vars import get_wandb_writer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megatron_meco.config import MeCoConfig
-from megatron_meco.data.dataset import MeCoGPTDatasetConfig, build_datasets
+from megatron_meco.data.dataset import MeCoGPTDatasetConfig
 from megatron_meco.data.report import Run, most_documents, plan_report, summary_lines
+from megatron_meco.data.run_datasets import build_datasets
 from megatron_meco.errors import MeCoError
 from megatron_meco.training import stock
 from megatron_meco.training.arguments import schedule_from_args

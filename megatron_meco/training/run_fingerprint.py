@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
-from megatron_meco.data.fingerprint import digest, file_fingerprint
+from megatron_meco.data.fingerprint import digest, file_fingerprint, tokenizer_identity
 from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
 from megatron_meco.errors import MeCoError
@@ -165,9 +165,6 @@ def _corpora(blend: Blend, *, with_metadata: bool) -> list[list[Any]]:
 
 def _tokenizer(tokenizer: Any) -> str:
     """Kind, vocabulary size and the ids of a fixed text; the folder's name may change."""
-    # Not at the top: Megatron must not be imported before the platform is chosen.
-    from megatron_meco.data.dataset import tokenizer_identity
-
     identifiers, vocab_size, ids = tokenizer_identity(tokenizer)
     return digest([identifiers.get("class"), vocab_size, ids])
 

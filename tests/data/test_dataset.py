@@ -15,16 +15,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 from small_corpus import BOS, EOD, LetterTokenizer, random_bodies, write_corpus
 
-from megatron_meco.config import COOLDOWN, MeCoConfig
-from megatron_meco.data import dataset as dataset_module
-from megatron_meco.data.dataset import (
-    MeCoGPTDataset,
-    MeCoGPTDatasetConfig,
-    PhasedDataset,
-    build_datasets,
-)
+from megatron_meco.config import COOLDOWN, MeCoConfig, View
+from megatron_meco.data import opened_corpus
+from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig
 from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.data.report import Run, most_documents
+from megatron_meco.data.run_datasets import PhasedDataset, build_datasets
 from megatron_meco.errors import DataError, FlagError
 
 LENGTH = 48
@@ -262,7 +258,9 @@ def test_a_run_switches_at_its_sample_and_the_phases_share_no_document(tmp_path:
         assert torch.equal(train[i]["tokens"], dataset[pack]["tokens"])
     assert not seen["conditioned"] & seen[COOLDOWN]
     assert max(seen["conditioned"] | seen[COOLDOWN]) < 240
-    documents = {d["document"] for i in range(5) for d in valid.conditioned.documents_of(i)}
+    documents = {
+        d["document"] for i in range(5) for d in valid.views[View.CONDITIONED].documents_of(i)
+    }
     assert min(documents) >= 240
     with pytest.raises(IndexError):
         train[80]
@@ -281,7 +279,7 @@ def test_validation_shows_each_pack_with_and_without_prefixes(tmp_path: Path) ->
         assert int(hidden["meco_prefix_tokens"]) == 0
         bodies = [
             [(d["document"], d["body_begin"], d["body_end"]) for d in view.documents_of(i // 2)]
-            for view in (valid.conditioned, valid.plain)
+            for view in (valid.views[View.CONDITIONED], valid.views[View.PLAIN])
         ]
         assert bodies[0] == bodies[1]
         assert shown["loss_mask"].sum() >= hidden["loss_mask"].sum() > 0
@@ -435,7 +433,7 @@ class TestRefusals:
     ) -> None:
         """Files in an object storage cannot be looked at before."""
         prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)})
-        monkeypatch.setattr(dataset_module, "is_object_storage_path", lambda path: True)
+        monkeypatch.setattr(opened_corpus, "is_object_storage_path", lambda path: True)
         config = make_config(prefix)
         assert len(MeCoGPTDataset.build_low_level_dataset(prefix, config)) == 10
         content = bytearray(Path(f"{prefix}.idx").read_bytes())

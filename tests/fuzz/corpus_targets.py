@@ -29,8 +29,9 @@ from megatron_meco.corpus.manifest import checksum_of, read_manifest
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.metadata_report import report_metadata
 from megatron_meco.corpus.verify import verify
-from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig, build_datasets
+from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig
 from megatron_meco.data.phases import BatchSize, make_schedule
+from megatron_meco.data.run_datasets import build_datasets
 from megatron_meco.errors import MeCoError
 
 LENGTH = 48

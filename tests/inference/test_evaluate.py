@@ -15,14 +15,14 @@ pytest.importorskip("lm_eval")
 from inference.local_tasks import LENGTH  # noqa: E402
 
 from megatron_meco import cli  # noqa: E402
-from megatron_meco.inference import evaluate as evaluate_module  # noqa: E402
-from megatron_meco.inference.evaluate import (  # noqa: E402
+from megatron_meco.inference import harness_tasks as evaluate_module  # noqa: E402
+from megatron_meco.inference.harness_model import MeCoLM, RequestError  # noqa: E402
+from megatron_meco.inference.harness_tasks import (  # noqa: E402
     Comparison,
     Evaluation,
     TaskResult,
     evaluate_task,
 )
-from megatron_meco.inference.harness import MeCoLM, RequestError  # noqa: E402
 
 PREFIX = "URL: www.factquizmaster.com\n\n"
 
@@ -264,8 +264,8 @@ def test_the_papers_tasks_with_its_urls(
         (["--tasks", "local_choice", "--metadata", "topic=x"], "unknown field 'topic'"),
         (["--tasks", "local_choice", "--template", "{a"], "--template: unbalanced"),
         (["--tasks", "local_choice", "--model", "FILE"], "no such folder"),
-        (["--tasks", "local_choice", "--limit", "0"], "--limit: cannot be 0"),
-        (["--tasks", "local_choice", "--batch-size", "many"], "--batch-size: cannot be many"),
+        (["--tasks", "local_choice", "--limit", "0"], "--limit: invalid value 0"),
+        (["--tasks", "local_choice", "--batch-size", "many"], "--batch-size: invalid value .many"),
         (["--tasks", "local_choice", "--device", "tpu"], "--device tpu: cannot be used"),
         (["--tasks", "local_choice", "--output", "/no/where"], "no folder that can be written"),
         (["--tasks", "local_choice", "--metadata-per-task", "FILE"], "which is not evaluated"),
@@ -294,14 +294,14 @@ def test_refusals(
     ("flags", "message"),
     [
         *(
-            (["--limit", value], "--limit: cannot be")
+            (["--limit", value], "--limit: invalid value")
             for value in ("nan", "inf", "-1", "1.5", "1e300")
         ),
         *(
-            (["--batch-size", value], "--batch-size: cannot be")
+            (["--batch-size", value], "--batch-size: invalid value")
             for value in ("0", "auto:0", "auto:", "\u0665", "", "1" + "0" * 12, "auto:x")
         ),
-        *((["--num-fewshot", value], "--num-fewshot: cannot be") for value in ("-1", "99999")),
+        *((["--num-fewshot", value], "--num-fewshot: invalid value") for value in ("-1", "99999")),
         (["--tasks", ","], "--tasks: names no task"),
         (["--metadata", "url=a", "url=b"], "has two values"),
         (["--device", "meta"], "--device meta: cannot be used"),

@@ -16,14 +16,14 @@ pytest.importorskip("transformers")
 
 from megatron_meco import cli  # noqa: E402
 from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.generate import (  # noqa: E402
+from megatron_meco.inference.conditioning import parse_metadata  # noqa: E402
+from megatron_meco.inference.generate import generate_text  # noqa: E402
+from megatron_meco.inference.model import (  # noqa: E402
     LoadedModel,
     PromptError,
     encode_prompt,
     enough_memory,
-    generate_text,
     load_model,
-    parse_metadata,
 )
 
 PREFIX = "URL: en.wikipedia.org\n\n"
@@ -190,11 +190,11 @@ def test_several_seeds_and_a_template_of_the_users(
         (["--metadata", "url"], "cannot read 'url'"),
         (["--metadata", "url="], "leaves an empty value"),
         (["--guidance", "2"], "--guidance: has nothing to strengthen"),
-        (["--max-new-tokens", "0"], "--max-new-tokens: cannot be 0"),
-        (["--top-p", "0"], "--top-p: cannot be 0"),
-        (["--temperature", "-1"], "--temperature: cannot be -1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: invalid value 0"),
+        (["--top-p", "0"], "--top-p: invalid value 0"),
+        (["--temperature", "-1"], "--temperature: invalid value -1"),
         *(
-            ([flag, value], f"{flag}: cannot be ")
+            ([flag, value], f"{flag}: invalid value ")
             for flag, values in {
                 "--temperature": ("nan", "inf", "1e-300", "1e300"),
                 "--top-p": ("nan", "inf", "-0.5", "1.1"),
@@ -204,14 +204,14 @@ def test_several_seeds_and_a_template_of_the_users(
             for value in values
         ),
         *(
-            (["--metadata", "url=a", "--guidance", value], "--guidance: cannot be")
+            (["--metadata", "url=a", "--guidance", value], "--guidance: invalid value")
             for value in ("nan", "inf", "1e30")
         ),
         (["--metadata", "url=a", "url=b"], "has two values for the field 'url'"),
         (["--metadata", ""], "cannot read ''"),
         (["--metadata", "url=\udcff"], "--metadata: url: character 1 is no valid Unicode"),
         (["--template", "{url}\udcff"], "--template: character 6 is no valid Unicode"),
-        (["--template", "{n|precision=99999999999999999999}", "--metadata", "n=5"], "be filled"),
+        (["--template", "{n|precision=99999999999999999999}", "--metadata", "n=5"], "cannot take"),
         (["--device", "meta"], "--device meta: cannot be used"),
         (["--device", "tpu"], "--device tpu: cannot be used"),
     ],

@@ -28,7 +28,7 @@ from inference.synthetic import random_tensors, run_args, write_checkpoint  # no
 from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
 
 from megatron_meco import cli  # noqa: E402
-from megatron_meco.inference.inert_pickle import (  # noqa: E402
+from megatron_meco.untrusted.inert_pickle import (  # noqa: E402
     READ_ERRORS,
     Inert,
     read_pickle,

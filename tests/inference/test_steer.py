@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from megatron_meco import cli  # noqa: E402
 from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.generate import LoadedModel, encode_prompt, load_model  # noqa: E402
+from megatron_meco.inference.model import LoadedModel, encode_prompt, load_model  # noqa: E402
 from megatron_meco.inference.samples import SampleSettings, sample  # noqa: E402
 from megatron_meco.inference.steer import intervals  # noqa: E402
 
@@ -190,8 +190,8 @@ def test_scored_by_a_function_and_then_by_another_scorer(
         (["--scorer", "my_scorers:few"], "gave 1 number for 6 texts"),
         (["--scorer", "my_scorers:words"], "'words' are no numbers"),
         (["--metadata", "topic=x"], "unknown field 'topic'"),
-        (["--min-new-tokens", "13"], "--min-new-tokens: cannot be 13"),
-        (["--temperature", "0"], "--temperature: cannot be 0"),
+        (["--min-new-tokens", "13"], "--min-new-tokens: invalid value 13"),
+        (["--temperature", "0"], "--temperature: invalid value 0"),
         (["--max-new-tokens", "500"], "do not fit in the model's 192"),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_folder_that_a_killed_run_left_behind(loaded: LoadedModel, tmp_path: P
     ("flags", "message"),
     [
         *(
-            ([flag, value], f"{flag}: cannot be ")
+            ([flag, value], f"{flag}: invalid value ")
             for flag, values in {
                 "--num-samples": ("0", "1" + "0" * 12),
                 "--batch-size": ("0", "65537"),

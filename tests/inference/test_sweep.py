@@ -24,7 +24,7 @@ from megatron_meco.inference.candidates import (  # noqa: E402
     read_texts,
 )
 from megatron_meco.inference.conditioning import Conditioning  # noqa: E402
-from megatron_meco.inference.generate import encode_prompt, encode_text, load_model  # noqa: E402
+from megatron_meco.inference.model import encode_prompt, encode_text, load_model  # noqa: E402
 from megatron_meco.inference.sweep import TextScore, sweep  # noqa: E402
 
 CONDITIONING = Conditioning(r"URL: {url.host}\n\n", ("url",))
@@ -152,7 +152,7 @@ def test_a_task_and_a_text_file(
             "has: acc, acc_norm",
         ),
         (["--candidates", "URLS", "--text", "TEXTS", "--metric", "acc"], "and --text is none"),
-        (["--candidates", "URLS", "--text", "TEXTS", "--report", "0"], "--report: cannot be 0"),
+        (["--candidates", "URLS", "--text", "TEXTS", "--report", "0"], "--report: invalid value 0"),
     ],
 )
 def test_refusals(
@@ -293,7 +293,7 @@ def test_prefixes_of_several_lines_stand_on_one(tmp_path: Path) -> None:
 def test_numbers_out_of_range(model_folder: Path, flag: str, value: str, capsys: Any) -> None:
     assert run(model_folder, "--candidates", "x", "--task", "t", flag, value) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"meco: error: {flag.replace('_', '-')}: cannot be ")
+    assert err.startswith(f"meco: error: {flag.replace('_', '-')}: invalid value ")
     assert err.count("\n") == 1
 
 

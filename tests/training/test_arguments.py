@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from runs import MODEL, RUN
 
 from megatron_meco.errors import DataError, FlagError, MeCoError
 from megatron_meco.training import arguments
-from megatron_meco.training.megatron_patches import SaveInterval
 from megatron_meco.training.phase_switch import PhaseSwitch
 
 Parse = argparse.Namespace
@@ -81,18 +79,6 @@ def test_a_missing_corpus_field_or_metadata(check, corpus: str, tmp_path: Path) 
 def test_no_corpus_at_all(check) -> None:
     with pytest.raises(MeCoError, match="--data-path"):
         check("", data="")
-
-
-class TestSaveInterval:
-    def test_it_is_due_at_multiples_and_at_the_switch(self) -> None:
-        interval = SaveInterval(5, also=8)
-        assert [i for i in range(1, 16) if i % interval == 0] == [5, 8, 10, 15]
-        assert interval == 5
-
-    def test_it_is_pickled_as_an_int(self) -> None:
-        again = pickle.loads(pickle.dumps(SaveInterval(5, also=8)))
-        assert type(again) is int
-        assert again == 5
 
 
 class TestPhaseSwitch:

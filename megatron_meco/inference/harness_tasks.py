@@ -11,6 +11,8 @@ are no means over documents (corpus BLEU, perplexity).
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import logging
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.inference.wording import one_line
+from megatron_meco.wording import one_line
 
 
 class TaskError(MeCoError):
@@ -306,6 +308,29 @@ class Evaluation:
                 else "`lm_eval ls tasks` lists them; tasks of your own need --include-path.",
             )
         return matched
+
+
+def open_evaluation(tasks: Iterable[str], include_path: Path | None) -> Evaluation:
+    """Look tasks up in lm-evaluation-harness.
+
+    Args:
+        tasks: Names of tasks, groups or tags.
+        include_path: A folder with the user's own task definitions, or None.
+
+    Raises:
+        FlagError: If the harness is not installed.
+        TaskError: For an unknown task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FlagError(
+            "lm-evaluation-harness is not installed",
+            where="--tasks",
+            remedy="Install it: pip install 'megatron-meco[eval]'.",
+        )
+    # Their notes on every overwritten default and every retried download drown the table.
+    for name in ("lm_eval", "huggingface_hub", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Evaluation(tasks, include_path)
 
 
 def evaluate_task(

@@ -1,9 +1,8 @@
-"""Text and JSON that a user or a stranger wrote, read with one clear refusal.
+"""Text and JSON from a user or a stranger, read strictly, with one clear error.
 
-JSON is read strictly: numbers that JSON does not have (NaN, Infinity, 1e999) and keys that are
-there twice are refused, because what they mean differs from reader to reader. A pipe is read where
-it is one of this process (`<(command)`, `/dev/stdin`); a named pipe without a writer would wait for
-ever in silence. Costs nothing beside the read. What was given up: files larger than memory.
+JSON numbers that JSON does not have (NaN, Infinity, 1e999) and repeated keys are errors, because
+readers disagree on what they mean. A FIFO is read only if it belongs to this process (`<(command)`,
+`/dev/stdin`); any other would wait forever for a writer. Files are read whole.
 """
 
 from __future__ import annotations
@@ -18,18 +17,14 @@ from typing import Any
 from megatron_meco.errors import FlagError, MeCoError
 
 Refuse = Callable[[str], MeCoError]
-"""Makes the error that is raised, from what is wrong."""
+"""Makes the error to raise from the reason."""
 
 
 def read_text(path: Path, refuse: Refuse) -> str:
-    """Read a UTF-8 text file, without the byte order mark that some editors write.
-
-    Args:
-        path: The file.
-        refuse: Makes what is raised where it cannot be read.
+    """Read a UTF-8 text file, without its byte order mark.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`, if the file cannot be read.
     """
     try:
         mode = path.stat().st_mode
@@ -45,31 +40,24 @@ def read_text(path: Path, refuse: Refuse) -> str:
 
 
 def read_lines(path: Path, refuse: Refuse) -> list[str]:
-    """Read the lines of a text file, as line feeds part them: no other character ends a line."""
+    """Read the lines of a text file. Only a line feed ends a line; other Unicode breaks do not."""
     return [line.removesuffix("\r") for line in read_text(path, refuse).split("\n")]
 
 
 def read_json(path: Path, refuse: Refuse) -> Any:
     """Read a JSON file strictly.
 
-    Args:
-        path: The file.
-        refuse: Makes what is raised where it cannot be read.
-
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`, if the file cannot be read.
     """
     return parse_json(read_text(path, refuse), refuse)
 
 
 def parse_json(text: str, refuse: Refuse) -> Any:
-    """Read JSON strictly, as `read_json` does."""
+    """Parse JSON strictly, as `read_json` does."""
     try:
         value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=_no_number,
-            parse_float=_finite,
+            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite
         )
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -90,7 +78,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(text: str) -> Any:
+def _constant(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
 
@@ -102,12 +90,12 @@ def _finite(text: str) -> float:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse a text with half characters, which no tokenizer and no file takes.
+    """Refuse text with lone surrogates, which no tokenizer and no file accepts.
 
     They come from command lines that are not UTF-8, and from escapes in JSON.
 
     Raises:
-        FlagError: Names the place.
+        FlagError: With `where` as its place.
     """
     try:
         text.encode()

@@ -1,12 +1,11 @@
-"""Reading a pickle that a stranger may have written: nothing in it is called.
+"""Reads a pickle without calling anything in it.
 
-A pickle is a program: it names any function of any module and says what to call it with. Here a
-name that is not in a short table of constants and plain containers becomes a new, empty class, so
-every object of the file comes back as an `Inert` that holds what it was made with. Nothing is
-imported and no code outside of this module and those containers runs. Built on Python's own
-unpickler and not on the C one, which allocates as much memory as a number in the file says and
-offers no way to leave operations out; it takes about twice as long. What was given up: real objects
-of any class but those in the table.
+A pickle is a program: it can import any function and call it. Here, a name that is not in a short
+table of constants and plain containers becomes a new, empty class, so every object in the file
+comes back as an `Inert` that records how it was made. Nothing is imported, and no code runs but
+this module and those containers. The base class is Python's own unpickler and not the C one, which
+allocates as much memory as a number in the file says and cannot leave opcodes out. It takes about
+twice as long.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-# What a file that is damaged, or made to do damage, raises while it is read.
+# What a damaged or hostile file can raise while it is read.
 READ_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -37,19 +36,18 @@ READ_ERRORS = (
     zipfile.BadZipFile,
 )
 
-# Containers only: calling one of them with anything does nothing but fill it. A torch.Size is a
-# tuple of integers.
+# Calling a container with any arguments only fills it. A torch.Size is a tuple of integers.
 _CONTAINERS: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
-    # As protocol 2 calls them, which torch.save uses.
+    # Their names in protocol 2, which torch.save uses.
     ("__builtin__", "set"): set,
     ("__builtin__", "frozenset"): frozenset,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
 }
-# Operations that nothing we read makes use of. The first three look objects up in a registry that
-# other code of this process fills; the others take buffers from outside or allocate unread sizes.
+# Opcodes that no file we read needs. The first three look objects up in a registry that other code
+# in this process fills; the others take buffers from outside or allocate sizes that were not read.
 _LEFT_OUT = (
     pickle.EXT1,
     pickle.EXT2,
@@ -61,15 +59,14 @@ _LEFT_OUT = (
 
 
 class Inert:
-    """An object of a class that is not known: what it was made with, and nothing else.
+    """Stands for an object of an unknown class, and records how it was made.
 
-    Each name in a file gets a subclass of its own, so that nothing in one file can change what
-    another one reads.
+    Each name in a file gets its own subclass, so one file cannot change how another is read.
 
     Attributes:
-        qualified_name: Module and name, as the file has them.
-        args: What the class or function was called with.
-        state: What the file sets on the object; None: nothing.
+        qualified_name: Module and name in the file.
+        args: Arguments of the class or function.
+        state: State that the file sets on the object, or None.
     """
 
     qualified_name = ""
@@ -82,20 +79,20 @@ class Inert:
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
-        """Stand for the result of what this stands for, such as a partial function."""
+        """Stand for the result of calling what this stands for, such as a partial function."""
         return Inert(*args)
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Pass over an item of a mapping's kind."""
+        """Ignore an item of a mapping."""
 
     def append(self, value: Any) -> None:
-        """Pass over an item of a list's kind."""
+        """Ignore an item of a list."""
 
     def extend(self, values: Any) -> None:
-        """Pass over items of a list's kind."""
+        """Ignore items of a list."""
 
     def __repr__(self) -> str:
         return f"<{self.qualified_name}>"
@@ -123,7 +120,7 @@ class _Unpickler(pickle._Unpickler):
         return self._classes[key]
 
     def persistent_load(self, key: Any) -> Any:
-        """Storages of tensors lie elsewhere in the file; nobody asks for them."""
+        """Stand for the storage of a tensor, which is elsewhere in the file and never read."""
         return Inert(key)
 
 
@@ -132,29 +129,22 @@ def read_pickle(content: bytes, constants: Mapping[tuple[str, str], Any] | None 
 
     Args:
         content: The pickle.
-        constants: What stands for a (module, name): values that cannot be called or changed.
+        constants: Values for further (module, name) pairs; they must be immutable and not callable.
 
     Returns:
-        Numbers, texts, bytes, plain containers, `constants`, and `Inert` for everything else.
+        Numbers, strings, bytes, plain containers, `constants`, and `Inert` for everything else.
 
     Raises:
-        Exception: One of `READ_ERRORS`, when it cannot be read.
+        Exception: One of `READ_ERRORS`, if it cannot be read.
     """
     return _Unpickler(io.BytesIO(content), constants or {}).load()
 
 
 def read_saved(content: bytes, constants: Mapping[tuple[str, str], Any] | None = None) -> Any:
-    """Read what `torch.save` wrote, without running it and without its tensors.
-
-    Args:
-        content: The file.
-        constants: As in `read_pickle`.
+    """Read a file of `torch.save` without running it. Otherwise as `read_pickle`.
 
     Returns:
         As `read_pickle`; tensors are `Inert`.
-
-    Raises:
-        Exception: One of `READ_ERRORS`, when it cannot be read.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         [entry] = [one for one in archive.infolist() if one.filename.endswith("/data.pkl")]

@@ -15,15 +15,19 @@ without prefix, and which are refused with one; and caches of responses, whose k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import MeCoError
-from megatron_meco.inference.generate import check_finite, encode_text, finite_scores
+from megatron_meco.inference.conditioning import not_an_export
+from megatron_meco.inference.model import check_finite, encode_text, finite_scores, load_model
+from megatron_meco.wording import one_line
 
 _NAME = "meco"
 
@@ -157,3 +161,29 @@ class MeCoLM(HFLM):
 
     def _num_bos(self) -> int:
         return int(bool(self.add_bos_token))
+
+
+def load_harness_model(
+    folder: Path, device: str | None, template: str | None, batch_size: int | str
+) -> MeCoLM:
+    """Load a model for the harness, with the checks of the other commands.
+
+    Args:
+        folder: The model.
+        device: Device, or None for the first GPU or the CPU.
+        template: Template in place of the model's own, or None.
+        batch_size: Requests at once, or `auto`.
+
+    Returns:
+        The model, without prefix.
+
+    Raises:
+        FlagError: If the folder cannot be loaded.
+    """
+    transformers_logging.disable_progress_bar()
+    model = load_model(folder, device, template, own_sampling=True).model
+    try:
+        return MeCoLM(model, tokenizer=str(folder), batch_size=batch_size)
+    # Other libraries raise anything for files that are not theirs.
+    except Exception as error:
+        raise not_an_export(folder, one_line(error)) from error

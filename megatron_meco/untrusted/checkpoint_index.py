@@ -1,10 +1,10 @@
-"""The index of a torch_dist checkpoint (`.metadata`), read without running it and checked.
+"""Reads and checks the index of a torch_dist checkpoint (`.metadata`) without running it.
 
-PyTorch unpickles the index, which runs what its author put there. Here its objects come back inert
-(`inert_pickle`) and are rebuilt as PyTorch's own after each number was checked: pieces inside their
-tensors, places inside files that are there and long enough. So no later step allocates more than
-the folder really holds, or reads a file outside of it. Costs about 50 microseconds for each piece.
-What was given up: checkpoints with a file missing, even where nobody asks for its tensors.
+PyTorch unpickles the index, which runs whatever its author put there. Here its objects come back
+inert (`inert_pickle`) and are rebuilt as PyTorch's own after every number was checked: each piece
+lies inside its tensor, and each place inside a file that exists and is long enough. So no later
+step allocates more than the folder holds, or reads a file outside it. Costs about 50 microseconds
+per piece. A missing file is an error even if nobody asks for its tensors.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_meco.inference.inert_pickle import Inert, read_pickle
+from megatron_meco.untrusted.inert_pickle import Inert, read_pickle
 
 INDEX = ".metadata"
-# Immutable, and not callable.
+# Immutable and not callable, as `read_pickle` asks.
 DTYPES: dict[tuple[str, str], Any] = {
     ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }
@@ -35,13 +35,13 @@ DTYPES: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a piece lies, with the names that PyTorch's reader asks for.
+    """Where a piece is stored, with the attribute names that PyTorch's reader uses.
 
     Attributes:
         relative_path: File in the checkpoint's folder.
-        offset: First byte in it.
-        length: Bytes.
-        transform_descriptors: How the bytes are coded; None: not at all.
+        offset: First byte in the file.
+        length: Number of bytes.
+        transform_descriptors: Names of the encodings of the bytes; None if they are plain.
     """
 
     relative_path: str
@@ -57,10 +57,10 @@ def read_index(folder: Path) -> Metadata:
         folder: The folder of one iteration.
 
     Returns:
-        What PyTorch's `FileSystemReader.set_up_storage_reader` takes.
+        The index, for PyTorch's `FileSystemReader.set_up_storage_reader`.
 
     Raises:
-        Exception: One of `inert_pickle.READ_ERRORS`; its text says what is wrong.
+        Exception: One of `inert_pickle.READ_ERRORS`, with the reason as its message.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -79,8 +79,8 @@ def read_index(folder: Path) -> Metadata:
         if not _names(entry, "TensorStorageMetadata"):
             entries[name] = BytesStorageMetadata()
             continue
-        # A crafted file may refer to one list of pieces any number of times; a real one has some
-        # ten bytes for each piece.
+        # A crafted file can refer to one list of pieces any number of times. A real one needs some
+        # ten bytes per piece.
         num_pieces += len(_list(_fields(entry)["chunks"]))
         if num_pieces > len(content):
             raise ValueError("it has more pieces than bytes")
@@ -90,7 +90,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 class _FileSizes:
-    """Bytes of the files that the index names, each asked for once."""
+    """Sizes in bytes of the files that the index names."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -113,7 +113,7 @@ def _tensor(entry: Inert) -> TensorStorageMetadata:
     if math.prod(size) >= 2**60:
         raise ValueError(f"a shape that no tensor has: {size}")
     properties = fields["properties"]
-    # (dtype, layout, requires_grad, memory format, pinned), of which the first alone matters.
+    # (dtype, layout, requires_grad, memory format, pinned); only the first matters.
     dtype = properties.state[0] if isinstance(properties, Inert) else None
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"a tensor of an unknown type: {dtype!r}")
@@ -169,7 +169,7 @@ def _place(value: Any, sizes: _FileSizes) -> Place:
 
 
 def _names(value: Any, name: str) -> bool:
-    # By their last name: PyTorch has moved these classes before.
+    # By the last part of the name: PyTorch has moved these classes before.
     return isinstance(value, Inert) and value.qualified_name.rpartition(".")[2] == name
 
 
@@ -193,7 +193,7 @@ def _list(value: Any) -> list[Any]:
 
 def _numbers(value: Any) -> tuple[int, ...]:
     numbers = tuple(_list(value))
-    # 64 bits with a sign, as PyTorch's own.
+    # PyTorch's sizes are signed 64-bit integers.
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError(f"something else where sizes belong: {value!r:.80}")
     return numbers

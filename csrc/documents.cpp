@@ -1,0 +1,106 @@
+#include "documents.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "permutation.h"
+
+namespace meco {
+
+std::pair<int64_t, int64_t> Documents::sequences_of(int64_t document) const {
+  if (document_indices == nullptr) return {document, document + 1};
+  const int64_t begin = load(document_indices, document);
+  const int64_t end = load(document_indices, document + 1);
+  if (begin < 0 || begin > end || end > num_sequences) {
+    throw std::out_of_range("damaged index: sequences of a document");
+  }
+  return {begin, end};
+}
+
+int64_t Documents::body_length(int64_t document) const {
+  const auto [begin, end] = sequences_of(document);
+  int64_t length = 0;
+  int64_t all = 0;
+  for (int64_t s = begin; s < end; ++s) {
+    const int64_t one = load(sequence_lengths, s);
+    length += one;
+    all |= one;
+  }
+  if (all < 0) throw std::out_of_range("damaged index: a length below zero");
+  return length;
+}
+
+int32_t Documents::prefix_id(int64_t document) const {
+  if (prefix_ids == nullptr) return -1;
+  const int32_t id = load(prefix_ids, document);
+  if (id < -1 || id >= num_prefixes) throw std::out_of_range("prefix number out of range");
+  if (plain_threshold != 0 &&
+      hash_pair(plain_seed, static_cast<uint64_t>(document)) < plain_threshold) {
+    return -1;
+  }
+  return id;
+}
+
+int64_t Documents::prefix_begin(int32_t prefix_id) const {
+  const int64_t begin = load(prefix_offsets, prefix_id);
+  const int64_t end = load(prefix_offsets, int64_t{prefix_id} + 1);
+  if (begin < 0 || begin > end || end > num_prefix_tokens || end - begin > INT32_MAX) {
+    throw std::out_of_range("damaged prefix table: offsets");
+  }
+  return begin;
+}
+
+int64_t Documents::prefix_length(int32_t prefix_id) const {
+  if (prefix_id < 0) return 0;
+  return load(prefix_offsets, int64_t{prefix_id} + 1) - prefix_begin(prefix_id);
+}
+
+DocumentSize Documents::size_of(int64_t document) const {
+  const int64_t body = body_length(document);
+  const int32_t id = prefix_id(document);
+  return {document, body, id < 0 ? -1 : static_cast<int32_t>(prefix_length(id))};
+}
+
+int64_t Documents::cut(int64_t document, int64_t begin, int64_t room, bool must) const {
+  if (document_indices == nullptr) return room;  // one sequence: no place is better
+  int64_t border = 0;
+  int64_t best = 0;
+  const auto [first, last] = sequences_of(document);
+  for (int64_t s = first; s < last; ++s) {
+    border += load(sequence_lengths, s);
+    if (border > begin + room) break;
+    best = border;
+  }
+  if (best > begin) return best - begin;
+  return must ? room : 0;
+}
+
+int64_t check(const Documents& documents) {
+  auto require = [](bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+  };
+  if (documents.document_indices != nullptr) {
+    int64_t last = 0;
+    for (int64_t i = 0; i <= documents.num_documents; ++i) {
+      const int64_t index = load(documents.document_indices, i);
+      require(index >= last && index <= documents.num_sequences,
+              "document_indices must rise and stay within the sequences");
+      last = index;
+    }
+  }
+  if (documents.prefix_offsets == nullptr) return 0;
+  int64_t longest = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i <= documents.num_prefixes; ++i) {
+    const int64_t offset = load(documents.prefix_offsets, i);
+    require(offset >= last && offset <= documents.num_prefix_tokens,
+            "prefix_offsets must rise and stay within prefix_tokens");
+    if (i > 0) longest = std::max(longest, offset - last);
+    last = offset;
+  }
+  require(longest <= INT32_MAX, "a prefix is longer than 2^31 - 1 tokens");
+  require(documents.num_prefixes <= INT32_MAX, "prefixes are numbered with 31 bits");
+  return longest;
+}
+
+}  // namespace meco

@@ -1,0 +1,22 @@
+#include "layout.h"
+
+#include <stdexcept>
+
+namespace meco {
+
+Strategy parse_strategy(const std::string& name) {
+  if (name == "truncate") return Strategy::kTruncate;
+  if (name == "split") return Strategy::kSplit;
+  if (name == "best-fit") return Strategy::kBestFit;
+  throw std::invalid_argument("unknown packing strategy: " + name);
+}
+
+void check(PackRules* rules) {
+  if (rules->capacity < 2 || rules->capacity > kMaxCapacity) {
+    throw std::invalid_argument("capacity must be 2 to 67,108,864");
+  }
+  if (rules->max_documents < 1) throw std::invalid_argument("max_documents must be at least 1");
+  rules->max_documents = std::min(rules->max_documents, rules->capacity);
+}
+
+}  // namespace meco

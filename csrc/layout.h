@@ -1,0 +1,131 @@
+// What a piece of a document holds, and where it ends. Nothing else in the core decides that.
+//
+// A pack is a list of pieces. A piece is a document or a part of one, as runs of tokens of one
+// kind:
+//
+//     [BOS] [prefix] body
+//
+// A plan stores where a piece begins, not where it ends: `Layout::fit` works the end out from the
+// room that is left in the pack. The packer calls it to fill packs, the assembler calls it again to
+// make a sample, so the two cannot disagree. This keeps a plan at 4 bytes a piece.
+//
+// A new kind of token takes three changes here: a count in `PieceSize`, its share of the room in
+// `Layout::fit`, and its run in `for_each_run`. Then packer and assembler account for it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "documents.h"
+
+namespace meco {
+
+// Most tokens in a pack: best-fit's tables and the arrays of a sample are this long.
+constexpr int64_t kMaxCapacity = int64_t{1} << 26;
+
+enum class Strategy { kTruncate, kSplit, kBestFit };
+Strategy parse_strategy(const std::string& name);  // throws std::invalid_argument
+
+// What a plan and the samples made from it have in common.
+struct PackRules {
+  Strategy strategy = Strategy::kTruncate;
+  int64_t capacity = 0;       // tokens in a pack, 2 to kMaxCapacity
+  int64_t max_documents = 0;  // pieces in a pack, at least 1
+  bool repeat_prefix = true;  // on every piece that continues a document
+};
+
+// Throws std::invalid_argument for rules out of range. Lowers `max_documents` to the capacity at
+// most, since every piece holds a token.
+void check(PackRules* rules);
+
+// Tokens of each kind in a piece.
+struct PieceSize {
+  int64_t bos = 0;
+  int64_t prefix = 0;
+  int64_t body = 0;
+
+  int64_t total() const { return bos + prefix + body; }
+};
+
+class Layout {
+ public:
+  Layout(const Documents& documents, const PackRules& rules)
+      : documents_(documents),
+        capacity_(rules.capacity),
+        bos_(documents.has_bos ? 1 : 0),
+        repeats_prefix_(rules.repeat_prefix),
+        strategy_(rules.strategy) {}
+
+  // Whether the rest of a cut document is dropped. If not, another piece continues it.
+  bool drops_rest() const { return strategy_ == Strategy::kTruncate; }
+  // Whether the piece that begins at `begin` of a body repeats the document's prefix.
+  bool shows_prefix(int64_t begin) const { return begin == 0 || repeats_prefix_; }
+  // Tokens that stand in front of the body.
+  int64_t head(int64_t prefix) const { return bos_ + prefix; }
+
+  // What a piece holds that begins at `begin` of a document's body, in a pack with `room` tokens
+  // left. Without a body token the piece does not fit, unless `drops_rest`: then its head filled
+  // the pack.
+  PieceSize fit(const DocumentSize& document, int64_t begin, int64_t room) const {
+    switch (strategy_) {
+      case Strategy::kTruncate:
+        return fit_as<Strategy::kTruncate>(document, begin, room);
+      case Strategy::kSplit:
+        return fit_as<Strategy::kSplit>(document, begin, room);
+      default:
+        return fit_as<Strategy::kBestFit>(document, begin, room);
+    }
+  }
+
+  // The same, compiled for one strategy.
+  template <Strategy kStrategy>
+  PieceSize fit_as(const DocumentSize& document, int64_t begin, int64_t room) const {
+    // Best-fit cuts documents before it knows their packs: always as for an empty one.
+    if constexpr (kStrategy == Strategy::kBestFit) room = capacity_;
+    PieceSize piece;
+    int64_t left = room;
+    piece.bos = std::min(bos_, left);
+    left -= piece.bos;
+    if (document.prefix > 0 && shows_prefix(begin)) {
+      piece.prefix = std::min<int64_t>(document.prefix, left);
+      left -= piece.prefix;
+    }
+    const int64_t rest = document.body - begin;
+    piece.body = std::min(rest, left);
+    if (kStrategy != Strategy::kTruncate && piece.body < rest) {
+      piece.body = documents_.cut(document.number, begin, piece.body, room == capacity_);
+    }
+    return piece;
+  }
+
+ private:
+  const Documents& documents_;
+  int64_t capacity_;
+  int64_t bos_;
+  bool repeats_prefix_;
+  Strategy strategy_;
+};
+
+// A piece with what is needed to write its tokens.
+struct Piece {
+  int64_t document = 0;
+  int64_t body = 0;  // tokens of the whole body
+  int64_t body_begin = 0;
+  int64_t body_end = 0;
+  int32_t prefix_id = -1;
+  int32_t prefix_tokens = 0;  // fewer than the prefix has where the pack ends inside it
+  bool has_bos = false;
+};
+
+enum class TokenKind { kBos, kPrefix, kBody };
+
+// Calls visit(kind, count) for each run of tokens of one kind in a piece, from left to right.
+template <typename Visit>
+void for_each_run(const Piece& piece, Visit&& visit) {
+  if (piece.has_bos) visit(TokenKind::kBos, 1);
+  if (piece.prefix_tokens > 0) visit(TokenKind::kPrefix, int64_t{piece.prefix_tokens});
+  visit(TokenKind::kBody, piece.body_end - piece.body_begin);
+}
+
+}  // namespace meco

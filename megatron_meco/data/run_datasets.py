@@ -1,0 +1,229 @@
+"""The training, validation and test datasets of a run.
+
+`build_datasets` composes them from `MeCoGPTDataset`s: training switches phase at a sample index,
+validation and test show every pack once in each view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.utils import Split
+
+from megatron_meco.config import COOLDOWN, View
+from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig, Sample
+from megatron_meco.data.phases import Schedule
+from megatron_meco.errors import DataError
+
+Blend = tuple[list[str], list[float] | None]
+"""Corpora, and their weights or None, as Megatron's dataset configuration has them."""
+
+EVALUATION_VIEWS = (View.CONDITIONED, View.PLAIN)
+"""Views of each validation and test pack, in the order of their samples."""
+
+
+class _Composed(torch.utils.data.Dataset[Sample]):
+    """Samples that each come from one of several datasets."""
+
+    split: Split
+
+    def locate(self, idx: int) -> tuple[Any, int]:
+        """The dataset of sample `idx`, and the sample's index in it."""
+        raise NotImplementedError
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        dataset, index = self.locate(idx or 0)
+        sample: Sample = dataset[index if idx is not None else None]
+        return sample
+
+
+class PhasedDataset(_Composed):
+    """Training samples: conditioned below `schedule.switch_sample`, cooldown from there on.
+
+    The phase depends on the sample index alone, so neither rank nor order of access matters.
+
+    Attributes:
+        split: Megatron's loader asks for it.
+        conditioned: The first phase, or None if it has no samples.
+        cooldown: The second phase, or None if it has no samples.
+        num_spare: Number of extra samples, which repeat the last one. Megatron's loader needs at
+            least one sample, even where a finished run is started again.
+    """
+
+    split = Split.train
+    num_spare = 0
+
+    def __init__(self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule) -> None:
+        self.conditioned = conditioned
+        self.cooldown = cooldown
+        self.schedule = schedule
+
+    def __len__(self) -> int:
+        return self.schedule.num_samples + self.num_spare
+
+    @property
+    def parts(self) -> tuple[Any | None, Any | None]:
+        """Both phases."""
+        return self.conditioned, self.cooldown
+
+    def locate(self, idx: int) -> tuple[Any, int]:
+        """The phase's dataset and the index within it of global sample `idx`."""
+        if not 0 <= idx < len(self):
+            raise IndexError(idx)
+        idx = min(idx, self.schedule.num_samples - 1)
+        if idx < self.schedule.switch_sample:
+            return self.conditioned, idx
+        return self.cooldown, idx - self.schedule.switch_sample
+
+
+class ViewsDataset(_Composed):
+    """Validation samples: every pack once in each view, pack by pack.
+
+    All views of a pack have the same body tokens, so their losses differ by the metadata alone.
+    Samples carry `meco_view`, an int64 scalar: the number of their `View`.
+
+    Attributes:
+        views: The same packs in each view.
+        split: Megatron's loader asks for it.
+    """
+
+    def __init__(self, views: Mapping[View, Any], split: Split) -> None:
+        self.views = dict(views)
+        self.split = split
+        self._order = list(self.views)
+
+    def __len__(self) -> int:
+        return len(self._order) * min(len(dataset) for dataset in self.parts)
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        view = self._order[(idx or 0) % len(self._order)]
+        return {**super().__getitem__(idx), "meco_view": torch.tensor(int(view))}
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The datasets of all views."""
+        return tuple(self.views.values())
+
+    def locate(self, idx: int) -> tuple[Any, int]:
+        """The dataset of the view, and the number of the pack, of sample `idx`."""
+        if not 0 <= idx < len(self):
+            raise IndexError(idx)
+        pack, place = divmod(idx, len(self._order))
+        return self.views[self._order[place]], pack
+
+
+def build_datasets(
+    sizes: Sequence[int | None],
+    is_built_on_rank: Callable[[], bool],
+    config: MeCoGPTDatasetConfig,
+    schedule: Schedule,
+    cooldown_blend: Blend | None = None,
+) -> tuple[Any | None, Any | None, Any | None]:
+    """Build the training, validation and test datasets of a run.
+
+    Collective: must be called on all ranks, like Megatron's builder.
+
+    Args:
+        sizes: Samples of the three splits; None: one epoch. The first is ignored: the schedule has
+            the number of training samples.
+        is_built_on_rank: Whether this rank holds datasets.
+        config: The configuration of the conditioned phase.
+        schedule: Where the run switches.
+        cooldown_blend: Corpora of the cooldown; None: a share of the training documents that the
+            conditioned phase leaves out.
+
+    Returns:
+        Training, validation and test dataset; None for a split without documents, and on a rank
+        that holds no datasets.
+
+    Raises:
+        DataError: A corpus is damaged, or a blend has too few samples.
+        FlagError: The template does not match the metadata.
+    """
+    build = _SplitBuilder(is_built_on_rank, config)
+    train = _build_training(build, schedule, cooldown_blend)
+    valid, test = (_build_evaluation(build, sizes[s.value], s) for s in (Split.valid, Split.test))
+    if train is not None:
+        num_cooldown = schedule.num_samples - schedule.switch_sample
+        path = "--meco-cooldown-data-path" if cooldown_blend else "--data-path"
+        _check_enough(train.conditioned, schedule.switch_sample, "conditioned phase", "--data-path")
+        _check_enough(train.cooldown, num_cooldown, "cooldown", path)
+    for dataset, split in ((valid, Split.valid), (test, Split.test)):
+        _check_enough(dataset, sizes[split.value], f"{split.name} split", "--data-path")
+    return train, valid, test
+
+
+class _SplitBuilder:
+    """Builds one split at a time with Megatron's builder, which has the blends and barriers."""
+
+    def __init__(self, is_built_on_rank: Callable[[], bool], config: MeCoGPTDatasetConfig) -> None:
+        self.is_built_on_rank = is_built_on_rank
+        self.config = config
+
+    def __call__(self, size: int | None, split: Split, /, **changes: Any) -> Any | None:
+        """The dataset of `split` with `changes` to the configuration; None without samples."""
+        if size == 0:
+            return None
+        config = dataclasses.replace(self.config, **changes)
+        if config.blend_per_split is not None:
+            config.blend_per_split = _only(split, config.blend_per_split)
+        else:
+            assert config.split_matrix is not None
+            config.split_matrix = _only(split, config.split_matrix)
+        sizes = [size if part is split else 0 for part in Split]
+        builder = BlendedMegatronDatasetBuilder(
+            MeCoGPTDataset, sizes, self.is_built_on_rank, config
+        )
+        return builder.build()[split.value]
+
+
+def _only[T](split: Split, by_split: Sequence[T]) -> list[T | None]:
+    return [value if i == split.value else None for i, value in enumerate(by_split)]
+
+
+def _build_training(
+    build: _SplitBuilder, schedule: Schedule, cooldown_blend: Blend | None
+) -> PhasedDataset | None:
+    conditioned = cooldown = None
+    held_out = 0.0 if cooldown_blend else schedule.documents_held_out(build.config.meco)
+    if schedule.switch_sample:
+        conditioned = build(schedule.switch_sample, Split.train, document_share=(0, 1 - held_out))
+    num_cooldown = schedule.num_samples - schedule.switch_sample
+    if num_cooldown and cooldown_blend:
+        own = {"blend": cooldown_blend, "blend_per_split": None, "split": "1,0,0"}
+        cooldown = build(num_cooldown, Split.train, phase=COOLDOWN, document_share=(0, 1), **own)
+    elif num_cooldown:
+        cooldown = build(
+            num_cooldown, Split.train, phase=COOLDOWN, document_share=(1 - held_out, 1)
+        )
+    if conditioned is None and cooldown is None:
+        return None
+    return PhasedDataset(conditioned, cooldown, schedule)
+
+
+def _build_evaluation(build: _SplitBuilder, size: int | None, split: Split) -> Any | None:
+    if not build.config.meco.template:
+        return build(size, split)  # the baseline has no metadata to leave out
+    packs = None if size is None else -(-size // len(EVALUATION_VIEWS))
+    views = {view: build(packs, split, view=view) for view in EVALUATION_VIEWS}
+    return None if None in views.values() else ViewsDataset(views, split)
+
+
+def _check_enough(dataset: Any | None, needed: int | None, what: str, flag: str) -> None:
+    """Refuse a run that would run out of samples.
+
+    Megatron repeats the documents of a single corpus and of a weighted blend as often as needed,
+    but never those of a blend without weights.
+    """
+    if dataset is None or needed is None or len(dataset) >= needed:
+        return
+    raise DataError(
+        f"the corpora give {len(dataset):,} samples to the {what}, which needs {needed:,}; a blend "
+        "without weights shows each document once",
+        where=flag,
+        remedy="Give a weight before each corpus (0.5 A 0.5 B), add documents, or shorten the run.",
+    )

@@ -1,0 +1,40 @@
+"""The training script that `meco train` starts: GPT or Llama pre-training with Megatron-Core.
+
+    torchrun --nproc-per-node 8 --module megatron_meco.training.pretrain <Megatron's flags> --meco
+
+It is `examples/pretrain_gpt.py`, at a place that an installed package has.
+"""
+
+import warnings
+
+# Megatron's fall-backs, one line for each import and rank; `meco doctor` says what is installed.
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
+warnings.filterwarnings("ignore", category=SyntaxWarning)
+
+from megatron_meco.training.arguments import parse_and_validate_args  # noqa: E402
+
+
+def main() -> None:
+    """Parse, check, train."""
+    # First of all: it makes a CPU-only host ready before Megatron is imported.
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    from megatron_meco.training.provider import forward_step, train_valid_test_datasets_provider
+
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+if __name__ == "__main__":
+    main()

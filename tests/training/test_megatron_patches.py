@@ -1,0 +1,80 @@
+"""Patches of Megatron: what they change, and that another Megatron is not patched blindly."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from megatron.core.datasets import utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_meco.errors import MeCoError
+from megatron_meco.training import megatron_patches
+from megatron_meco.training.megatron_patches import SaveInterval
+
+
+class TestSaveInterval:
+    def test_it_is_due_at_multiples_and_at_the_switch(self) -> None:
+        interval = SaveInterval(5, also=8)
+        assert [i for i in range(1, 16) if i % interval == 0] == [5, 8, 10, 15]
+        assert interval == 5
+
+    def test_it_is_pickled_as_an_int(self) -> None:
+        again = pickle.loads(pickle.dumps(SaveInterval(5, also=8)))
+        assert type(again) is int
+        assert again == 5
+
+
+class TestAnotherMegatron:
+    """Names of private or replaced things change between versions."""
+
+    def test_an_optimizer_with_other_methods_stays_as_it_is(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        setter = "_set_main_param_and_optimizer_states"
+        patch = megatron_patches.let_distributed_optimizer_resume.__wrapped__
+
+        def other(self: object, tensors: object) -> None: ...
+
+        for replacement in (other, None):
+            monkeypatch.setattr(DistributedOptimizer, setter, replacement)
+            before = dict(vars(DistributedOptimizer))
+            patch()
+            assert dict(vars(DistributedOptimizer)) == before
+
+    def test_the_installed_optimizer_has_the_methods_that_are_replaced(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
+        before = {name: getattr(DistributedOptimizer, name) for name in names}
+        for name in names:
+            monkeypatch.setattr(DistributedOptimizer, name, before[name])  # undone at the end
+        megatron_patches.let_distributed_optimizer_resume.__wrapped__()
+        assert all(getattr(DistributedOptimizer, name) is not before[name] for name in names)
+
+    def test_another_compiler_of_helpers_is_still_called(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def compile_helpers(folder: str) -> None: ...
+
+        monkeypatch.setattr(utils, "compile_helpers", compile_helpers)
+        megatron_patches.skip_helper_compilation()
+        assert utils.compile_helpers is compile_helpers
+
+    @pytest.mark.parametrize("replacement", [None, lambda data_iterator, args: None])
+    def test_skipped_steps_are_refused(
+        self, replacement: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other tensor-parallel ranks would wait forever."""
+        from megatron.training import training
+
+        monkeypatch.setattr(training, "dummy_train_step", replacement)
+        with pytest.raises(MeCoError, match=r"megatron-core: has no .*dummy_train_step.*0\.19\.2"):
+            megatron_patches.skip_steps_without_reading_batches()
+        assert training.dummy_train_step is replacement
+
+    def test_an_unknown_scale_is_not_taken_for_1(self) -> None:
+        assert megatron_patches.rotary_scale(SimpleNamespace(_yarn_concentration_factor=1.5)) == 1.5
+        with pytest.raises(MeCoError, match=r"megatron-core: has no .*_yarn_concentration_factor"):
+            megatron_patches.rotary_scale(SimpleNamespace())
