@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.worlds import Question, World
-from megatron_meco.inference.generate import encode_prompt, encode_text, load_model
+from megatron_meco.inference.model import encode_prompt, encode_text, load_model
 
 CONDITIONS = ("useful", "other", "none")
 _AT_ONCE = 512

@@ -246,22 +246,21 @@ def steering_rows(
         seeds: The seeds; rows need all of them.
         chance: One over the number of sources.
     """
-    rows = []
-    names = {"cooled-down": "after the cooldown", "conditioned": "before the cooldown"}
-    for name, when in names.items():
-        found, control = accuracies.get(name, {}), accuracies.get("baseline", {})
-        if _complete(seeds, found, control):
+    baseline = accuracies.get("baseline", {})
+    if not _complete(seeds, baseline):
+        return []
+    setting, rows = "steering on real text", []
+    for name, when in (("cooled-down", "after"), ("conditioned", "before")):
+        found = accuracies.get(name, {})
+        if _complete(seeds, found):
+            question = f"texts under the URL look like its source, {when} the cooldown"
             rows.append(
-                Row(
-                    setting="steering on real text",
-                    question=f"steering accuracy - chance ({chance:.3f}), {when}",
-                    arms="meco; control: baseline",
-                    unit="accuracy",
-                    effect=mean_of([found[seed] - chance for seed in seeds]),
-                    control=mean_of([control[seed] - chance for seed in seeds]),
-                    seeds=tuple(seeds),
-                )
+                _difference(setting, question, "meco - baseline", "accuracy", found, baseline)
             )
+    # The text of a URL may steer a model that was trained without any.
+    question = f"texts under the URL look like its source, minus chance ({chance:.3f})"
+    by_chance = dict.fromkeys(baseline, chance)
+    rows.append(_difference(setting, question, BASELINE, "accuracy", baseline, by_chance))
     return rows
 
 
