@@ -76,7 +76,7 @@ def test_losses_are_those_of_torchrun(tmp_path: Path) -> None:
 
 
 def torchrun(flags: list[str], log: Path) -> None:
-    command = [sys.executable, "-m", *"torch.distributed.run --nproc-per-node 1".split()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
     command += ["--master-port", str(runs.free_port()), trainer.SCRIPT, *flags]
     environment = {**os.environ, "PYTHONPATH": runs.PYTHONPATH, **trainer.ENVIRONMENT}
     with log.open("w") as out:
