@@ -8,6 +8,7 @@ inspect` have the same defaults. Imports neither torch nor megatron.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -28,6 +29,8 @@ class View(IntEnum):
 
     PLAIN = 0
     CONDITIONED = 1
+    SHUFFLED = 2
+    """Each document under the prefix of another one of the pack."""
 
 
 FINGERPRINT_KEYS = (
@@ -174,6 +177,33 @@ class MeCoConfig:
         )
 
 
+def layout_alignment(args: argparse.Namespace) -> int:
+    """What the tokens of every document must be a multiple of, for the layout of a run.
+
+    With context parallelism each document is cut into two chunks for each rank. With sequence
+    parallelism chunks also divide among the tensor-parallel ranks, and FP8 and FP4 kernels take
+    multiples of their block.
+
+    Args:
+        args: Megatron's parsed flags.
+
+    Returns:
+        1 without context parallelism.
+    """
+    ranks = int(getattr(args, "context_parallel_size", 1) or 1)
+    if ranks == 1:
+        return 1
+    alignment = 2 * ranks
+    if getattr(args, "sequence_parallel", False):
+        alignment *= int(args.tensor_model_parallel_size)
+    # As Megatron's get_fp8_align_size and get_fp4_align_size have it.
+    if getattr(args, "fp4", None) or (
+        getattr(args, "fp8", None) and getattr(args, "fp8_recipe", None) == "mxfp8"
+    ):
+        return math.lcm(alignment, 32)
+    return math.lcm(alignment, 16) if getattr(args, "fp8", None) else alignment
+
+
 def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--meco-*` flags that decide samples (not `--meco` itself) to a parser."""
     defaults = MeCoConfig()
@@ -186,7 +216,9 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "Fields come from PREFIX.metadata.arrow; transforms of a URL: {url} {url.host} "
         "{url.domain} {url.suffix} {url.hash}; filters: {url.host|top=0.2%%} and "
         "{url.host|min_documents=100} keep the frequent values and write 'unknown' for the rest, "
-        "{topic|default=none} replaces a missing value. Empty: the matched baseline, no metadata. "
+        "{topic|default=none} replaces a missing value; [[...{topic}...]] is left out where the "
+        "topic is missing; {token:NAME} is a special token. docs/data.md lists all filters. "
+        "Empty: the matched baseline, no metadata. "
         "Default: %(default)r.",
     )
     group.add_argument(

@@ -49,7 +49,8 @@ def plan_report(run: Run) -> dict[str, Any]:
     Returns:
         `phases` ({conditioned, cooldown}), `total` (each with the counts of `PlanCounts`),
         `switch_iteration`, `switch_sample`, `num_iterations`, `num_samples`, `valid_packs`,
-        `test_packs`, `documents_without_value`, `documents_with_long_prefix`.
+        `test_packs`, and of the corpora of the conditioned phase, the documents of all splits:
+        `documents_of_conditioned_corpora`, `documents_without_value`, `documents_with_long_prefix`.
     """
     parts = {
         CONDITIONED: corpora_of(run.train.conditioned),
@@ -70,6 +71,7 @@ def plan_report(run: Run) -> dict[str, Any]:
         "total": _counts_json(PlanCounts.total(counts.values())),
         "valid_packs": 0 if run.valid is None else len(run.valid),
         "test_packs": 0 if run.test is None else len(run.test),
+        "documents_of_conditioned_corpora": sum(len(t.prefix_ids) for t in tables),
         "documents_without_value": sum(t.documents_without_value for t in tables),
         "documents_with_long_prefix": sum(t.documents_with_long_prefix for t in tables),
     }
@@ -111,9 +113,9 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
     """One sample, JSON-serializable, and the `MeCoGPTDataset` it comes from.
 
     Returns:
-        `sample`, `phase` ("conditioned", "cooldown", or "plain" for a validation pack that hides
-        prefixes), `corpus`, `pack`, the arrays of the sample, `cu_seqlens` without its fixed-length
-        tail, and `documents`.
+        `sample`, `phase` ("conditioned", "cooldown", or the view of a validation pack: "plain"
+        without prefixes, "shuffled" with those of other documents), `corpus`, `pack`, the arrays of
+        the sample, `cu_seqlens` without its fixed-length tail, and `documents`.
     """
     arrays = dataset[index]
     source, pack = dataset.locate(index) if hasattr(dataset, "locate") else (dataset, index)
@@ -121,9 +123,10 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
         part = int(source.dataset_index[pack])
         source, pack = source.datasets[part], int(source.dataset_sample_index[pack])
     cu_seqlens = np.unique(arrays["cu_seqlens"].numpy())
+    phase, view = source.config.phase, source.config.view
     return {
         "sample": index,
-        "phase": "plain" if source.config.view is View.PLAIN else source.config.phase,
+        "phase": phase if view is View.CONDITIONED else view.name.lower(),
         "corpus": source.corpus_prefix,
         "pack": pack,
         **{key: arrays[key].tolist() for key in ("tokens", "labels", "loss_mask", "position_ids")},

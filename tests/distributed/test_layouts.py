@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from distributed.conftest import Train
 from runs import ROOT, Result
@@ -75,11 +77,21 @@ def test_every_layout_of_the_documentation_is_here() -> None:
 
 def difference(a: Result, b: Result) -> float:
     """Largest difference of a training or validation loss, relative."""
-    pairs = [(a.losses[i], b.losses[i]) for i in a.losses]
+    errors = [relative_error(a.losses[i], b.losses[i], b.losses[i]) for i in a.losses]
     for step, losses in a.validation.items():
-        pairs += [(losses[name], b.validation[step][name]) for name in losses]
+        others = b.validation[step]
+        assert losses.keys() == others.keys()
+        for name, loss in losses.items():
+            # A difference of two losses has their error.
+            scale = others["lm loss plain"] if "minus" in name else others[name]
+            errors.append(relative_error(loss, others[name], scale))
     assert len(a.validation) == 2
-    return max(abs(float(x) - float(y)) / float(y) for x, y in pairs)
+    assert all(math.isfinite(error) for error in errors)
+    return max(errors)
+
+
+def relative_error(a: str, b: str, scale: str) -> float:
+    return abs(float(a) - float(b)) / float(scale)
 
 
 def check(run: Result, reference: Result) -> None:
