@@ -10,9 +10,9 @@ from typing import Any
 from megatron_meco.data.report import sample_report
 from megatron_meco.errors import FlagError
 from megatron_meco.inference.generate import generate_text
-from megatron_meco.inference.harness_tasks import mean_and_error
+from megatron_meco.inference.likelihood import TextScore
 from megatron_meco.inference.model import LoadedModel
-from megatron_meco.inference.sweep import TextScore
+from megatron_meco.inference.paired import mean_and_error
 
 _MOST_PACKS = 3000
 _SHORTEST = 8  # tokens

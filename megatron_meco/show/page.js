@@ -67,7 +67,7 @@
           xaxis: { ...axis, ...(layout.xaxis || {}) },
           yaxis: { ...axis, ...(layout.yaxis || {}) },
         },
-        { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] },
+        { responsive: true, displaylogo: false, displayModeBar: false },
       );
     };
     charts.push(draw);
@@ -266,18 +266,20 @@
       }))),
       { shapes: switches(), xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: "loss" } } },
     ]);
-    const three = runs.filter((run) => kinds(run).includes("shuffled"));
+    const value = "shuffled minus conditioned";
+    const three = runs.filter((run) => run.validations.some((v) => v.losses[value] !== undefined));
     if (three.length) {
       add(part, "h3", "Value of metadata: loss under wrong less loss under right metadata");
       chart(part, "value", 260, () => [
-        three.map((run, i) => ({ type: "scatter", mode: "lines+markers", name: escaped(run.name), x: run.validations.map((v) => v.iteration), y: run.validations.map((v) => v.losses.shuffled - v.losses.conditioned), line: { color: palette[i % 6] }, hovertemplate: "iteration %{x}: %{y:.4f}" })),
+        three.map((run, i) => ({ type: "scatter", mode: "lines+markers", name: escaped(run.name), x: run.validations.map((v) => v.iteration), y: run.validations.map((v) => v.losses[value]), line: { color: palette[i % 6] }, hovertemplate: "iteration %{x}: %{y:.4f}" })),
         { shapes: switches(), xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: "nats per token" } }, showlegend: true },
       ]);
     }
     runs.forEach((run) => {
       if (!run.validations.length) return;
       add(part, "h3", run.name);
-      numbers(part, ["iteration", ...kinds(run).map((kind) => views[kind])], run.validations.map((v) => [whole(v.iteration), ...kinds(run).map((kind) => (v.losses[kind] ?? NaN).toFixed(4))]));
+      const columns = { ...Object.fromEntries(kinds(run).map((kind) => [kind, views[kind]])), ...(three.includes(run) ? { [value]: "wrong less right" } : {}) };
+      numbers(part, ["iteration", ...Object.values(columns)], run.validations.map((v) => [whole(v.iteration), ...Object.keys(columns).map((kind) => (v.losses[kind] ?? NaN).toFixed(4))]));
     });
   };
 
