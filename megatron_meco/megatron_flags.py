@@ -1,9 +1,9 @@
-"""What MeCo does with each flag of Megatron: the allow-list.
+"""Which flags of Megatron work with MeCo.
 
-Every name that the parsers of Megatron-Core 0.19.2 and of its main branch (d98e8a64) know is in
-exactly one of `HONOURED`, `REFUSED`, `UNTESTED`, `OTHER_PROGRAMS` and `COMPANIONS`. A flag in none
-of them belongs to a newer Megatron; it is refused until somebody has decided
-(`megatron_meco.refusals`, `tests/test_megatron_flags.py`). Names are argparse's `dest`.
+Every flag of Megatron-Core 0.19.2 and of its main branch (d98e8a64) is in exactly one of
+`HONOURED`, `REFUSED`, `UNTESTED`, `OTHER_PROGRAMS` and `COMPANIONS`. Any other flag belongs to a
+newer Megatron and is refused until it is added here (`megatron_meco.refusals`,
+`tests/training/test_megatron_flags.py`). Names are argparse's `dest`.
 """
 
 from __future__ import annotations
@@ -414,4 +414,4 @@ COMPANIONS = {
         """
     ),
 }
-"""Flags that have an effect only beside the flag they are listed under."""
+"""Flags that have an effect only together with the flag under which they are listed."""

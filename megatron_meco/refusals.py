@@ -59,7 +59,7 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, Flag]:
 
 
 def refusal(name: str) -> tuple[str, str]:
-    """Why a flag in `REFUSED` is refused, and the remedy."""
+    """The reason and the remedy for a flag in `REFUSED`."""
     reason, *remedy = REFUSED[name]
     return reason, remedy[0] if remedy else _DROP
 
@@ -71,13 +71,13 @@ def check_flags(
     local_layers: bool,
     allowed: Collection[str] = (),
 ) -> None:
-    """Refuse each flag that MeCo does not honour.
+    """Refuse each flag that MeCo does not support.
 
     Args:
         args: Parsed flags, not yet validated by Megatron.
         flags: Megatron's flags (`flags_of` its parser), without those of MeCo or of the script.
         local_layers: Whether MeCo's layers for hosts without Transformer Engine are used.
-        allowed: Names (`dest`) that a user lets through although nobody has tried them.
+        allowed: Names (`dest`) of untested flags that the user allows.
 
     Raises:
         FlagError: Names the first such flag, its value and the remedy.
@@ -123,7 +123,7 @@ def check_flags(
 
 
 def check_numbers(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
-    """Refuse numbers that no run can mean: NaN, infinite, of the wrong sign, or far too large.
+    """Refuse numbers that are invalid in any run: NaN, infinite, of the wrong sign, or too large.
 
     Args:
         args: Parsed flags.
@@ -173,7 +173,7 @@ def check_dataset_options(config: Any) -> None:
 
 
 def shown(spelling: str, value: Any) -> str:
-    """A flag as a user typed it: `--seq-length 64`, or the bare flag for a switch."""
+    """A flag as typed: `--seq-length 64`, or only the flag for a switch."""
     if isinstance(value, bool) or value is None:
         return spelling
     values = value if isinstance(value, list | tuple) else [value]
@@ -195,7 +195,7 @@ def closest(word: str, known: Collection[str]) -> str:
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a start without a launcher, which would end in torch's own error minutes later.
+    """Refuse a start without a launcher, which torch would report minutes later.
 
     Raises:
         FlagError: Names the first missing variable.
@@ -214,7 +214,7 @@ def _any(value: Any) -> bool:
 
 
 def _differs(value: Any, default: Any) -> bool:
-    # NaN differs from everything, which is right here.
+    # NaN differs from every default, as it should here.
     return type(value) is not type(default) or bool(value != default)
 
 
@@ -297,10 +297,10 @@ _LARGEST_INTEGER = 2**31 - 1
 
 
 def _check_number(spelling: str, name: str, value: Any) -> None:
-    """Refuse a number that no run can mean.
+    """Refuse a number that is invalid in any run.
 
     Raises:
-        FlagError: For NaN, infinity, a wrong sign, or a size beyond what Megatron's arrays hold.
+        FlagError: It is NaN or infinite, has the wrong sign, or is too large for Megatron.
     """
     for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -328,7 +328,7 @@ def _need(args: argparse.Namespace, name: str, spelling: str, what: str) -> None
 def check_run(args: argparse.Namespace) -> None:
     """Refuse a command line that lacks what a run needs, or whose numbers contradict each other.
 
-    Megatron finds these by bare assertions and type errors, some of them after the model is built.
+    Megatron reports these by bare assertions and type errors, some only after the model is built.
 
     Args:
         args: Parsed flags of a whole training command, not yet validated by Megatron.

@@ -32,6 +32,7 @@ from megatron_meco.corpus.tokenizer import (
     resolve_bos,
     resolve_eod,
     text_encoder,
+    token_ids,
 )
 from megatron_meco.data.fingerprint import file_identity, tokenizer_identity
 from megatron_meco.data.opened_corpus import (
@@ -85,7 +86,11 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
     """Upper bound of token ids; None: the tokenizer's. Training sets the padded vocabulary size."""
 
     view: View = View.CONDITIONED
-    """`View.PLAIN` keeps the packs of the conditioned phase and leaves out their prefixes."""
+    """The packs of the conditioned phase with their own prefixes, without any, or with those of
+    other documents."""
+
+    compare: bool = False
+    """Whether samples have `meco_compared`; for evaluation."""
 
     def __post_init__(self) -> None:
         check_dataset_options(self)
@@ -107,7 +112,10 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
 
     @property
     def hide_prefixes(self) -> bool:
-        """Whether packs are shown without their prefixes. Part of Megatron's cache key."""
+        """Whether packs are shown without their prefixes. Part of Megatron's cache key.
+
+        The key names Megatron's index of a blend, which is the same in all views.
+        """
         return self.view is View.PLAIN
 
     @cached_property
@@ -244,6 +252,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 sequence_length.
             max_seqlen: int32 scalar, length of the longest segment.
             meco_prefix_tokens: int64 scalar, number of prefix tokens in the pack.
+            meco_compared: With `config.compare` only. (sequence_length,), float32, 1 where the
+                label is a body token that the comparison of views counts, else 0: those of
+                documents whose prefix differs between the conditioned and the shuffled view. They
+                are in the loss, and the same tokens in all views of a pack.
         """
         arrays = self._assemble(0 if idx is None else int(idx))
         tokens, labels, loss_mask, position_ids, cu_seqlens, longest, prefix_tokens = arrays
@@ -256,8 +268,11 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             "max_seqlen": torch.from_numpy(longest),
             "meco_prefix_tokens": torch.from_numpy(prefix_tokens),
         }
+        if self.config.compare:
+            sample["meco_compared"] = torch.from_numpy(self._assembler.compared(idx or 0))
         if idx is None:
-            sample["loss_mask"].zero_()
+            for mask in {"loss_mask", "meco_compared"} & sample.keys():
+                sample[mask].zero_()
         return sample
 
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
@@ -357,16 +372,18 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def _load_prefixes(self) -> PrefixTable | None:
         if self.config.phase == COOLDOWN or not self.config.meco.template:
             return None
-        tokenizer = self.config.tokenizer
+        tokenizer, template = self.config.tokenizer, self.config.template
         return load_prefix_table(
             self.corpus_prefix,
             self.numel_low_level_dataset(self.dataset),
-            self.config.template,
+            template,
             # The encoder is made when it is called: the table is usually in the cache.
             lambda texts: text_encoder(tokenizer).encode_batch(texts),
             tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
             self._cache_folder,
+            token_ids=token_ids(tokenizer, template.tokens, template.flag),
+            seed=self.config.random_seed,
         )
 
     @property
@@ -459,7 +476,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             capacity=self.config.sequence_length,
             max_documents=meco.documents_cap(self.config.sequence_length),
             pad_id=resolve_eod(self.config.tokenizer),  # any id would do: padding is masked
-            hide_prefixes=self.config.hide_prefixes,
+            view=self.config.view.name.lower(),
             train_on_prefix=meco.train_on_prefix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,

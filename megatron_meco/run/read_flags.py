@@ -67,7 +67,8 @@ def schema(flags: list[KnownFlag]) -> str:
         "launch": launch_schema(),
     }
     lines = [f'"{name}": {json.dumps(value)},' for name, value in head.items()]
-    lines += [f'"definitions": {{{_rows(definitions)}}},', f'"properties": {{{_rows(properties)}}}']
+    lines.append(f'"definitions": {{{_rows(definitions)}}},')
+    lines.append(f'"properties": {{{_rows(properties)}}}')
     return "\n".join(["{", *lines, "}", ""])
 
 

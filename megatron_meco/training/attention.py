@@ -49,14 +49,14 @@ from megatron_meco.training.megatron_patches import rotary_scale
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]  # PyTorch before 2.10
 
 PACKED_LOCAL_SPEC = ["megatron_meco.training.attention", "packed_local_layer_spec"]
 """The value of Megatron's `--spec` (and of `args.spec`) for `packed_local_layer_spec`."""
 
 
 @dataclass
-class RotaryPackedSeqParams(PackedSeqParams):
+class RotaryPackedSeqParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
     """Megatron's parameters of a packed batch, with what RoPE needs on their way to the attention.
 
     Attributes:
@@ -84,7 +84,7 @@ class RotaryPackedSeqParams(PackedSeqParams):
         return self.waves
 
 
-class PackedSelfAttention(SelfAttention):
+class PackedSelfAttention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
     """Megatron's self-attention with rotary positions that restart at each document.
 
     RoPE moves into `PackedDotProductAttention`, one call for all documents and none of them waits
@@ -129,7 +129,7 @@ class PackedSelfAttention(SelfAttention):
                 rotary_scale(self),
             )
             rotary_pos_emb = None
-        return super().forward(
+        output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
             *args,
@@ -137,6 +137,7 @@ class PackedSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+        return output
 
 
 def _with_rotary(
@@ -144,7 +145,7 @@ def _with_rotary(
 ) -> RotaryPackedSeqParams:
     """Add the angles of each token; all layers of a forward pass share what the first one makes."""
     known, made = getattr(packed, "meco_rotary", (None, None))
-    if known is table:
+    if known is table and isinstance(made, RotaryPackedSeqParams):
         return made
     given = {f.name: getattr(packed, f.name) for f in fields(PackedSeqParams)}
     positions = positions_of(packed.cu_seqlens_q, num_tokens)
@@ -176,7 +177,7 @@ def positions_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return places - cu_seqlens[documents]
 
 
-class PackedDotProductAttention(MegatronModule):
+class PackedDotProductAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
     """Causal dot-product attention that keeps the documents of a pack apart.
 
     The constructor has the signature that Megatron's `SelfAttention` calls; it has no parameters.
@@ -277,7 +278,8 @@ class PackedDotProductAttention(MegatronModule):
         """Draw dropout as Megatron's own attention does: per rank where heads are split."""
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
-        return get_cuda_rng_tracker().fork()
+        fork: AbstractContextManager[Any] = get_cuda_rng_tracker().fork()
+        return fork
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -294,7 +296,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
@@ -308,8 +310,8 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -406,7 +408,9 @@ def _attention_by_document(
     return torch.cat(outputs)
 
 
-_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
+_VARLEN_PARAMETERS: frozenset[str] = frozenset()
+if varlen_attn is not None:
+    _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_serves(dtype: torch.dtype, dropout: float) -> bool:
@@ -441,7 +445,7 @@ def _varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    return varlen_attn(
+    return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
         q,
         k,
         v,

@@ -273,7 +273,7 @@ def _replace_device_arguments() -> None:
             kwargs["device"] = _CPU
         return move(self, *args, **kwargs)
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]  # overloaded
 
 
 def _skip_reductions_of_one_rank() -> None:
