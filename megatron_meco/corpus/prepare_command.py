@@ -1,15 +1,13 @@
-"""The command line of `meco prepare`: its flags, and the summary that it prints.
-
-Costs nothing beside what it starts. Given up: a machine-readable summary; `PREFIX.prepare.json` has
-everything that it says.
-"""
+"""The command line of `meco prepare`: its flags, and the summary that it prints."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -74,6 +72,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     add("--strict", action="store_true", help="stop at the first line that is no document")
     add("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
     group = parser.add_argument_group("tokenizer settings, as in Megatron")
     group.add_argument("--vocab-size", type=int)
     group.add_argument("--vocab-file")
@@ -118,7 +117,10 @@ def run_prepare(args: argparse.Namespace) -> int:
     except MeCoError as error:
         print(f"meco prepare: {error}", file=sys.stderr)
         return 1
-    _print_summary(report, Path(args.output))
+    if args.json:
+        print(json.dumps(asdict(report), default=str))
+    else:
+        _print_summary(report, Path(args.output))
     return 0
 
 

@@ -94,10 +94,13 @@ def test_a_run_is_killed_and_goes_on(run_file: Path) -> None:
     mark = f"MECO_TEST_RUN={os.getpid()}"
     first = start("train", run_file, **dict([mark.split("=")]))
     assert first.stdout is not None
+    told = ""
     for line in first.stdout:
+        told += line
         if "checkpoint of iteration 3 " in line:
             break
     kill_all(mark)
+    assert "checkpoint of iteration 3 " in told, told
     first.communicate()
     folder = run_file.parent / "runs" / "tiny"
     done = last_checkpoint(folder)
