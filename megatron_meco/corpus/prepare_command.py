@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.table import Table
 from megatron_meco.corpus.executors import parse_options
 from megatron_meco.corpus.outputs import check_prefix
 from megatron_meco.corpus.prepare import EXECUTORS, PrepareConfig, PrepareReport, prepare
+from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
 from megatron_meco.corpus.tokenizer import TOKENIZER_TYPES
 from megatron_meco.corpus.wording import counted
@@ -118,10 +120,15 @@ def run_prepare(args: argparse.Namespace) -> int:
         print(f"meco prepare: {error}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(asdict(report), default=str))
+        # Not `asdict` of the whole, which breaks a Counter.
+        print(json.dumps(vars(report), default=_plain))
     else:
         _print_summary(report, Path(args.output))
     return 0
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Rejected) else str(value)
 
 
 def _sentence_language(args: argparse.Namespace) -> str | None:
