@@ -8,6 +8,7 @@ inspect` have the same defaults. Imports neither torch nor megatron.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -174,6 +175,33 @@ class MeCoConfig:
             max_prefix_tokens=args.meco_max_prefix_tokens,
             train_on_prefix=args.meco_train_on_prefix,
         )
+
+
+def layout_alignment(args: argparse.Namespace) -> int:
+    """What the tokens of every document must be a multiple of, for the layout of a run.
+
+    With context parallelism each document is cut into two chunks for each rank. With sequence
+    parallelism chunks also divide among the tensor-parallel ranks, and FP8 and FP4 kernels take
+    multiples of their block.
+
+    Args:
+        args: Megatron's parsed flags.
+
+    Returns:
+        1 without context parallelism.
+    """
+    ranks = int(getattr(args, "context_parallel_size", 1) or 1)
+    if ranks == 1:
+        return 1
+    alignment = 2 * ranks
+    if getattr(args, "sequence_parallel", False):
+        alignment *= int(args.tensor_model_parallel_size)
+    # As Megatron's get_fp8_align_size and get_fp4_align_size have it.
+    if getattr(args, "fp4", None) or (
+        getattr(args, "fp8", None) and getattr(args, "fp8_recipe", None) == "mxfp8"
+    ):
+        return math.lcm(alignment, 32)
+    return math.lcm(alignment, 16) if getattr(args, "fp8", None) else alignment
 
 
 def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

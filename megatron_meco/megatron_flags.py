@@ -33,7 +33,8 @@ HONOURED = names_in(
     ckpt_fully_parallel_save ckpt_fully_parallel_save_deprecated
     ckpt_fully_parallel_save_process_group ckpt_load_validate_sharding_integrity
     ckpt_pg_tensors_cache_create ckpt_pg_tensors_cache_path ckpt_step clip_grad
-    clone_scatter_output_in_embedding config_logger_dir create_attention_mask_in_dataloader
+    clone_scatter_output_in_embedding config_logger_dir context_parallel_size
+    create_attention_mask_in_dataloader
     cross_entropy_fusion_impl cross_entropy_loss_fusion data_args_path data_cache_path
     data_parallel_random_init data_path dataloader_inter_document_masking ddp_average_in_collective
     ddp_bucket_size ddp_num_buckets ddp_pad_buckets_for_high_nccl_busbw
@@ -127,10 +128,6 @@ HONOURED = names_in(
 
 REFUSED: dict[str, tuple[str, ...]] = {
     "ckpt_format": ("the format belongs to FSDP, which is not tested", "Use torch_dist."),
-    "context_parallel_size": (
-        "packed documents are not padded to 2 * CP, so attention would leak across documents",
-        "Use 1; tensor and pipeline parallelism work.",
-    ),
     "create_attention_mask_in_dataloader": (
         "it separates documents by cu_seqlens, without a dense mask",
     ),
@@ -163,6 +160,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "heterogeneous_layers_config_path": (
         "nobody has shown that these layers keep packed documents apart",
     ),
+    "hierarchical_context_parallel_sizes": (
+        "Transformer Engine 2.18 has hierarchical context parallelism for unpacked batches alone",
+        "Use --context-parallel-size with --cp-comm-type p2p.",
+    ),
+    "hybrid_context_parallel": (
+        "it takes its batches from a loader of its own, without MeCo's packs",
+        "Use --context-parallel-size.",
+    ),
+    "max_seqlen_per_dp_cp_rank": ("it belongs to --hybrid-context-parallel",),
     "mock_data": ("mock documents have no metadata", "Give --data-path, or drop --meco."),
     "modelopt_enabled": (
         "ModelOpt's loss takes the place of the masked one",
@@ -391,12 +397,7 @@ COMPANIONS = {
         strict_fsdp_dtensor_load suggested_communication_unit_size torch_fsdp2_reshard_after_forward
         """
     ),
-    "context_parallel_size": names_in(
-        """
-        cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel
-        max_seqlen_per_dp_cp_rank
-        """
-    ),
+    "context_parallel_size": names_in("cp_comm_type"),
     "inprocess_restart": names_in(
         """
         inprocess_active_world_size inprocess_barrier_timeout inprocess_completion_timeout

@@ -28,7 +28,7 @@ ALLOWED = {
     "flag_range": {"errors"},
     "untrusted": {"errors", "untrusted"},
     "megatron_flags": set(),
-    "refusals": {"errors", "megatron_flags"},
+    "refusals": {"errors", "config", "megatron_flags"},
     "core": set(),
     "source": BASE | {"core", "source"},
     "corpus": BASE | {"source", "corpus"},

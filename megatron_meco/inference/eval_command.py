@@ -13,6 +13,7 @@ import difflib
 import importlib.metadata
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,8 @@ class _Plan:
     others: list[str] | None
 
     def prefix_of(self, name: str) -> str:
-        return self.prefixes.get(name, self.prefix)
+        prefix: str = self.prefixes.get(name, self.prefix)
+        return prefix
 
 
 def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:

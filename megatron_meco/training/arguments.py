@@ -256,6 +256,14 @@ def _check_without_meco(args: argparse.Namespace, own_flags: Mapping[str, Flag])
                 where=shown(flag.spelling, value),
                 remedy="Add --meco, or drop the flag.",
             )
+    ranks = args.context_parallel_size
+    if not args.meco and args.dataloader_inter_document_masking and not args.sft and ranks > 1:
+        raise FlagError(
+            "Megatron cuts each sequence as a whole for these ranks, and attention counts in "
+            "chunks of documents: documents would reach each other",
+            where=f"--dataloader-inter-document-masking --context-parallel-size {ranks}",
+            remedy="Drop one of the two, or add --meco (with --meco-template '' for a baseline).",
+        )
 
 
 def parse_run(
@@ -531,6 +539,12 @@ def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     if args.spec not in (None, PACKED_LOCAL_SPEC):
         chosen = f"as --spec {' '.join(args.spec)} says"
         kernels = replace(kernels, attention=chosen, layers=chosen)
+    if args.context_parallel_size > 1 and args.meco:
+        shared = "keys and values of all ranks gathered"
+        if args.transformer_impl != "local":
+            shared = " ".join(args.cp_comm_type)
+        shared = f"{kernels.attention}, over {args.context_parallel_size} ranks ({shared})"
+        kernels = replace(kernels, attention=shared)
     if args.optimizer != "adam":
         kernels = replace(kernels, optimizer=f"Megatron's {args.optimizer}")
     return kernels

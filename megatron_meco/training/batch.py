@@ -6,7 +6,8 @@ needs one copy to the device and one broadcast to the other tensor-parallel rank
 the same length in the whole run, so there is no device sync. Megatron's own functions need two for
 each sample, to find the end of `cu_seqlens`, and send its length to the other ranks first. The cost
 is a copy of each sample in a worker and a few kernels on the device. There is no dense attention
-mask.
+mask. Context-parallel ranks load the same samples; each keeps its chunks of every document
+(`context_parallel.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from megatron_meco.training.context_parallel import places_by_rank
 
 Batch = dict[str, Any]
 
@@ -114,14 +117,17 @@ def meco_batch(
         check: Called with the number of prefix tokens, on tensor-parallel rank 0.
 
     Returns:
-        tokens, position_ids, labels: (1, micro-batch * sequence), int64; None at a pipeline stage
-            that needs none of these and no loss mask.
+        tokens, position_ids, labels: (1, micro-batch * sequence / context-parallel ranks), int64;
+            None at a pipeline stage that needs none of these and no loss mask.
         loss_mask: Likewise, float32.
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
         compared: In evaluation, as the loss mask but bool: labels compared between views.
         facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
         The rest of Megatron's keys: None.
+
+    Raises:
+        RuntimeError: When a document does not divide into chunks for the context-parallel ranks.
     """
     size = int(args.micro_batch_size if training else args.eval_micro_batch_size)
     length = args.seq_length
@@ -135,6 +141,8 @@ def meco_batch(
         vectors = next(data_iterator)[_VECTOR]
         assert vectors.shape == (size, head + 3 * length + 1), "other samples than begin_run's"
         check(int(vectors[:, num_bounds].sum()))
+        # Still on the host.
+        _check_chunks(vectors[:, :num_bounds], mpu.get_context_parallel_world_size())
     vectors = _on_all_ranks(vectors, (size, width))
     batch: Batch = dict.fromkeys(_KEYS)
     batch["cu_seqlens"] = _merge(vectors[:, :num_bounds], length)
@@ -146,10 +154,30 @@ def meco_batch(
         batch["labels"] = tokens[:, 1:].long().view(1, -1)
         batch["position_ids"] = position_ids.long().view(1, -1)
         batch["loss_mask"] = loss_mask.view(torch.float32).reshape(1, -1)
+        if mpu.get_context_parallel_world_size() > 1:
+            _keep_own_part(batch, size * length)
         if not training:
             batch["compared"] = batch["loss_mask"] > 1
             batch["loss_mask"] = batch["loss_mask"].clamp(max=1)
     return batch
+
+
+def _check_chunks(bounds: torch.Tensor, num_ranks: int) -> None:
+    """Refuse documents that do not divide into two chunks for each context-parallel rank."""
+    if num_ranks > 1 and bool((bounds % (2 * num_ranks)).any()):
+        raise RuntimeError(
+            f"a document of a pack is no multiple of {2 * num_ranks} tokens, twice the "
+            "--context-parallel-size: ranks would mix the tokens of different documents"
+        )
+
+
+def _keep_own_part(batch: Batch, num_tokens: int) -> None:
+    """Leave the tokens of this context-parallel rank: the same number of each sample."""
+    num_ranks = mpu.get_context_parallel_world_size()
+    places = places_by_rank(batch["cu_seqlens"], num_tokens, num_ranks)
+    own = places[mpu.get_context_parallel_rank()]
+    for key in ("tokens", "labels", "position_ids", "loss_mask"):
+        batch[key] = batch[key][:, own]
 
 
 def _merge(bounds: torch.Tensor, length: int) -> torch.Tensor:

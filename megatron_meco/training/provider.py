@@ -226,7 +226,8 @@ def loss_func(
     """Sum of the losses inside the mask, and what to report of it.
 
     Args:
-        loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
+        loss_mask: (1, tokens) or (micro-batch, tokens of a sample), float32: those of this
+            context-parallel rank, as many of each sample.
         output_tensor: Per-token losses, as many.
         facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
         compared: As `loss_mask`, bool: the labels whose loss is compared between views; in
@@ -295,9 +296,12 @@ def _token_counts(
     facts: torch.Tensor, num_tokens: torch.Tensor, num_places: int
 ) -> dict[str, torch.Tensor]:
     """Prefix share and trained tokens of a step, as pairs that Megatron logs like losses."""
-    places = torch.full_like(num_tokens, num_places, dtype=torch.float32)
+    # Megatron sums both over micro-batches, data-parallel and context-parallel ranks. A
+    # context-parallel rank has all prefix tokens of a sample, but only its part of the places.
+    num_ranks = mpu.get_context_parallel_world_size()
+    places = torch.full_like(num_tokens, num_places * num_ranks, dtype=torch.float32)
     # Megatron averages over these; multiplying makes it a sum.
-    parts = get_num_microbatches() * mpu.get_data_parallel_world_size()
+    parts = get_num_microbatches() * mpu.get_data_parallel_world_size() * num_ranks
     return {
         "prefix share": torch.stack([facts[0].sum().float(), places]),
         "trained tokens": torch.stack([num_tokens.float() * parts, torch.ones_like(places)]),
@@ -317,17 +321,29 @@ def packed_seq_params(
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # for Megatron's FLOPs count
     # An upper bound is enough for the kernels, and needs no device sync.
     longest = args.seq_length
+    num_ranks = mpu.get_context_parallel_world_size()
     if args.transformer_impl != "local" and not args.apply_rope_fusion:
         # Megatron's RoPE does not restart in a pack that is as long as its table of angles.
-        longest += 1
+        # Transformer Engine divides this length by the number of chunks.
+        longest += 1 if num_ranks == 1 else 2 * num_ranks
     seq_idx = None
     if args.hybrid_layer_pattern:
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
+    padded = {}
+    if num_ranks > 1:
+        # Transformer Engine asks for both. A document's padding is part of the document, so no
+        # kernel has to skip it: the same tensor says so, too, which older versions would compare.
+        padded = {
+            "cu_seqlens_q_padded": cu_seqlens,
+            "cu_seqlens_kv_padded": cu_seqlens,
+            "pad_between_seqs": False,
+        }
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        **padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         seq_idx=seq_idx,
