@@ -216,7 +216,9 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "Fields come from PREFIX.metadata.arrow; transforms of a URL: {url} {url.host} "
         "{url.domain} {url.suffix} {url.hash}; filters: {url.host|top=0.2%%} and "
         "{url.host|min_documents=100} keep the frequent values and write 'unknown' for the rest, "
-        "{topic|default=none} replaces a missing value. Empty: the matched baseline, no metadata. "
+        "{topic|default=none} replaces a missing value; [[...{topic}...]] is left out where the "
+        "topic is missing; {token:NAME} is a special token. docs/data.md lists all filters. "
+        "Empty: the matched baseline, no metadata. "
         "Default: %(default)r.",
     )
     group.add_argument(

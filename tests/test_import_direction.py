@@ -41,7 +41,7 @@ ALLOWED = {
 
 # What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
 SOURCE = {"index_file", "manifest", "metadata", "sentences", "tokenizer", "url"}
-TOP = {"cli", "doctor", "__main__"}
+TOP = {"cli", "completion", "doctor", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
 # inside a function, nor through another module of the package.

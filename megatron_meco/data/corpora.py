@@ -40,7 +40,7 @@ def check_corpora(prefixes: Iterable[str], template: Template | None) -> None:
         for suffix in (".idx", ".bin"):
             if "://" not in prefix:
                 _check_there(prefix + suffix)
-        if template is not None and template.source:
+        if template is not None and template.placeholders:
             fields, _ = describe_metadata(prefix)
             template.check_fields(fields, str(metadata_path(prefix)))
 

@@ -49,11 +49,12 @@ def plan_report(run: Run) -> dict[str, Any]:
     Returns:
         `phases` ({conditioned, cooldown}), `total` (each with the counts of `PlanCounts`),
         `switch_iteration`, `switch_sample`, `num_iterations`, `num_samples`, `valid_packs`,
-        `test_packs`, `documents_without_value`, `documents_with_long_prefix`.
+        `test_packs`, and of the corpora of the conditioned phase, the documents of all splits:
+        `documents_of_conditioned_corpora`, `documents_without_value`, `documents_with_long_prefix`.
     """
     parts = {
-        CONDITIONED: _corpora(run.train.conditioned),
-        COOLDOWN: _corpora(run.train.cooldown),
+        CONDITIONED: corpora_of(run.train.conditioned),
+        COOLDOWN: corpora_of(run.train.cooldown),
     }
     counts = {
         phase: PlanCounts.total(corpus.plan.counts for corpus in corpora)
@@ -70,6 +71,7 @@ def plan_report(run: Run) -> dict[str, Any]:
         "total": _counts_json(PlanCounts.total(counts.values())),
         "valid_packs": 0 if run.valid is None else len(run.valid),
         "test_packs": 0 if run.test is None else len(run.test),
+        "documents_of_conditioned_corpora": sum(len(t.prefix_ids) for t in tables),
         "documents_without_value": sum(t.documents_without_value for t in tables),
         "documents_with_long_prefix": sum(t.documents_with_long_prefix for t in tables),
     }
@@ -78,7 +80,7 @@ def plan_report(run: Run) -> dict[str, Any]:
 def most_documents(run: Run) -> int:
     """Largest number of pieces in a pack of the run; 0 on a rank that holds no datasets."""
     splits = (run.train, run.valid, run.test)
-    plans = [corpus.plan for split in splits for corpus in _corpora(split)]
+    plans = [corpus.plan for split in splits for corpus in corpora_of(split)]
     return max((int(p.counts.documents_per_pack["max"]) for p in plans if len(p)), default=0)
 
 
@@ -138,13 +140,13 @@ def _counts_json(counts: PlanCounts) -> dict[str, Any]:
     return {name: getattr(counts, name) for name in _JSON_COUNTS}
 
 
-def _corpora(dataset: Any | None) -> list[Any]:
+def corpora_of(dataset: Any | None) -> list[Any]:
     """The `MeCoGPTDataset`s behind a split, a phase or a view: one, or those of blends."""
     if dataset is None:
         return []
     for name in ("parts", "datasets"):
         if hasattr(dataset, name):
-            return [corpus for part in getattr(dataset, name) for corpus in _corpora(part)]
+            return [corpus for part in getattr(dataset, name) for corpus in corpora_of(part)]
     return [dataset]
 
 

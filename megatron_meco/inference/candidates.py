@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import PrefixText, Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, parse_values
 from megatron_meco.untrusted.text_file import check_text, parse_json, read_lines
@@ -51,7 +51,7 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
     table = open_metadata(data_path)
     template = Template.parse(conditioning.template)
     where = str(metadata_path(data_path))
-    counts: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[PrefixText] = collections.Counter()
     for batch in table.to_batches(_ROWS_AT_ONCE):
         # Frequency filters choose among these very values, so all of them are candidates.
         frequent = {
@@ -60,7 +60,8 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
             if p.frequency_filters
         }
         for entry in template.render(batch, where, frequent).drop_null().value_counts():
-            counts[entry["values"].as_py()] += entry["counts"].as_py()
+            prefix = PrefixText(template.segments(entry["values"].as_py()))
+            counts[prefix] += entry["counts"].as_py()
     ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
     if not ranked:
         raise FlagError(
@@ -107,9 +108,9 @@ def read_candidates(
         if first != number:
             repeated.append(f"{number} as {first}")
     if repeated and len(found) == 1:
-        [prefix] = found
+        [only] = found
         raise FlagError(
-            f"every line gives the prefix {prefix!r}",
+            f"every line gives the prefix {only!r}",
             where=f"{flag} {path}",
             remedy="Give values that render to different prefixes.",
         )

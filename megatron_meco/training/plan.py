@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_meco.config import MeCoConfig, add_meco_arguments
+from megatron_meco.config import CONDITIONED, MeCoConfig, add_meco_arguments
+from megatron_meco.data.advice import advice
 from megatron_meco.data.phases import Schedule
 from megatron_meco.data.report import PER_PACK, Run, percent, plan_report, sample_report
 from megatron_meco.errors import FlagError
@@ -46,6 +47,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """Run `meco plan`; `args.training_flags` are the flags of the run."""
     with _datasets(args.training_flags, keep=args.build) as (run, flags):
         report = plan_report(run)
+        report["advice"] = advice(run, report, MeCoConfig.from_args(flags), flags.seq_length)
         if args.json:
             print(json.dumps(report))
         else:
@@ -71,6 +73,11 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         default=400,
         metavar="N",
         help="Text shown of each document. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="Show the sample token by token: what each predicts, and whether the loss has it.",
     )
     parser.add_argument("--json", action="store_true", help="Print the raw arrays as JSON.")
 
@@ -100,6 +107,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         report, source = sample_report(dataset, args.sample)
         if args.json:
             print(json.dumps(report))
+        elif args.tokens:
+            _print_tokens(report, source)
         else:
             _print_sample(report, source, name, args.max_characters)
     return 0
@@ -220,6 +229,8 @@ def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
     console.print(
         f"Validation: {report['valid_packs']:,} packs; test: {report['test_packs']:,} packs."
     )
+    for line in report["advice"]:
+        console.print(f"Advice: {line}", highlight=False, markup=False)
 
 
 def _cell(show: Callable[[dict[str, Any], int], str], counts: dict[str, Any], length: int) -> str:
@@ -272,6 +283,7 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
         body = document["body_end"] - document["body_begin"]
         head = end - begin - body
         in_loss = int(sum(report["loss_mask"][begin:end]))
+        because = document["plain_because"]
         console.rule(
             Text(
                 f" document {document['document']} | tokens {begin} to {end} | body "
@@ -281,6 +293,8 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
             align="left",
             characters="-",
         )
+        if because and report["phase"] == CONDITIONED:
+            console.print(Text(f"plain: {because}", _BORDER_STYLE))
         tokens = report["tokens"][begin:end]
         text = tokenizer.detokenize(tokens[head:])
         shown = text if len(text) <= max_characters else text[:max_characters] + " [...]"
@@ -291,3 +305,30 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
     padding = length - bounds[len(report["documents"])]
     if padding:
         console.rule(Text(f" {padding} tokens of padding ", _BORDER_STYLE), align="left")
+
+
+def _print_tokens(report: dict[str, Any], source: Any) -> None:
+    """Show a pack token by token."""
+    detokenize = source.config.tokenizer.detokenize
+    table = Table("", "document", "part", "token", "text", "predicts", "in the loss", box=None)
+    bounds, documents = report["cu_seqlens"], report["documents"]
+    number = 0
+    for position, token in enumerate(report["tokens"]):
+        while number < len(documents) and position >= bounds[number + 1]:
+            number += 1
+        name, part = "-", "padding"
+        if number < len(documents):
+            document = documents[number]
+            name = str(document["document"])
+            body = document["body_end"] - document["body_begin"]
+            head = bounds[number + 1] - bounds[number] - body
+            is_head = position - bounds[number] < head
+            part = "prefix" if is_head else "body"
+        table.add_row(
+            *(str(position), name, part, str(token)),
+            Text(repr(detokenize([token]))),
+            Text(repr(detokenize([report["labels"][position]]))),
+            "yes" if report["loss_mask"][position] else "",
+            style=_PREFIX_STYLE if part == "prefix" else "",
+        )
+    Console(soft_wrap=True).print(table)

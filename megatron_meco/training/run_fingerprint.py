@@ -19,9 +19,11 @@ from typing import Any
 
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
+from megatron_meco.corpus.tokenizer import token_ids
 from megatron_meco.data.fingerprint import digest, file_fingerprint, tokenizer_identity
 from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
+from megatron_meco.data.template import Template
 from megatron_meco.errors import MeCoError
 
 Blend = tuple[Sequence[str], Sequence[float] | None]
@@ -49,6 +51,7 @@ def fingerprint(
         version of the packing strategy.
     """
     config = MeCoConfig.from_args(args)
+    template = Template.parse(config.template)
     held_out = None if cooldown_blend else schedule.documents_held_out(config)
     values = {
         "meco": True,
@@ -62,8 +65,8 @@ def fingerprint(
         "seq_length": args.seq_length,
         "seed": args.seed,
         "split": args.split,
-        "tokenizer": _tokenizer(tokenizer),
-        "corpora": _corpora(blend, with_metadata=bool(config.template)),
+        "tokenizer": _tokenizer(tokenizer, template),
+        "corpora": _corpora(blend, with_metadata=bool(template.placeholders)),
         "cooldown_corpora": cooldown_blend and _corpora(cooldown_blend, with_metadata=False),
         "schedule": {
             "samples": schedule.num_samples,
@@ -164,10 +167,14 @@ def _corpora(blend: Blend, *, with_metadata: bool) -> list[list[Any]]:
     return rows
 
 
-def _tokenizer(tokenizer: Any) -> str:
-    """Kind, vocabulary size and the ids of a fixed text; the folder's name may change."""
+def _tokenizer(tokenizer: Any, template: Template) -> str:
+    """Kind, vocabulary size, ids of a fixed text and of the template's special tokens.
+
+    The folder's name may change.
+    """
     identifiers, vocab_size, ids = tokenizer_identity(tokenizer)
-    return digest([identifiers.get("class"), vocab_size, ids])
+    special = token_ids(tokenizer, template.tokens, template.flag)
+    return digest([identifiers.get("class"), vocab_size, ids, *([special] if special else [])])
 
 
 def _show(value: Any) -> str:
