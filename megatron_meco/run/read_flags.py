@@ -67,7 +67,14 @@ def schema(flags: list[KnownFlag]) -> str:
     }
     lines = [f'"{name}": {json.dumps(value)},' for name, value in head.items()]
     return "\n".join(
-        ["{", *lines, f'"definitions": {{{_rows(definitions)}}},', f'"properties": {{{_rows(properties)}}}', "}", ""]
+        [
+            "{",
+            *lines,
+            f'"definitions": {{{_rows(definitions)}}},',
+            f'"properties": {{{_rows(properties)}}}',
+            "}",
+            "",
+        ]
     )
 
 

@@ -425,6 +425,8 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         DataError: When a corpus or its metadata is missing or does not fit the template.
     """
     config = MeCoConfig.from_args(args)
+    if args.seq_length:
+        config.check_sequence_length(args.seq_length)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
     if args.train_iters is not None or args.train_samples is not None:
