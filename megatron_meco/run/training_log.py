@@ -76,7 +76,7 @@ class Step:
 class Validation:
     """One evaluation: finished steps, and losses in nats per token.
 
-    Losses are "conditioned" and "plain", or "" for a run without MeCo.
+    Losses are "conditioned", "plain" and "shuffled", or "" for a run without MeCo.
     """
 
     iteration: int

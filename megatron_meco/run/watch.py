@@ -211,7 +211,12 @@ class Follower:
             self.say(f"{phase:<11} {state}")
 
     def _show_validation(self, validation: Validation) -> None:
-        names = {"conditioned": "with metadata", "plain": "without", "": ""}
+        names = {
+            "conditioned": "with metadata",
+            "plain": "without",
+            "shuffled": "with wrong",
+            "": "",
+        }
         losses = [
             " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
             for name, value in validation.losses.items()

@@ -56,6 +56,8 @@ def test_a_good_command_line_passes(check) -> None:
         ("--meco-cooldown-start-iteration 11", r"iteration 11, after the run's last one \(10\)"),
         ("--meco-template {url.hots}", r"unknown transform 'hots'.*Did you mean 'host'"),
         ("--meco-template plain", "names no field"),
+        ("--meco-pad-documents-to 0", "--meco-pad-documents-to: 0 is too small"),
+        ("--meco-pad-documents-to 7", "--meco-pad-documents-to: 7 does not divide"),
     ],
 )
 def test_contradictions_are_refused_by_name(check, flags: str, message: str) -> None:
