@@ -28,19 +28,20 @@ ALLOWED = {
     "flag_range": {"errors"},
     "untrusted": {"errors", "untrusted"},
     "megatron_flags": set(),
-    "refusals": {"errors", "megatron_flags"},
+    "refusals": {"errors", "config", "megatron_flags"},
     "core": set(),
     "source": BASE | {"core", "source"},
     "corpus": BASE | {"source", "corpus"},
     "data": DATA,
     "training": DATA | {"training"},
     "inference": DATA | {"training", "inference"},
-    "top": DATA | {"corpus", "training", "inference", "top"},
+    "run": DATA | {"training", "run"},
+    "top": DATA | {"corpus", "training", "inference", "run", "top"},
 }
 
 # What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
 SOURCE = {"index_file", "manifest", "metadata", "sentences", "tokenizer", "url"}
-TOP = {"cli", "doctor", "__main__"}
+TOP = {"cli", "completion", "doctor", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
 # inside a function, nor through another module of the package.
@@ -74,6 +75,12 @@ WITHOUT_TORCH = [
     "data.packing",
     "data.phases",
     "data.fingerprint",
+    "run.endings",
+    "run.flag_table",
+    "run.launch",
+    "run.run_file",
+    "run.run_folder",
+    "run.watch",
     "training.kernels",
 ]
 

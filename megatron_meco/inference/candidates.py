@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import PrefixText, Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, parse_values
 from megatron_meco.untrusted.text_file import check_text, parse_json, read_lines
@@ -93,7 +93,8 @@ def count_prefixes(data_path: str, conditioning: Conditioning) -> collections.Co
             if p.frequency_filters
         }
         for entry in template.render(batch, where, frequent).drop_null().value_counts():
-            counts[entry["values"].as_py()] += entry["counts"].as_py()
+            prefix = PrefixText(template.segments(entry["values"].as_py()))
+            counts[prefix] += entry["counts"].as_py()
     if not counts:
         raise FlagError(
             "no document has a prefix",
@@ -150,9 +151,9 @@ def read_candidates(
         if first != number:
             repeated.append(f"{number} as {first}")
     if repeated and len(found) == 1:
-        [prefix] = found
+        [only] = found
         raise FlagError(
-            f"every line gives the prefix {prefix!r}",
+            f"every line gives the prefix {only!r}",
             where=f"{flag} {path}",
             remedy="Give values that render to different prefixes.",
         )

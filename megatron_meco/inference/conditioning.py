@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_meco.data.template import TRANSFORMS, Template
+from megatron_meco.data.template import TRANSFORMS, PrefixText, Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.untrusted.text_file import check_text, read_json
 
@@ -89,16 +89,18 @@ class Conditioning:
         return cls(template, tuple(fields))
 
     def required(self) -> tuple[str, ...]:
-        """Return the fields without a default in the template."""
+        """Return the fields outside of optional groups that have no default in the template."""
         needed = set()
-        for placeholder in Template.parse(self.template).placeholders:
+        for placeholder in Template.parse(self.template).required_placeholders:
             if not any(name == "default" for name, _ in placeholder.filters):
                 one = Template(self.template, (placeholder,))
                 needed.update(one.fields(self.columns, _FLAG))
         return tuple(sorted(needed))
 
-    def render(self, values: Mapping[str, str], where: str = _FLAG) -> str:
+    def render(self, values: Mapping[str, str], where: str = _FLAG) -> PrefixText:
         """Render the prefix for given metadata.
+
+        What a run draws (`keep`, `shuffled`) is left out: the values are used as given.
 
         Args:
             values: One value for each field.
@@ -110,7 +112,8 @@ class Conditioning:
         """
         self._check(values, where)
         template = Template.parse(self.template)
-        row = pa.table({name: pa.array([values.get(name)], pa.string()) for name in self.columns})
+        columns = self.columns or ("",)  # a table without columns has no rows
+        row = pa.table({name: pa.array([values.get(name)], pa.string()) for name in columns})
         try:
             # A given value counts as frequent: the corpus that decides is not available.
             frequent = {
@@ -118,7 +121,7 @@ class Conditioning:
                 for placeholder in template.placeholders
                 if placeholder.frequency_filters
             }
-            text: str | None = template.render(row, where, frequent)[0].as_py()
+            text: str | bytes | None = template.render(row, where, frequent)[0].as_py()
         except (OverflowError, pa.ArrowException) as error:
             raise FlagError(
                 f"the template {self.template!r} cannot be filled ({error})",
@@ -132,7 +135,7 @@ class Conditioning:
                 remedy="Documents like that were trained without prefix: leave it out"
                 + (", or use `--metadata none`." if where == _FLAG else "."),
             )
-        return text
+        return PrefixText(template.segments(text))
 
     def _check(self, values: Mapping[str, str], where: str) -> None:
         if not self.template:

@@ -13,6 +13,7 @@ import difflib
 import importlib.metadata
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,12 +164,13 @@ class _Plan:
     tasks: list[str]
     shots: tuple[int | None, ...]
     prefix: str
-    prefixes: dict[str, str]
+    prefixes: Mapping[str, str]
     named: list[str]
     others: list[str] | None
 
     def prefix_of(self, name: str) -> str:
-        return self.prefixes.get(name, self.prefix)
+        prefix: str = self.prefixes.get(name, self.prefix)
+        return prefix
 
 
 def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:

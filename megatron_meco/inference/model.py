@@ -22,6 +22,8 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from megatron_meco.corpus.tokenizer import unknown_token
+from megatron_meco.data.template import PrefixText
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, not_an_export
 from megatron_meco.inference.model_folder import check_model
@@ -199,11 +201,36 @@ def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> 
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise text as in training: no added tokens, and no text is read as a special token."""
+    """Tokenise text as in training: no added tokens, and no text is read as a special token.
+
+    Args:
+        tokenizer: Of transformers.
+        text: The text. In a `PrefixText` each special token is one id, and the texts between are
+            tokenised apart.
+
+    Raises:
+        FlagError: The tokenizer lacks a special token of the template.
+    """
     if not text:
         return []
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if isinstance(text, PrefixText) and text.segments != (str(text),):
+        ids: list[int] = []
+        for part in text.segments:
+            if isinstance(part, str):
+                ids += encode_text(tokenizer, part)
+            else:
+                ids.append(_token_id(tokenizer, part.name))
+        return ids
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids
+
+
+def _token_id(tokenizer: Any, name: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(name)
+    # For a token that is not there it gives the id of its unknown token.
+    if found is None or tokenizer.convert_ids_to_tokens(found) != name:
+        raise unknown_token(name, "the model's template")
+    return int(found)
 
 
 def finite_scores() -> LogitsProcessorList:

@@ -160,6 +160,8 @@ def _conditioning_lines(card: dict[str, Any]) -> list[str]:
     if conditioning.columns == ("url",):
         prefix = conditioning.render({"url": _EXAMPLE_URL})
         lines += [f"    url={_EXAMPLE_URL}  ->  {prefix!r}", ""]
+    if not conditioning.columns:
+        return [*lines, f"    {conditioning.render({})!r}", ""]
     given = " ".join(f"{shown(name)}=..." for name in conditioning.columns)
     return [
         *lines,

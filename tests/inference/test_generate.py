@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from megatron_meco import cli  # noqa: E402
+from megatron_meco.data.template import PrefixText, Token  # noqa: E402
 from megatron_meco.errors import FlagError  # noqa: E402
 from megatron_meco.inference.conditioning import parse_metadata  # noqa: E402
 from megatron_meco.inference.generate import generate_text  # noqa: E402
@@ -22,6 +23,7 @@ from megatron_meco.inference.model import (  # noqa: E402
     LoadedModel,
     PromptError,
     encode_prompt,
+    encode_text,
     enough_memory,
     load_model,
 )
@@ -65,6 +67,17 @@ def test_tokens_are_those_of_training(loaded: LoadedModel, tokenizer_folder: Pat
     [expected] = trained.encode_batch([text])
     assert 1 not in expected
     assert encode_prompt(loaded.model, loaded.tokenizer, "", text) == [0, *expected]
+
+
+def test_special_tokens_of_a_template_are_one_id_each(loaded: LoadedModel) -> None:
+    end = "<|end_of_text|>"
+    prefix = PrefixText([Token(end), f"the qui{end}", Token(end), "ck"])
+    between = encode_text(loaded.tokenizer, f"the qui{end}")
+    ids = [1, *between, 1, *encode_text(loaded.tokenizer, "ck")]
+    assert 1 not in between
+    assert encode_prompt(loaded.model, loaded.tokenizer, prefix, "") == [0, *ids]
+    with pytest.raises(FlagError, match="no token '<s5>'"):
+        encode_text(loaded.tokenizer, PrefixText([Token("<s5>")]))
 
 
 def greedy_by_hand(loaded: LoadedModel, prefix: str, guidance: float, steps: int = 12) -> str:
