@@ -22,7 +22,6 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import not_an_export
@@ -218,7 +217,6 @@ def load_harness_model(
     Raises:
         FlagError: If the folder cannot be loaded.
     """
-    transformers_logging.disable_progress_bar()
     model = load_model(folder, device, template, own_sampling=True).model
     try:
         return MeCoLM(model, tokenizer=str(folder), batch_size=batch_size)
