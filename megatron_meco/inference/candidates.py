@@ -240,7 +240,10 @@ def read_texts(path: Path) -> list[str]:
                 remedy='Write one object in each line, as in {"text": "..."}.',
             ) from error
         texts.append(text)
-    return [text for text in texts if text]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise FlagError("has no text", where=f"--text {path}", remedy="Write some.")
+    return texts
 
 
 def read_documents(

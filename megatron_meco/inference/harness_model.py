@@ -191,7 +191,8 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
                 f"the prefix has {len(self._prefix_ids)} tokens, and the model's "
                 f"{self.max_length} leave {max(room - num_bos, 0)} for it in some request",
                 where="--metadata",
-                remedy="Give shorter metadata, or leave out the tasks with such long answers.",
+                remedy="Give shorter metadata (also in --shuffled-from), or leave out the tasks "
+                "with such long answers.",
             )
         self.num_cut += 1
         return begin + rest[len(begin) + len(rest) - room :]

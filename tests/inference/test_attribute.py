@@ -260,6 +260,7 @@ def test_calibration_on_held_out_documents(
         (["--data-path", "WEB", "--held-out", "FEW.jsonl"], "1 document of 2 with a candidate's"),
         (["--data-path", "WEB", "--held-out", "TEXTLESS.jsonl"], "line 1: has no text"),
         (["--data-path", "WEB", "--text", "EMPTY"], "holds no text"),
+        (["--data-path", "WEB", "--text", "EMPTIES.jsonl"], "has no text"),
         (["--data-path", "WEB", "--text", "NONE"], "cannot be read"),
         (["--data-path", "WEB", "--limit", "0"], "--limit: invalid value 0"),
         (["--candidates", "LONG"], "and the model takes 192"),
@@ -276,6 +277,7 @@ def test_refusals(
     files = {
         "TEXT": "a fox",
         "EMPTY": " \n",
+        "EMPTIES.jsonl": '{"text": ""}',
         "ONE": "a.org\n",
         "LONG": f"{'a' * 400}\nb.org\n",
         "BAD.jsonl": '{"text": NaN}',
