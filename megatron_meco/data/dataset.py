@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
+from megatron_meco.corpus.bulk import fast_encoder
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,
     resolve_bos,
@@ -339,6 +340,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             self._cache_folder,
             token_ids=token_ids(tokenizer, template.tokens, template.flag),
             seed=self.config.random_seed,
+            fast_encoder=lambda sample: fast_encoder(text_encoder(tokenizer), sample),
         )
 
     def _load_plan(self) -> Plan:
