@@ -319,6 +319,20 @@ int64_t check_texts(const Array<uint8_t>& data, const Array<int32_t>& offsets) {
   return count;
 }
 
+// The two halves of each text's hash, (texts, 2).
+Array<uint64_t> hash_texts(const Array<uint8_t>& data, const Array<int32_t>& offsets) {
+  const int64_t count = check_texts(data, offsets);
+  Array<uint64_t> hashes({count, int64_t{2}});
+  uint64_t* target = hashes.mutable_data();
+  const int32_t* borders = offsets.data();
+  for (int64_t i = 0; i < count; ++i) {
+    const auto hash = meco::hash_text(data.data() + borders[i], borders[i + 1] - borders[i]);
+    target[2 * i] = hash[0];
+    target[2 * i + 1] = hash[1];
+  }
+  return hashes;
+}
+
 // Copies of plain URLs in Arrow's form, and which ones are plain.
 std::tuple<Array<uint8_t>, Array<int32_t>, Array<bool>> copy_plain_urls(
     const Array<uint8_t>& data, const Array<int32_t>& offsets, bool hosts_only) {
@@ -419,6 +433,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("valid").noconvert() = py::none());
   m.def("copy_plain_urls", &copy_plain_urls, py::arg("data").noconvert(),
         py::arg("offsets").noconvert(), py::kw_only(), py::arg("hosts_only"));
+  m.def("hash_texts", &hash_texts, py::arg("data").noconvert(), py::arg("offsets").noconvert());
   m.def(
       "hash_text",
       [](const py::bytes& text) {
