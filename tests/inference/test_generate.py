@@ -202,7 +202,7 @@ def test_several_seeds_and_a_template_of_the_users(
         (["--metadata", "topic=x"], r"unknown field 'topic'.*uses: url\."),
         (["--metadata", "url"], "cannot read 'url'"),
         (["--metadata", "url="], "leaves an empty value"),
-        (["--guidance", "2"], "--guidance: has nothing to strengthen"),
+        (["--guidance", "2"], "--guidance: has no effect without"),
         (["--max-new-tokens", "0"], "--max-new-tokens: invalid value 0"),
         (["--top-p", "0"], "--top-p: invalid value 0"),
         (["--temperature", "-1"], "--temperature: invalid value -1"),
@@ -262,7 +262,7 @@ def test_a_folder_that_is_no_export(
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1, err
     assert run(exported, "--prompt-file", str(tmp_path / "prompts.txt")) == 1
-    assert "holds no prompts" in capsys.readouterr().err
+    assert "has no prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
@@ -297,7 +297,7 @@ def test_lines_of_a_prompt_file(exported: Path, tmp_path: Path, capsys: Any) -> 
     out = capsys.readouterr().out
     assert out.count("##### prompt") == 2 and "##### prompt 2: four\n" in out
     assert r"##### prompt 1: one\u2028two\x0cthree" in out
-    for content, message in ((b"caf\xe9", "byte 3 is not UTF-8"), (b"", "holds no prompts")):
+    for content, message in ((b"caf\xe9", "byte 3 is not UTF-8"), (b"", "has no prompts")):
         file.write_bytes(content)
         assert run(exported, "--prompt-file", str(file)) == 1
         assert message in capsys.readouterr().err
