@@ -321,6 +321,9 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         if piece.body_begin and not self.config.meco.repeat_prefix:
             return "it continues a document, and prefixes are not repeated"
         assert self.prefixes is not None
+        if piece.prefix_id >= 0:
+            is_empty = not len(self.prefixes.tokens_of(piece.prefix_id))
+            return "its prefix has no tokens" if is_empty else "the pack ends before its prefix"
         if self.prefixes.prefix_ids[piece.document] >= 0:
             return f"meco-plain-fraction {self.config.meco.plain_fraction:g} drew it"
         # The table does not keep which of these it is.
