@@ -15,8 +15,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ KIND = "prefix table"
 _ROWS_PER_BATCH = 1 << 18
 _TEXTS_PER_CALL = 1 << 14
 _TEXTS_PER_CHECK = 1 << 13
+_MOST_BYTES_KEPT = 2**31 - 1  # of one array of strings
 
 EncodeBatch = Callable[[list[str]], list[list[int] | None]]
 """Texts to token ids without BOS or EOS; None for a text that the tokenizer refuses."""
@@ -147,7 +149,7 @@ def load_prefix_table(
             check_checksum(corpus_prefix, METADATA_SUFFIX)
             metadata = open_metadata(corpus_prefix)
         else:
-            metadata = pa.table({"": pa.nulls(num_documents, pa.string())})
+            metadata = pa.table({"": pa.nulls(num_documents)})  # takes no memory
         texts = _Texts(template, where, Draws(seed, metadata))
         encoder = _Encoder(template, encode_batch, token_ids or {}, fast_encoder)
         try:
@@ -281,8 +283,8 @@ def _build(
     num_threads = len(os.sched_getaffinity(0))
     pending: deque[Future[tuple[NDArray[Any], NDArray[np.int64]]]] = deque()
     row = 0
-    with ThreadPoolExecutor(num_threads) as pool:
-        for rendered in texts.rendered(frequent):
+    with ThreadPoolExecutor(num_threads) as pool, closing(texts.rendered(frequent)) as batches:
+        for rendered in batches:
             numbers, first_rows = distinct.number(*text_buffers(rendered))
             prefix_ids[row : row + len(numbers)] = numbers
             row += len(numbers)
@@ -318,8 +320,10 @@ class _Texts:
     where: str
     draws: Draws
 
-    def rendered(self, frequent: Mapping[Placeholder, pa.Array]) -> Iterator[pa.Array]:
+    def rendered(self, frequent: Mapping[Placeholder, pa.Array]) -> Generator[pa.Array]:
         """The prefixes of the documents, in their order."""
+        if self.template.is_shuffled:
+            self.draws.prepare()  # before the threads, which would each do it
 
         def render(batch: pa.RecordBatch, begin: int) -> pa.Array:
             return self.template.render(batch, self.where, frequent, self.draws, begin)
@@ -400,5 +404,12 @@ def _frequent_values(texts: _Texts, placeholder: Placeholder) -> pa.Array:
         tied = pa.concat_arrays([tied, values.take(pa.array(rows[is_tied]))])
         if len(tied) > 2 * ties + _ROWS_PER_BATCH:
             tied = tied.take(pc.array_sort_indices(tied)[:ties])
-    tied = tied.take(pc.array_sort_indices(tied)[:ties])
-    return pa.concat_arrays([*kept_values, tied])
+    kept_values.append(tied.take(pc.array_sort_indices(tied)[:ties]))
+    num_bytes = sum(pc.sum(pc.binary_length(part), min_count=0).as_py() for part in kept_values)
+    if num_bytes > _MOST_BYTES_KEPT:
+        raise FlagError(
+            f"{{{placeholder.name}}} would keep {kept:,} values of {num_bytes:,} bytes",
+            where=texts.template.flag,
+            remedy="Keep fewer: a smaller top, or a larger min_documents.",
+        )
+    return pa.concat_arrays(kept_values)

@@ -198,6 +198,10 @@ class Draws:
         """
         return self._successors[documents].astype(np.int64)
 
+    def prepare(self) -> None:
+        """Make what `partners` needs: 4 bytes for each document of the corpus."""
+        _ = self._successors
+
     def take(self, field: str, documents: NDArray[np.int64]) -> pa.Array:
         """Values of a field of documents all over the corpus, in their order."""
         column = self.metadata.column(field)
@@ -277,6 +281,11 @@ class Template:
     def is_seeded(self) -> bool:
         """Whether what a document gets depends on a seed."""
         return any(f[0] in _TRAINING for p in self.placeholders for f in p.filters)
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether documents get the values of others."""
+        return any(f[0] == "shuffled" for p in self.placeholders for f in p.filters)
 
     @property
     def has_groups(self) -> bool:

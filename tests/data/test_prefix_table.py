@@ -250,3 +250,12 @@ def test_the_hash_is_murmurs() -> None:
         0xE34BBC7BBC071B6C,
         0x7A433CA9C49A9347,
     )
+
+
+def test_more_text_than_one_array_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_table, "_MOST_BYTES_KEPT", 3)
+    write(tmp_path / "c", t=["aa", "bb", "aa"])
+    with pytest.raises(FlagError, match=r"\{t\} would keep 2 values of 4 bytes. Keep fewer"):
+        load(tmp_path / "c", 3, "{t|top=2}")
