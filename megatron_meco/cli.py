@@ -118,7 +118,8 @@ COMMANDS = {
         example="""\
   meco attach data/old --from pages.jsonl.gz --metadata-fields url,topic \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer
-  meco attach data/old --table urls.parquet""",
+  meco attach data/old --table urls.parquet
+  meco attach data/web --join annotations.parquet --key url""",
     ),
     "verify": Command(
         group=_CORPUS,
