@@ -13,7 +13,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ from megatron_meco.training.phase_switch import PhaseSwitch
 from megatron_meco.training.versions import check_version
 
 DatasetsProvider = Callable[..., Any]
+
+_KNOWS_SAMPLES = "tokens_per_sample" in {field.name for field in fields(PackedSeqParams)}
 ForwardStep = Callable[..., Any]
 
 
@@ -280,9 +282,11 @@ def packed_seq_params(
         # Megatron's own RoPE counts on through a pack that is as long as its table of angles.
         longest += 1
     seq_idx = None
-    if args.hybrid_layer_pattern:
+    if getattr(args, "hybrid_layer_pattern", None):
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
+    # By which experts are balanced within a sample; from Megatron 0.19 on.
+    sample = {"tokens_per_sample": args.seq_length} if _KNOWS_SAMPLES else {}
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -290,7 +294,7 @@ def packed_seq_params(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         seq_idx=seq_idx,
-        tokens_per_sample=args.seq_length,
+        **sample,
     )
 
 
