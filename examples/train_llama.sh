@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers of the MeCo paper's four models share; sourced by train_llama_SIZE.sh.
+# What the launchers of the MeCo paper's four models, and of a variant, share; sourced by train_llama_SIZE.sh.
 #
 #   examples/train_llama_1.6b.sh [--dry-run | --help] [-- MORE_FLAGS...]
 #
@@ -24,13 +24,13 @@
 #   MECO_DATA_CACHE         runs/cache: plans and prefix tables, for all runs
 #   MECO_NUM_LAYERS MECO_HIDDEN_SIZE MECO_FFN_HIDDEN_SIZE    by size
 #   MECO_NUM_ATTENTION_HEADS MECO_NUM_QUERY_GROUPS           by size
-#   MECO_SEQ_LENGTH=8192
-#   MECO_GLOBAL_BATCH_SIZE=512 (sequences: 4,194,304 tokens)  MECO_TRAIN_ITERS=40000 (8b: 20000)
+#   MECO_SEQ_LENGTH=8192 (8b_32k: 32768)  MECO_TRAIN_ITERS=40000 (8b: 20000)
+#   MECO_GLOBAL_BATCH_SIZE=512 (8b_32k: 128; sequences: 4,194,304 tokens)
 #   MECO_LR=3e-3 (8b: 5e-4)  MECO_MIN_LR (a tenth of MECO_LR)  MECO_LR_WARMUP_FRACTION=0.05
 #   MECO_WEIGHT_DECAY=0.033 (8b: 0.1)  MECO_SEED=1234  MECO_NUM_WORKERS=2  MECO_SAVE_INTERVAL=4000
 #   MECO_EVAL_INTERVAL=2000  MECO_EVAL_ITERS=20  MECO_LOG_INTERVAL=10
 #   NNODES=1  NODE_RANK=0  GPUS_PER_NODE=8  MASTER_ADDR=127.0.0.1  MASTER_PORT=29500
-#   MECO_TP=1 (8b: 2)  MECO_PP=1  MECO_MICRO_BATCH_SIZE=1
+#   MECO_TP=1 (8b: 2)  MECO_PP=1  MECO_CP=1 (8b_32k: 4)  MECO_MICRO_BATCH_SIZE=1
 #   MECO_TRANSFORMER_IMPL   transformer_engine; local runs without it, also on a CPU
 #   MECO_FP8=0              1: matrix products in FP8 (hybrid, MECO_FP8_RECIPE=tensorwise)
 #   MECO_PYTHON             the repository's .venv/bin/python, else python3
@@ -40,7 +40,8 @@
 # does not give (Adam's epsilon, the clip at 1, the seed) is Megatron's own default.
 #
 # What was given up: fused layers and kernels that only a measurement on a GPU could justify. They
-# are flags of Megatron, and MORE_FLAGS takes them.
+# are flags of Megatron, and MORE_FLAGS takes them. The numbers are in megatron_meco/run/presets.yaml,
+# where `meco train` (model: llama-SIZE) has them from as well.
 set -euo pipefail
 # Commas as decimal points would end up in flags.
 export LC_ALL=C
@@ -57,7 +58,7 @@ variables=(
     TOKENIZER_MODEL VOCAB_SIZE OUTPUT DATA_CACHE NUM_LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE
     NUM_ATTENTION_HEADS NUM_QUERY_GROUPS SEQ_LENGTH GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR
     LR_WARMUP_FRACTION WEIGHT_DECAY SEED NUM_WORKERS SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS
-    LOG_INTERVAL TP PP MICRO_BATCH_SIZE TRANSFORMER_IMPL FP8 FP8_RECIPE PYTHON TRAIN_SCRIPT
+    LOG_INTERVAL TP PP CP MICRO_BATCH_SIZE TRANSFORMER_IMPL FP8 FP8_RECIPE PYTHON TRAIN_SCRIPT
 )
 
 # Set by the caller, not by the defaults of this script or of a size.
@@ -85,27 +86,73 @@ MECO_REHEARSE "
     done
 }
 
-: "${MECO_CONDITIONING:=1}" "${MECO_PACKING:=truncate}" "${MECO_COOLDOWN_FRACTION:=0.1}"
-# Not in the braces of an expansion, which would end at the template's own brace.
-MECO_TEMPLATE=${MECO_TEMPLATE-'URL: {url.host}\n\n'}
-: "${MECO_DATA_PATH:=data/dclm}" "${MECO_COOLDOWN_DATA_PATH:=}" "${MECO_SPLIT:=999,1,0}"
+# The model's flags in order, and their values, of which "true" is a switch.
+keys=()
+declare -A preset=()
+
+# The variable that changes a flag of the model, or nothing.
+variable_of() {
+    local name=${1^^}
+    name=${name//-/_}
+    case $1 in
+        meco-*) name=${name#MECO_} ;;
+        tensor-model-parallel-size) name=TP ;;
+        pipeline-model-parallel-size) name=PP ;;
+        context-parallel-size) name=CP ;;
+    esac
+    [[ " ${variables[*]} " != *" $name "* ]] || printf 'MECO_%s' "$name"
+}
+
+# Read a section of the table that `meco train` reads too; keys that are known already keep theirs.
+read_preset() {
+    local line key value section='' bases=''
+    while IFS= read -r line; do
+        case $line in
+            '  #'* | '') ;;
+            '  '*)
+                [[ $section == "$1" ]] || continue
+                key=${line%%: *} value=${line#*: }
+                key=${key#  } value=${value#\'} value=${value%\'}
+                if [[ $key == based-on ]]; then
+                    bases=${value//[\[\],]/}
+                elif [[ ! -v preset[$key] ]]; then
+                    keys+=("$key")
+                    preset[$key]=$value
+                fi
+                ;;
+            *) section=${line%:} ;;
+        esac
+    done <"$root/megatron_meco/run/presets.yaml"
+    for section in $bases; do read_preset "$section"; done
+}
+
+set_defaults() {
+    local key name
+    read_preset "llama-$SIZE"
+    ((${#keys[@]})) || refuse "$root/megatron_meco/run/presets.yaml has no llama-$SIZE."
+    # An empty template is the baseline's.
+    MECO_TEMPLATE=${MECO_TEMPLATE-${preset[meco-template]}}
+    for key in "${keys[@]}"; do
+        name=$(variable_of "$key")
+        if [[ $name && $name != MECO_TEMPLATE && -z ${!name:-} ]]; then
+            printf -v "$name" %s "${preset[$key]}"
+        fi
+    done
+}
+
+: "${MECO_CONDITIONING:=1}" "${MECO_DATA_PATH:=data/dclm}" "${MECO_COOLDOWN_DATA_PATH:=}"
 : "${MECO_TOKENIZER_MODEL:=data/llama3-tokenizer}" "${MECO_VOCAB_SIZE:=128256}"
-: "${MECO_DATA_CACHE:=runs/cache}" "${MECO_SEQ_LENGTH:=8192}" "${MECO_GLOBAL_BATCH_SIZE:=512}"
-: "${MECO_TRAIN_ITERS:=40000}" "${MECO_LR:=3e-3}" "${MECO_LR_WARMUP_FRACTION:=0.05}"
-: "${MECO_WEIGHT_DECAY:=0.033}" "${MECO_SEED:=1234}" "${MECO_NUM_WORKERS:=2}"
-: "${MECO_SAVE_INTERVAL:=4000}" "${MECO_EVAL_INTERVAL:=2000}" "${MECO_EVAL_ITERS:=20}"
-: "${MECO_TRAIN_SCRIPT:=$root/examples/pretrain_gpt.py}" "${MECO_LOG_INTERVAL:=10}"
+: "${MECO_DATA_CACHE:=runs/cache}" "${MECO_TRAIN_SCRIPT:=$root/examples/pretrain_gpt.py}"
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${GPUS_PER_NODE:=8}"
 : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
-: "${MECO_TP:=1}" "${MECO_PP:=1}" "${MECO_MICRO_BATCH_SIZE:=1}"
-: "${MECO_TRANSFORMER_IMPL:=transformer_engine}" "${MECO_FP8:=0}" "${MECO_FP8_RECIPE:=tensorwise}"
+: "${MECO_FP8:=0}" "${MECO_FP8_RECIPE:=tensorwise}"
 
 check_values() {
     local name
     for name in MECO_NUM_LAYERS MECO_HIDDEN_SIZE MECO_FFN_HIDDEN_SIZE MECO_NUM_ATTENTION_HEADS \
         MECO_NUM_QUERY_GROUPS MECO_VOCAB_SIZE MECO_SEQ_LENGTH MECO_GLOBAL_BATCH_SIZE \
         MECO_TRAIN_ITERS MECO_SAVE_INTERVAL MECO_EVAL_INTERVAL MECO_EVAL_ITERS MECO_LOG_INTERVAL \
-        NNODES GPUS_PER_NODE MASTER_PORT MECO_TP MECO_PP MECO_MICRO_BATCH_SIZE; do
+        NNODES GPUS_PER_NODE MASTER_PORT MECO_TP MECO_PP MECO_CP MECO_MICRO_BATCH_SIZE; do
         [[ ${!name} =~ ^[1-9][0-9]{0,11}$ ]] ||
             refuse "$name=${!name}: not a whole number above 0. Correct or unset the variable."
     done
@@ -127,6 +174,7 @@ check_values() {
         refuse "MECO_FP8=1 needs MECO_TRANSFORMER_IMPL=transformer_engine. Drop one of them."
     ((NODE_RANK < NNODES)) ||
         refuse "NODE_RANK=$NODE_RANK: there are NNODES=$NNODES, counted from 0."
+    # shellcheck disable=SC2153  # set by set_defaults
     local tp=$MECO_TP pp=$MECO_PP heads=$MECO_NUM_ATTENTION_HEADS groups=$MECO_NUM_QUERY_GROUPS
     ((MECO_HIDDEN_SIZE % heads == 0)) ||
         refuse "MECO_HIDDEN_SIZE=$MECO_HIDDEN_SIZE: not a multiple of" \
@@ -140,10 +188,11 @@ check_values() {
     ((MECO_NUM_LAYERS % pp == 0)) ||
         refuse "MECO_PP=$pp: MECO_NUM_LAYERS=$MECO_NUM_LAYERS is not a multiple of it."
     local gpus=$((NNODES * GPUS_PER_NODE))
-    ((gpus % (tp * pp) == 0)) ||
-        refuse "MECO_TP=$tp, MECO_PP=$pp: NNODES * GPUS_PER_NODE = $gpus GPUs are not a multiple" \
-            "of MECO_TP * MECO_PP."
-    local samples=$((MECO_MICRO_BATCH_SIZE * (gpus / (tp * pp))))
+    local ranks=$((tp * pp * MECO_CP))
+    ((gpus % ranks == 0)) ||
+        refuse "MECO_TP=$tp, MECO_PP=$pp, MECO_CP=$MECO_CP: NNODES * GPUS_PER_NODE = $gpus GPUs are" \
+            "not a multiple of MECO_TP * MECO_PP * MECO_CP."
+    local samples=$((MECO_MICRO_BATCH_SIZE * (gpus / ranks)))
     ((MECO_GLOBAL_BATCH_SIZE % samples == 0)) ||
         refuse "MECO_GLOBAL_BATCH_SIZE=$MECO_GLOBAL_BATCH_SIZE: not a multiple of $samples, the" \
             "MECO_MICRO_BATCH_SIZE of all data-parallel ranks together."
@@ -157,44 +206,23 @@ make_command() {
     ((${#data[@]})) || refuse "MECO_DATA_PATH is blank. Give a prepared corpus, or unset it."
     launch=("$MECO_PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK"
         --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-    flags=(
-        --num-layers "$MECO_NUM_LAYERS" --hidden-size "$MECO_HIDDEN_SIZE"
-        --ffn-hidden-size "$MECO_FFN_HIDDEN_SIZE" --num-attention-heads "$MECO_NUM_ATTENTION_HEADS"
-        --group-query-attention --num-query-groups "$MECO_NUM_QUERY_GROUPS"
-        --position-embedding-type rope --rotary-base 500000
-        --swiglu --normalization RMSNorm --norm-epsilon 1e-5 --init-method-std 0.02
-        --disable-bias-linear --untie-embeddings-and-output-weights
-        --attention-dropout 0 --hidden-dropout 0
+    local key name value
+    flags=()
+    for key in "${keys[@]}"; do
+        name=$(variable_of "$key")
+        value=${preset[$key]}
+        if [[ $name ]]; then value=${!name}; fi
+        flags+=("--$key")
+        if [[ $value != true ]]; then flags+=("$value"); fi
+    done
+    flags+=(
+        --meco --max-position-embeddings "$MECO_SEQ_LENGTH" --min-lr "$MECO_MIN_LR"
         # TP times this stays 128, so that every layout has the same padded vocabulary.
         --make-vocab-size-divisible-by "$((128 / MECO_TP))"
-
-        --seq-length "$MECO_SEQ_LENGTH" --max-position-embeddings "$MECO_SEQ_LENGTH"
-        --micro-batch-size "$MECO_MICRO_BATCH_SIZE" --global-batch-size "$MECO_GLOBAL_BATCH_SIZE"
-        --train-iters "$MECO_TRAIN_ITERS" --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95
-        --lr "$MECO_LR" --min-lr "$MECO_MIN_LR" --lr-decay-style cosine
-        --lr-warmup-fraction "$MECO_LR_WARMUP_FRACTION" --weight-decay "$MECO_WEIGHT_DECAY"
-        --clip-grad 1.0 --seed "$MECO_SEED"
-        # Prefixes are out of the loss, so micro-batches hold different numbers of trained tokens.
-        --calculate-per-token-loss
-
-        --bf16 --transformer-impl "$MECO_TRANSFORMER_IMPL" --cross-entropy-loss-fusion
-        --tensor-model-parallel-size "$MECO_TP" --pipeline-model-parallel-size "$MECO_PP"
-        --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-        # Ranks wait for the one that plans a large corpus; ten minutes are the default.
-        --distributed-timeout-minutes 60
-        --manual-gc --manual-gc-interval 100
-
-        --meco --meco-template "$MECO_TEMPLATE" --meco-packing "$MECO_PACKING"
-        --meco-cooldown-fraction "$MECO_COOLDOWN_FRACTION"
-        --data-path "${data[@]}" --split "$MECO_SPLIT" --data-cache-path "$MECO_DATA_CACHE"
-        --num-workers "$MECO_NUM_WORKERS"
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$MECO_TOKENIZER_MODEL"
-
+        --data-path "${data[@]}" --data-cache-path "$MECO_DATA_CACHE"
+        --tokenizer-model "$MECO_TOKENIZER_MODEL"
         --save "$MECO_OUTPUT/checkpoints" --load "$MECO_OUTPUT/checkpoints"
-        --save-interval "$MECO_SAVE_INTERVAL"
-        --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable
-        --eval-interval "$MECO_EVAL_INTERVAL" --eval-iters "$MECO_EVAL_ITERS"
-        --log-interval "$MECO_LOG_INTERVAL" --log-throughput --tensorboard-dir "$MECO_OUTPUT/tensorboard"
+        --tensorboard-dir "$MECO_OUTPUT/tensorboard"
     )
     if ((${#cooldown[@]})); then flags+=(--meco-cooldown-data-path "${cooldown[@]}"); fi
     if ((MECO_TP > 1)); then flags+=(--sequence-parallel); fi
@@ -235,6 +263,7 @@ while (($#)); do
 done
 
 check_names
+set_defaults
 check_values
 if ((MECO_CONDITIONING == 0)); then MECO_TEMPLATE=; fi
 if [[ -z ${MECO_MIN_LR:-} ]]; then

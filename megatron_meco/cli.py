@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from megatron_meco import __version__
 from megatron_meco.errors import MeCoError
+from megatron_meco.refusals import closest
 from megatron_meco.training.kernels import hide_gpu_libraries
 from megatron_meco.wording import shown
 
@@ -66,13 +67,24 @@ COMMANDS = {
   meco doctor
   meco doctor --json""",
     ),
+    "completion": Command(
+        group=_SET_UP,
+        summary="print a script that completes commands and options in a shell",
+        module="megatron_meco.completion",
+        add_arguments="add_completion_arguments",
+        run="run_completion",
+        example="""\
+  meco completion bash > ~/.local/share/bash-completion/completions/meco
+  meco completion zsh > ~/.zfunc/_meco""",
+    ),
     "tokenizer": Command(
         group=_SET_UP,
-        summary="make a tokenizer folder from what its authors publish",
-        module="megatron_meco.corpus.llama3",
+        summary="train a tokenizer, or make the folder of Llama 3's",
+        module="megatron_meco.corpus.tokenizer_command",
         add_arguments="add_tokenizer_arguments",
         run="run_tokenizer",
         example="""\
+  meco tokenizer train pages-*.jsonl.zst --vocab-size 32000 --output my-tokenizer
   meco tokenizer llama3 my-llama3""",
     ),
     "prepare": Command(
@@ -143,6 +155,7 @@ COMMANDS = {
         run="run_plan",
         takes_training_flags=True,
         example="""\
+  meco plan run.yaml
   meco plan --data-path data/web --split 99,1,0 --seq-length 8192 \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
       --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n'""",
@@ -155,10 +168,31 @@ COMMANDS = {
         run="run_inspect",
         takes_training_flags=True,
         example="""\
+  meco inspect run.yaml --sample 0
   meco inspect --data-path data/web --split 99,1,0 --seq-length 8192 \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer \\
       --train-iters 1000 --global-batch-size 256 --meco-template 'URL: {url.host}\\n\\n' \\
       --sample 0""",
+    ),
+    "train": Command(
+        group=_TRAINING,
+        summary="train what a run file says",
+        module="megatron_meco.run.train",
+        add_arguments="add_train_arguments",
+        run="run_train",
+        example="""\
+  meco train run.yaml
+  meco train run.yaml --set lr=1e-3 --set launch.nproc-per-node=8 --dry-run""",
+    ),
+    "watch": Command(
+        group=_TRAINING,
+        summary="show how a run goes, from its log",
+        module="megatron_meco.run.watch",
+        add_arguments="add_watch_arguments",
+        run="run_watch",
+        example="""\
+  meco watch runs/web
+  meco watch slurm-123.log""",
     ),
     "export": Command(
         group=_AFTER,
@@ -303,11 +337,32 @@ def _lacking(error: ImportError, arguments: list[str]) -> str:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         parser = _top_parser()
+        if arguments and not arguments[0].startswith("-"):
+            hint = closest(arguments[0], COMMANDS) or " `meco --help` lists the commands."
+            parser.error(f"there is no command {shown(arguments[0])!r}.{hint}")
         parser.parse_args(arguments)
         parser.error("the command comes first")
     name = arguments[0]
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
+    parser = command_parser(name)
+    args, unknown = parser.parse_known_args(arguments[1:])
+    run = getattr(module, command.run)
+    if command.takes_training_flags:
+        from megatron_meco.run.run_file import training_flags
+
+        with training_flags(unknown) as args.training_flags:
+            return int(run(args))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        hints = [closest(w.partition("=")[0], known) for w in unknown if w.startswith("--")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
+    return int(run(args))
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command, which imports the command's module."""
+    command = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"meco {name}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
@@ -315,13 +370,8 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    getattr(module, command.add_arguments)(parser)
-    args, unknown = parser.parse_known_args(arguments[1:])
-    if command.takes_training_flags:
-        args.training_flags = unknown
-    elif unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return int(getattr(module, command.run)(args))
+    getattr(importlib.import_module(command.module), command.add_arguments)(parser)
+    return parser
 
 
 def _top_parser() -> argparse.ArgumentParser:

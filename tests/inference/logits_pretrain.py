@@ -29,7 +29,7 @@ def main() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_meco.training.pretraining import run_pretraining
+    from megatron_meco.training.model_builders import run_pretraining
     from megatron_meco.training.provider import forward_step, train_valid_test_datasets_provider
 
     @torch.no_grad()
