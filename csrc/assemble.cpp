@@ -182,19 +182,28 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
     piece.body_begin = body_begin;
     piece.body_end = body_begin + size.body;
     piece.has_bos = size.bos > 0;
-    // Hidden prefixes take up room like shown ones: both views hold the same body tokens.
-    if (!options.hide_prefixes && layout.shows_prefix(body_begin)) {
+    if (layout.shows_prefix(body_begin)) {
       piece.prefix_id = documents.prefix_id(number);
       piece.prefix_tokens = static_cast<int32_t>(size.prefix);
     }
     pieces.push_back(piece);
   }
+  // Only now: prefixes that a view hides or moves take up their room all the same.
+  show(options.view, documents, pack, &pieces);
   return pieces;
 }
 
+void compared_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
+                      const AssemblyOptions& options, float* compared) {
+  AssemblyOptions conditioned = options;
+  conditioned.view = View::kConditioned;
+  mark_compared(options.view, documents, pack, pieces_of_pack(plan, documents, pack, conditioned),
+                options.capacity, compared);
+}
+
 void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*>& sources,
-              int token_bytes, const Documents& documents, const int32_t* prefix_tokens,
-              const AssemblyOptions& options, SampleArrays* out) {
+              int token_bytes, const Documents& documents, const AssemblyOptions& options,
+              SampleArrays* out) {
   SampleWriter writer(options, out);
   *out->prefix_tokens = 0;
   for (size_t i = 0; i < pieces.size(); ++i) {
@@ -205,10 +214,7 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
           *writer.append(count, false) = options.bos_id;
           break;
         case TokenKind::kPrefix: {
-          if (count > documents.prefix_length(piece.prefix_id)) {
-            throw std::out_of_range("damaged prefix table: offsets");
-          }
-          const int32_t* prefix = prefix_tokens + documents.prefix_begin(piece.prefix_id);
+          const int32_t* prefix = documents.prefix(piece.prefix_id, count);
           int64_t* target = writer.append(count, options.train_on_prefix);
           check_vocabulary(widen<int32_t>(reinterpret_cast<const uint8_t*>(prefix), count, target),
                            options);

@@ -8,6 +8,7 @@
 
 #include "documents.h"
 #include "layout.h"
+#include "views.h"
 
 namespace meco {
 
@@ -26,7 +27,7 @@ struct AssemblyOptions : PackRules {
   int64_t bos_id = -1;
   int64_t pad_id = 0;
   int64_t vocab_size = INT64_MAX;  // ids of bodies and prefixes are below
-  bool hide_prefixes = false;      // the same pieces without their prefixes
+  View view = View::kConditioned;
   bool train_on_prefix = false;
 };
 
@@ -68,15 +69,21 @@ void check_token_bytes(int token_bytes);
 // or if the pointers of the piece's document do not agree with its lengths.
 const uint8_t* locate(const TokenFile& file, const Documents& documents, const Piece& piece);
 
-// The pieces of one pack. Throws std::out_of_range if the plan and the corpus disagree.
+// The pieces of one pack as the options' view shows them. Throws std::out_of_range if the plan and
+// the corpus disagree.
 std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
                                   const AssemblyOptions& options);
 
+// Which labels of the options' view the comparison of views counts, see mark_compared; `compared`
+// holds `capacity` numbers. Throws as pieces_of_pack.
+void compared_of_pack(const PlanView& plan, const Documents& documents, int64_t pack,
+                      const AssemblyOptions& options, float* compared);
+
 // Fill `out` from pieces whose body tokens lie at `sources` (one pointer for each piece, to
-// `token_bytes`-sized integers: unsigned of 1 and 2 bytes, signed of 4 and 8). `prefix_tokens` is
-// the flat prefix table. Throws std::domain_error for an id outside the vocabulary.
+// `token_bytes`-sized integers: unsigned of 1 and 2 bytes, signed of 4 and 8). Throws
+// std::domain_error for an id outside the vocabulary.
 void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*>& sources,
-              int token_bytes, const Documents& documents, const int32_t* prefix_tokens,
-              const AssemblyOptions& options, SampleArrays* out);
+              int token_bytes, const Documents& documents, const AssemblyOptions& options,
+              SampleArrays* out);
 
 }  // namespace meco

@@ -63,6 +63,7 @@ class Corpus {
     require(prefix_offsets_.size() >= 1, "prefix_offsets must not be empty");
     documents_.prefix_offsets = prefix_offsets_.data();
     documents_.num_prefixes = prefix_offsets_.size() - 1;
+    documents_.prefix_tokens = prefix_tokens_.data();
     documents_.num_prefix_tokens = prefix_tokens_.size();
     if (prefix_ids_) {
       require_1d(*prefix_ids_, "prefix_ids");
@@ -77,7 +78,6 @@ class Corpus {
   }
 
   const meco::Documents& documents() const { return documents_; }
-  const int32_t* prefix_tokens() const { return prefix_tokens_.data(); }
   int64_t bos_id() const { return bos_id_; }
   bool one_sequence_each() const { return documents_.document_indices == nullptr; }
   int64_t longest_head() const { return longest_prefix_ + (documents_.has_bos ? 1 : 0); }
@@ -143,7 +143,7 @@ class Assembler {
  public:
   Assembler(py::object corpus, Array<int64_t> pack_offsets, Array<int32_t> piece_document,
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
-            int64_t max_documents, int64_t pad_id, bool hide_prefixes, bool train_on_prefix,
+            int64_t max_documents, int64_t pad_id, const std::string& view, bool train_on_prefix,
             const std::string& strategy, bool repeat_prefix, std::optional<Array<uint8_t>> bin,
             std::optional<Array<int64_t>> sequence_pointers, int token_bytes,
             std::optional<int64_t> vocab_size)
@@ -189,7 +189,7 @@ class Assembler {
     options.bos_id = corpus_.bos_id();
     options.pad_id = pad_id;
     options.vocab_size = vocab_size.value_or(INT64_MAX);
-    options.hide_prefixes = hide_prefixes;
+    options.view = meco::parse_view(view);
     options.train_on_prefix = train_on_prefix;
     options_ = meco::check(options);
   }
@@ -209,6 +209,13 @@ class Assembler {
       sources.push_back(meco::locate(tokens_, corpus_.documents(), piece));
     }
     return assemble(found, sources, tokens_.token_bytes);
+  }
+
+  // (capacity,), float32: 1 for the labels of one pack that the comparison of views counts.
+  Array<float> compared(int64_t pack) const {
+    Array<float> result(options_.capacity);
+    meco::compared_of_pack(plan_, corpus_.documents(), pack, options_, result.mutable_data());
+    return result;
   }
 
   // Bodies come one after the other in `bodies`, in the order of `pieces(pack)`.
@@ -246,8 +253,7 @@ class Assembler {
       py::gil_scoped_release release;
       meco::SampleArrays out{tokens,     loss_mask,  position_ids,
                              cu_seqlens, max_seqlen, prefix_tokens};
-      meco::assemble(pieces, sources, token_bytes, corpus_.documents(), corpus_.prefix_tokens(),
-                     options_, &out);
+      meco::assemble(pieces, sources, token_bytes, corpus_.documents(), options_, &out);
     }
     const std::vector<py::ssize_t> scalar;
     return py::make_tuple(
@@ -332,18 +338,19 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
-                    int64_t, int64_t, int64_t, bool, bool, const std::string&, bool,
+                    int64_t, int64_t, int64_t, const std::string&, bool, const std::string&, bool,
                     std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int,
                     std::optional<int64_t>>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
-           py::arg("pad_id"), py::arg("hide_prefixes"), py::arg("train_on_prefix"),
-           py::arg("strategy"), py::arg("repeat_prefix"), py::arg("bin").noconvert() = py::none(),
+           py::arg("pad_id"), py::arg("view"), py::arg("train_on_prefix"), py::arg("strategy"),
+           py::arg("repeat_prefix"), py::arg("bin").noconvert() = py::none(),
            py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8,
            py::arg("vocab_size") = py::none())
       .def("pieces", &Assembler::pieces, py::arg("pack"))
       .def("sample", &Assembler::sample, py::arg("pack"))
+      .def("compared", &Assembler::compared, py::arg("pack"))
       .def("sample_from_bodies", &Assembler::sample_from_bodies, py::arg("pack"),
            py::arg("bodies").noconvert());
 

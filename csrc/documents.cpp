@@ -41,18 +41,25 @@ int32_t Documents::prefix_id(int64_t document) const {
   return id;
 }
 
-int64_t Documents::prefix_begin(int32_t prefix_id) const {
+std::pair<int64_t, int64_t> Documents::prefix_range(int32_t prefix_id) const {
   const int64_t begin = load(prefix_offsets, prefix_id);
   const int64_t end = load(prefix_offsets, int64_t{prefix_id} + 1);
   if (begin < 0 || begin > end || end > num_prefix_tokens || end - begin > INT32_MAX) {
     throw std::out_of_range("damaged prefix table: offsets");
   }
-  return begin;
+  return {begin, end};
 }
 
 int64_t Documents::prefix_length(int32_t prefix_id) const {
   if (prefix_id < 0) return 0;
-  return load(prefix_offsets, int64_t{prefix_id} + 1) - prefix_begin(prefix_id);
+  const auto [begin, end] = prefix_range(prefix_id);
+  return end - begin;
+}
+
+const int32_t* Documents::prefix(int32_t prefix_id, int64_t count) const {
+  const auto [begin, end] = prefix_range(prefix_id);
+  if (count > end - begin) throw std::out_of_range("damaged prefix table: offsets");
+  return prefix_tokens + begin;
 }
 
 DocumentSize Documents::size_of(int64_t document) const {

@@ -34,6 +34,7 @@ struct Documents {
   const int32_t* prefix_ids = nullptr;        // per document, -1: none; null: no prefixes at all
   const int64_t* prefix_offsets = nullptr;    // num_prefixes + 1
   int64_t num_prefixes = 0;
+  const int32_t* prefix_tokens = nullptr;  // all prefixes, one after the other
   int64_t num_prefix_tokens = 0;
   bool has_bos = false;
   uint64_t plain_seed = 0;
@@ -46,9 +47,11 @@ struct Documents {
   int64_t body_length(int64_t document) const;
   // The prefix that a document is shown with, or -1.
   int32_t prefix_id(int64_t document) const;
-  // Where a prefix begins in the flat table.
-  int64_t prefix_begin(int32_t prefix_id) const;
+  // Where a prefix lies in the flat table: [first, second).
+  std::pair<int64_t, int64_t> prefix_range(int32_t prefix_id) const;
   int64_t prefix_length(int32_t prefix_id) const;
+  // The first `count` tokens of a prefix.
+  const int32_t* prefix(int32_t prefix_id, int64_t count) const;
   DocumentSize size_of(int64_t document) const;
   // Where to cut a body that begins at `begin` and of which `room` tokens fit: after the last whole
   // Megatron sequence (a sentence) that fits. If there is none: anywhere if `must`, else 0.

@@ -53,7 +53,7 @@ class Assembler:
         capacity: int,
         max_documents: int,
         pad_id: int,
-        hide_prefixes: bool,
+        view: str,
         train_on_prefix: bool,
         strategy: str,
         repeat_prefix: bool,
@@ -64,6 +64,7 @@ class Assembler:
     ) -> None: ...
     def pieces(self, pack: int) -> list[Piece]: ...
     def sample(self, pack: int) -> SampleArrays: ...
+    def compared(self, pack: int) -> NDArray[np.float32]: ...
     def sample_from_bodies(self, pack: int, bodies: NDArray[np.int64]) -> SampleArrays: ...
 
 def build_plan(

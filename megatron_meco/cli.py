@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from megatron_meco import __version__
 from megatron_meco.errors import MeCoError
+from megatron_meco.refusals import closest
 from megatron_meco.training.kernels import hide_gpu_libraries
 from megatron_meco.wording import shown
 
@@ -66,13 +67,24 @@ COMMANDS = {
   meco doctor
   meco doctor --json""",
     ),
+    "completion": Command(
+        group=_SET_UP,
+        summary="print a script that completes commands and options in a shell",
+        module="megatron_meco.completion",
+        add_arguments="add_completion_arguments",
+        run="run_completion",
+        example="""\
+  meco completion bash > ~/.local/share/bash-completion/completions/meco
+  meco completion zsh > ~/.zfunc/_meco""",
+    ),
     "tokenizer": Command(
         group=_SET_UP,
-        summary="make a tokenizer folder from what its authors publish",
-        module="megatron_meco.corpus.llama3",
+        summary="train a tokenizer, or make the folder of Llama 3's",
+        module="megatron_meco.corpus.tokenizer_command",
         add_arguments="add_tokenizer_arguments",
         run="run_tokenizer",
         example="""\
+  meco tokenizer train pages-*.jsonl.zst --vocab-size 32000 --output my-tokenizer
   meco tokenizer llama3 my-llama3""",
     ),
     "prepare": Command(
@@ -325,19 +337,15 @@ def _lacking(error: ImportError, arguments: list[str]) -> str:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         parser = _top_parser()
+        if arguments and not arguments[0].startswith("-"):
+            hint = closest(arguments[0], COMMANDS) or " `meco --help` lists the commands."
+            parser.error(f"there is no command {shown(arguments[0])!r}.{hint}")
         parser.parse_args(arguments)
         parser.error("the command comes first")
     name = arguments[0]
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(
-        prog=f"meco {name}",
-        description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog=f"example:\n{command.example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    getattr(module, command.add_arguments)(parser)
+    parser = command_parser(name)
     args, unknown = parser.parse_known_args(arguments[1:])
     run = getattr(module, command.run)
     if command.takes_training_flags:
@@ -346,8 +354,24 @@ def _run(arguments: list[str]) -> int:
         with training_flags(unknown) as args.training_flags:
             return int(run(args))
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        known = [option for action in parser._actions for option in action.option_strings]
+        hints = [closest(w.partition("=")[0], known) for w in unknown if w.startswith("--")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
     return int(run(args))
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command, which imports the command's module."""
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"meco {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"example:\n{command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    getattr(importlib.import_module(command.module), command.add_arguments)(parser)
+    return parser
 
 
 def _top_parser() -> argparse.ArgumentParser:

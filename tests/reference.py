@@ -27,7 +27,7 @@ def hash_pair(a: int, b: int) -> int:
 
 
 def permutation(size: int, seed: int, stream: int) -> list[int]:
-    """The seeded order of `size` things, as the specification of `csrc/packing.h` has it."""
+    """The seeded order of `size` things, as the specification of `csrc/permutation.h` has it."""
     bits = 1
     while (1 << bits) < size:
         bits += 1
@@ -69,6 +69,7 @@ class Token:
     kind: str
     document: int
     visit: int = 0
+    compared: bool = False
 
 
 @dataclass
@@ -99,6 +100,55 @@ class Pack:
             "cu_seqlens": [*bounds, length],
             "max_seqlen": max(b - a for a, b in zip(bounds, [*bounds[1:], length], strict=True)),
         }
+
+    def compared(self, length: int) -> list[float]:
+        """1 where the label is a token whose loss is compared between views."""
+        marks = [float(token.compared) for token in self.tokens[1:]]
+        return marks + [0.0] * (length - len(marks))
+
+
+def in_view(pack: Pack, prefixes: list[list[int] | None], view: str, number: int) -> Pack:
+    """Pack `number` as validation shows it: "conditioned", "plain" or "shuffled".
+
+    Pieces with their whole prefix and a body are sorted by a hash of the prefix, and the prefixes
+    are moved on by as many places as the most frequent of them occurs. The body tokens of pieces
+    that get another prefix are compared; not the first of a piece that has no BOS.
+    """
+    pieces: dict[int, dict[str, list[Token]]] = {}
+    for token in pack.tokens:
+        piece = pieces.setdefault(token.visit, {"bos": [], "prefix": [], "body": []})
+        piece[token.kind].append(token)
+
+    def ids(piece: dict[str, list[Token]]) -> list[int]:
+        return [token.id for token in piece["prefix"]]
+
+    def key(piece: dict[str, list[Token]]) -> int:
+        value = number
+        for token_id in ids(piece):
+            value = hash_pair(value, token_id)
+        return value
+
+    moving = [
+        piece
+        for piece in pieces.values()
+        if piece["body"] and piece["prefix"] and ids(piece) == prefixes[piece["body"][0].document]
+    ]
+    moving.sort(key=key)
+    most = max((sum(ids(a) == ids(b) for b in moving) for a in moving), default=0)
+    given = {id(piece): moving[(i + most) % len(moving)] for i, piece in enumerate(moving)}
+    shown = Pack()
+    for visit, piece in pieces.items():
+        donor = given.get(id(piece), piece)
+        compared = ids(donor) != ids(piece)
+        prefix = {"conditioned": ids(piece), "plain": [], "shuffled": ids(donor)}[view]
+        document = [*piece["bos"], *piece["prefix"], *piece["body"]][0].document
+        shown.tokens += piece["bos"]
+        shown.tokens += [Token(i, "prefix", document, visit) for i in prefix]
+        shown.tokens += [
+            Token(t.id, "body", document, visit, compared and (place > 0 or bool(piece["bos"])))
+            for place, t in enumerate(piece["body"])
+        ]
+    return shown
 
 
 def truncate_packs(

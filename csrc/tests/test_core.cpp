@@ -42,6 +42,7 @@ struct TestCorpus {
     documents.prefix_ids = prefix_ids.data();
     documents.prefix_offsets = prefix_offsets.data();
     documents.num_prefixes = static_cast<int64_t>(prefix_offsets.size()) - 1;
+    documents.prefix_tokens = prefix_tokens.data();
     documents.num_prefix_tokens = static_cast<int64_t>(prefix_tokens.size());
     documents.has_bos = bos;
     return documents;
@@ -101,7 +102,7 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
   int64_t prefix_tokens = -7;
   meco::SampleArrays out{tokens.data(), mask.data(), positions.data(),
                          bounds.data(), &max_seqlen, &prefix_tokens};
-  meco::assemble(pieces, sources, 2, documents, corpus.prefix_tokens.data(), options, &out);
+  meco::assemble(pieces, sources, 2, documents, options, &out);
 
   CHECK(bounds.front() == 0 && bounds.back() == options.capacity);
   CHECK(std::is_sorted(bounds.begin(), bounds.end()));
@@ -118,6 +119,12 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
     bodies += head ? body : std::max<int64_t>(body - 1, 0);
   }
   CHECK(trained == bodies);
+
+  std::vector<float> compared(length, -7.0f);
+  meco::compared_of_pack(view, documents, pack, options, compared.data());
+  for (size_t t = 0; t < length; ++t) {
+    CHECK(compared[t] == 0.0f || (compared[t] == 1.0f && mask[t] == 1.0f));
+  }
 }
 
 void test_random_corpora() {
@@ -149,8 +156,9 @@ void test_random_corpora() {
     options.bos_id = 0;
     options.pad_id = 1;
     for (int64_t pack = 0; pack < view.num_packs; ++pack) {
-      for (bool hide : {false, true}) {
-        options.hide_prefixes = hide;
+      for (meco::View shown :
+           {meco::View::kConditioned, meco::View::kPlain, meco::View::kShuffled}) {
+        options.view = shown;
         check_pack(corpus, documents, view, pack, options);
       }
     }
@@ -348,7 +356,7 @@ void test_hostile_calls() {
     given.capacity = maybe_odd(32);
     given.max_documents = maybe_odd(8);
     given.vocab_size = maybe_odd(70000);
-    given.hide_prefixes = draw() % 4 == 0;
+    given.view = static_cast<meco::View>(draw() % 3);
     const meco::PlanView view = view_of(plan);
     try {
       const meco::AssemblyOptions options = meco::check(given);
@@ -370,7 +378,8 @@ void test_hostile_calls() {
         int64_t prefix_tokens;
         meco::SampleArrays out{tokens.data(), mask.data(), positions.data(),
                                bounds.data(), &max_seqlen, &prefix_tokens};
-        meco::assemble(pieces, sources, 2, documents, corpus.prefix_tokens.data(), options, &out);
+        meco::assemble(pieces, sources, 2, documents, options, &out);
+        meco::compared_of_pack(view, documents, pack, options, mask.data());
         ++assembled;
       }
     } catch (const std::exception&) {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
+from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,
     resolve_bos,
     resolve_eod,
     text_encoder,
+    token_ids,
 )
 from megatron_meco.data.fingerprint import file_identity, tokenizer_identity
 from megatron_meco.data.opened_corpus import (
@@ -41,7 +43,7 @@ from megatron_meco.data.opened_corpus import (
     check_files_of,
     check_opened,
 )
-from megatron_meco.data.packing import Plan, PlanRequest, load_plan
+from megatron_meco.data.packing import Plan, PlanCounts, PlanRequest, build_plan, load_plan
 from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
 from megatron_meco.data.template import Template
 from megatron_meco.errors import DataError, FlagError
@@ -84,7 +86,11 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
     """Upper bound of token ids; None: the tokenizer's. Training sets the padded vocabulary size."""
 
     view: View = View.CONDITIONED
-    """`View.PLAIN` keeps the packs of the conditioned phase and leaves out their prefixes."""
+    """The packs of the conditioned phase with their own prefixes, without any, or with those of
+    other documents."""
+
+    compare: bool = False
+    """Whether samples have `meco_compared`; for evaluation."""
 
     def __post_init__(self) -> None:
         check_dataset_options(self)
@@ -106,7 +112,10 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
 
     @property
     def hide_prefixes(self) -> bool:
-        """Whether packs are shown without their prefixes. Part of Megatron's cache key."""
+        """Whether packs are shown without their prefixes. Part of Megatron's cache key.
+
+        The key names Megatron's index of a blend, which is the same in all views.
+        """
         return self.view is View.PLAIN
 
     @cached_property
@@ -243,6 +252,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 sequence_length.
             max_seqlen: int32 scalar, length of the longest segment.
             meco_prefix_tokens: int64 scalar, number of prefix tokens in the pack.
+            meco_compared: With `config.compare` only. (sequence_length,), float32, 1 where the
+                label is a body token that the comparison of views counts, else 0: those of
+                documents whose prefix differs between the conditioned and the shuffled view. They
+                are in the loss, and the same tokens in all views of a pack.
         """
         arrays = self._assemble(0 if idx is None else int(idx))
         tokens, labels, loss_mask, position_ids, cu_seqlens, longest, prefix_tokens = arrays
@@ -255,14 +268,18 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             "max_seqlen": torch.from_numpy(longest),
             "meco_prefix_tokens": torch.from_numpy(prefix_tokens),
         }
+        if self.config.compare:
+            sample["meco_compared"] = torch.from_numpy(self._assembler.compared(idx or 0))
         if idx is None:
-            sample["loss_mask"].zero_()
+            for mask in {"loss_mask", "meco_compared"} & sample.keys():
+                sample[mask].zero_()
         return sample
 
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
         """Pieces of pack `idx`: document, body_begin, body_end, prefix (text or None), its length.
 
-        Prefixes are decoded, so this is for people and tests, not for training.
+        Those without a prefix say why: `plain_because`, else None. Prefixes are decoded, so this is
+        for people and tests, not for training.
         """
         return [
             {
@@ -271,6 +288,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 "body_end": piece.body_end,
                 "prefix": self._prefix_text(piece),
                 "prefix_tokens": piece.prefix_tokens,
+                "plain_because": self._why_plain(piece),
             }
             for piece in self._assembler.pieces(idx)
         ]
@@ -289,6 +307,34 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             return None
         tokens = self.prefixes.tokens_of(piece.prefix_id)[: piece.prefix_tokens]
         return str(self.config.tokenizer.detokenize(tokens.tolist()))
+
+    def _why_plain(self, piece: _core.Piece) -> str | None:
+        if piece.prefix_tokens:
+            return None
+        if self.config.phase == COOLDOWN:
+            return "the cooldown has no prefixes"
+        if not self.config.meco.template:
+            return "there is no template"
+        if self.config.hide_prefixes:
+            return "this view of the validation set hides prefixes"
+        if piece.body_begin and not self.config.meco.repeat_prefix:
+            return "it continues a document, and prefixes are not repeated"
+        assert self.prefixes is not None
+        if self.prefixes.prefix_ids[piece.document] >= 0:
+            return f"meco-plain-fraction {self.config.meco.plain_fraction:g} drew it"
+        # The table does not keep which of the two it is.
+        row = open_metadata(self.corpus_prefix).slice(piece.document, 1)
+        template = self.config.template
+        assert template is not None
+        lacking = [
+            placeholder.name
+            for placeholder in template.placeholders
+            if not template.values(placeholder, row, self.corpus_prefix)[0].is_valid
+        ]
+        if lacking:
+            return f"it has no {', no '.join(lacking)}"
+        cap = self.config.meco.prefix_cap(self.config.sequence_length)
+        return f"its prefix is longer than {cap:,} tokens (meco-max-prefix-tokens)"
 
     def _assemble(self, pack: int) -> _core.SampleArrays:
         try:
@@ -326,22 +372,41 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def _load_prefixes(self) -> PrefixTable | None:
         if self.config.phase == COOLDOWN or not self.config.meco.template:
             return None
-        tokenizer = self.config.tokenizer
+        tokenizer, template = self.config.tokenizer, self.config.template
         return load_prefix_table(
             self.corpus_prefix,
             self.numel_low_level_dataset(self.dataset),
-            self.config.template,
+            template,
             # The encoder is made when it is called: the table is usually in the cache.
             lambda texts: text_encoder(tokenizer).encode_batch(texts),
             tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
             self._cache_folder,
+            token_ids=token_ids(tokenizer, template.tokens, template.flag),
+            seed=self.config.random_seed,
         )
 
-    def _load_plan(self) -> Plan:
+    @property
+    def num_documents(self) -> int:
+        """Documents that this dataset draws from: its phase's share of the split."""
+        begin, end = self._request().range
+        return end - begin
+
+    def counts_with(self, most_packs: int, **changes: Any) -> PlanCounts:
+        """What another plan of the same documents would hold; built in memory, cached nowhere.
+
+        Args:
+            most_packs: A larger plan is cut off there.
+            **changes: Fields of `PlanRequest`.
+        """
+        packs = min(len(self), most_packs)
+        request = replace(self._request(), num_packs=packs, **changes)
+        return build_plan(self._corpus, request, self.corpus_prefix).counts
+
+    def _request(self) -> PlanRequest:
         config = self.config
         share = config.document_share if self.index_split == Split.train else (0.0, 1.0)
-        request = PlanRequest(
+        return PlanRequest(
             strategy=config.meco.packing,
             capacity=config.sequence_length,
             max_documents=config.meco.documents_cap(config.sequence_length),
@@ -353,9 +418,11 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             seed=config.random_seed,
             repeat_prefix=config.meco.repeat_prefix,
         )
+
+    def _load_plan(self) -> Plan:
         return load_plan(
             lambda: self._make_corpus(check_arrays_of(self.dataset)),
-            request,
+            self._request(),
             self._lengths_identity(),
             self._cache_folder,
             self.corpus_prefix,
@@ -409,7 +476,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             capacity=self.config.sequence_length,
             max_documents=meco.documents_cap(self.config.sequence_length),
             pad_id=resolve_eod(self.config.tokenizer),  # any id would do: padding is masked
-            hide_prefixes=self.config.hide_prefixes,
+            view=self.config.view.name.lower(),
             train_on_prefix=meco.train_on_prefix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,

@@ -1,7 +1,7 @@
 """The training, validation and test datasets of a run.
 
 `build_datasets` composes them from `MeCoGPTDataset`s: training switches phase at a sample index,
-validation and test show every pack once in each view.
+validation and test show every pack once in each view, evaluation by evaluation.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from megatron.core.datasets.utils import Split
 
 from megatron_meco.config import COOLDOWN, View
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig, Sample
+from megatron_meco.data.evaluation import EVALUATION_VIEWS, EvaluationBlocks
 from megatron_meco.data.phases import Schedule
 from megatron_meco.errors import DataError
 
 Blend = tuple[list[str], list[float] | None]
 """Corpora, and their weights or None, as Megatron's dataset configuration has them."""
-
-EVALUATION_VIEWS = (View.CONDITIONED, View.PLAIN)
-"""Views of each validation and test pack, in the order of their samples."""
 
 
 class _Composed(torch.utils.data.Dataset[Sample]):
@@ -84,24 +82,38 @@ class ViewsDataset(_Composed):
     """Validation samples: every pack once in each view, pack by pack.
 
     All views of a pack have the same body tokens, so their losses differ by the metadata alone.
-    Samples carry `meco_view`, an int64 scalar: the number of their `View`.
+    Samples carry `meco_view`, an int64 scalar: the number of their `View`, and `meco_compared`, see
+    `MeCoGPTDataset`. Nothing is compared of a pack that an evaluation does not show in all views,
+    which is the last one if the evaluation's samples are not a multiple of the views.
 
     Attributes:
         views: The same packs in each view.
         split: Megatron's loader asks for it.
+        blocks: Which samples belong to one evaluation.
     """
 
-    def __init__(self, views: Mapping[View, Any], split: Split) -> None:
+    def __init__(
+        self,
+        views: Mapping[View, Any],
+        split: Split,
+        blocks: EvaluationBlocks,
+        num_samples: int | None = None,
+    ) -> None:
         self.views = dict(views)
         self.split = split
-        self._order = list(self.views)
+        self.blocks = blocks
+        available = blocks.samples_of(min(len(dataset) for dataset in self.parts))
+        self._num_samples = available if num_samples is None else min(available, num_samples)
 
     def __len__(self) -> int:
-        return len(self._order) * min(len(dataset) for dataset in self.parts)
+        return self._num_samples
 
     def __getitem__(self, idx: int | None) -> Sample:
-        view = self._order[(idx or 0) % len(self._order)]
-        return {**super().__getitem__(idx), "meco_view": torch.tensor(int(view))}
+        _, view, is_complete = self.blocks.locate(idx or 0)
+        sample = {**super().__getitem__(idx), "meco_view": torch.tensor(int(view))}
+        if not is_complete:
+            sample["meco_compared"] = torch.zeros_like(sample["meco_compared"])
+        return sample
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -112,8 +124,8 @@ class ViewsDataset(_Composed):
         """The dataset of the view, and the number of the pack, of sample `idx`."""
         if not 0 <= idx < len(self):
             raise IndexError(idx)
-        pack, place = divmod(idx, len(self._order))
-        return self.views[self._order[place]], pack
+        pack, view, _ = self.blocks.locate(idx)
+        return self.views[view], pack
 
 
 def build_datasets(
@@ -122,6 +134,7 @@ def build_datasets(
     config: MeCoGPTDatasetConfig,
     schedule: Schedule,
     cooldown_blend: Blend | None = None,
+    evaluation: EvaluationBlocks | None = None,
 ) -> tuple[Any | None, Any | None, Any | None]:
     """Build the training, validation and test datasets of a run.
 
@@ -135,6 +148,8 @@ def build_datasets(
         schedule: Where the run switches.
         cooldown_blend: Corpora of the cooldown; None: a share of the training documents that the
             conditioned phase leaves out.
+        evaluation: Which validation samples belong together; None: all of them. A test split is one
+            evaluation of the same size.
 
     Returns:
         Training, validation and test dataset; None for a split without documents, and on a rank
@@ -146,7 +161,10 @@ def build_datasets(
     """
     build = _SplitBuilder(is_built_on_rank, config)
     train = _build_training(build, schedule, cooldown_blend)
-    valid, test = (_build_evaluation(build, sizes[s.value], s) for s in (Split.valid, Split.test))
+    valid = _build_evaluation(build, sizes[1], Split.valid, evaluation)
+    # Megatron reads it from the first sample on, whatever was read before.
+    whole = None if evaluation is None else EvaluationBlocks(evaluation.size)
+    test = _build_evaluation(build, sizes[2], Split.test, whole)
     if train is not None:
         num_cooldown = schedule.num_samples - schedule.switch_sample
         path = "--meco-cooldown-data-path" if cooldown_blend else "--data-path"
@@ -205,12 +223,17 @@ def _build_training(
     return PhasedDataset(conditioned, cooldown, schedule)
 
 
-def _build_evaluation(build: _SplitBuilder, size: int | None, split: Split) -> Any | None:
+def _build_evaluation(
+    build: _SplitBuilder, size: int | None, split: Split, blocks: EvaluationBlocks | None
+) -> Any | None:
     if not build.config.meco.template:
         return build(size, split)  # the baseline has no metadata to leave out
-    packs = None if size is None else -(-size // len(EVALUATION_VIEWS))
-    views = {view: build(packs, split, view=view) for view in EVALUATION_VIEWS}
-    return None if None in views.values() else ViewsDataset(views, split)
+    if blocks is None or blocks.size == 0:
+        # One evaluation has it all.
+        blocks = EvaluationBlocks(size or len(EVALUATION_VIEWS))
+    packs = None if size is None else blocks.packs_for(size)
+    views = {view: build(packs, split, view=view, compare=True) for view in EVALUATION_VIEWS}
+    return None if None in views.values() else ViewsDataset(views, split, blocks, size)
 
 
 def _check_enough(dataset: Any | None, needed: int | None, what: str, flag: str) -> None:

@@ -21,7 +21,7 @@ _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (\S
 _LOADED = re.compile(r"successfully loaded checkpoint from (\S+).*? at iteration +(\d+)")
 _EXITING = re.compile(r"exiting program (?:at iteration (\d+)|after|on) ?(.*)")
 _OURS = re.compile(r"(?:> MeCo|meco: note): (.*)")
-_WARNING = re.compile(r"(?:^|\s|:)(?:WARNING|[A-Z]\w*Warning): ?(.*)|^WARNING:([\w.]+):(.*)")
+_WARNING = re.compile(r"(?:\bWARNING:(?:[\w.]+:)?|\b[A-Z]\w*Warning:) *(.*)")
 
 # Printed by every run, whatever it does, and nothing that a user could change.
 _NOISE = (
@@ -189,7 +189,7 @@ class TrainingLog:
             if not any(told in line for told in _TOLD_OTHERWISE):
                 found = Message(match[1].strip())
         elif ("WARNING" in line or "Warning: " in line) and (match := _WARNING.search(line)):
-            text = next((text for text in (match[1], match[3]) if text), "").strip()
+            text = match[1].strip()
             if text and not any(noise in line for noise in _NOISE):
                 found = Message(text, is_warning=True)
         # Each rank prints it.

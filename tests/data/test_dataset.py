@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from small_corpus import BOS, EOD, LetterTokenizer, random_bodies, write_corpus
 from megatron_meco.config import COOLDOWN, MeCoConfig, View
 from megatron_meco.data import opened_corpus
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig
+from megatron_meco.data.evaluation import EvaluationBlocks
 from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.data.report import Run, most_documents
 from megatron_meco.data.run_datasets import PhasedDataset, build_datasets
@@ -259,30 +261,95 @@ def test_a_run_switches_at_its_sample_and_the_phases_share_no_document(tmp_path:
     assert not seen["conditioned"] & seen[COOLDOWN]
     assert max(seen["conditioned"] | seen[COOLDOWN]) < 240
     documents = {
-        d["document"] for i in range(5) for d in valid.views[View.CONDITIONED].documents_of(i)
+        d["document"] for i in range(4) for d in valid.views[View.CONDITIONED].documents_of(i)
     }
     assert min(documents) >= 240
     with pytest.raises(IndexError):
         train[80]
 
 
+@pytest.mark.parametrize("bos", [BOS, None])
+@pytest.mark.parametrize("blended", [False, True])
+def test_validation_shows_each_pack_in_three_views_as_the_oracle(
+    tmp_path: Path, bos: int | None, blended: bool
+) -> None:
+    bodies, urls = random_bodies(300), hosts(300)
+    prefixes = [prefix_of(url) for url in urls]
+    path = write_corpus(tmp_path / "c", bodies, {"url": urls})
+    schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
+    blend = ([path, path], [0.5, 0.5]) if blended else ([path], None)
+    config = make_config(path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos))
+    train, valid, _ = build_datasets(
+        [80, 20, 0], lambda: True, config, schedule, evaluation=EvaluationBlocks(10)
+    )
+    order = reference.document_order(60, (0, 60), SEED, 3, first=240)
+    packs, _ = reference.truncate_packs(order, bodies, prefixes, bos, LENGTH, 20)
+    assert len(valid) == 20
+    assert not any("meco_compared" in train[i] for i in range(80))
+    num_compared = 0
+    for i in range(20):
+        sample, (dataset, number) = valid[i], valid.locate(i)
+        # Two evaluations of ten samples: three packs in all views, and one in the first view.
+        place = i % 10
+        assert number == 4 * (i // 10) + place // 3
+        view = (View.CONDITIONED, View.PLAIN, View.SHUFFLED)[place % 3]
+        assert dataset is valid.views[view]
+        assert int(sample["meco_view"]) == int(view)
+        if blended:
+            number = int(dataset.dataset_sample_index[number])
+        pack = reference.in_view(packs[number], prefixes, view.name.lower(), number)
+        assert arrays(sample) == pack.arrays(LENGTH, pad=EOD)
+        compared = pack.compared(LENGTH)
+        assert sample["meco_compared"].tolist() == [mark * (place < 9) for mark in compared]
+        num_compared += sum(compared)
+    assert num_compared > 200
+
+
 def test_validation_shows_each_pack_with_and_without_prefixes(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", random_bodies(300), {"url": hosts(300)})
     schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
     config = make_config(prefix, split="80,20,0")
-    _, valid, _ = build_datasets([80, 10, 0], lambda: True, config, schedule)
-    assert len(valid) == 10
-    for i in range(0, 10, 2):
-        shown, hidden = valid[i], valid[i + 1]
-        assert (int(shown["meco_view"]), int(hidden["meco_view"])) == (1, 0)
-        assert int(shown["meco_prefix_tokens"]) > 0
+    _, valid, _ = build_datasets([80, 12, 0], lambda: True, config, schedule)
+    assert len(valid) == 12
+    for i in range(0, 12, 3):
+        shown, hidden, wrong = (valid[i + turn] for turn in range(3))
+        assert [int(sample["meco_view"]) for sample in (shown, hidden, wrong)] == [1, 0, 2]
+        assert int(shown["meco_prefix_tokens"]) == int(wrong["meco_prefix_tokens"]) > 0
         assert int(hidden["meco_prefix_tokens"]) == 0
         bodies = [
-            [(d["document"], d["body_begin"], d["body_end"]) for d in view.documents_of(i // 2)]
-            for view in (valid.views[View.CONDITIONED], valid.views[View.PLAIN])
+            [(d["document"], d["body_begin"], d["body_end"]) for d in view.documents_of(i // 3)]
+            for view in valid.views.values()
         ]
-        assert bodies[0] == bodies[1]
+        assert bodies[0] == bodies[1] == bodies[2]
         assert shown["loss_mask"].sum() >= hidden["loss_mask"].sum() > 0
+    filler = valid[None]
+    assert not filler["loss_mask"].any()
+    assert not filler["meco_compared"].any()
+
+
+@pytest.mark.parametrize("begin", [0, 1, 5, 12, 19])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 12, 13])
+def test_each_evaluation_shows_its_packs_in_all_views(size: int, begin: int) -> None:
+    blocks = EvaluationBlocks(size, begin)
+    places = [blocks.locate(i) for i in range(60)]
+    packs = [pack for pack, _, _ in places]
+    assert packs[0] >= 0
+    assert all(later - earlier in (0, 1) for earlier, later in pairwise(packs))
+    for n in range(1, 61):
+        assert blocks.packs_for(n) == max(packs[:n]) + 1
+        assert blocks.samples_of(blocks.packs_for(n)) >= n
+    for num_packs in range(max(packs) + 1):
+        assert blocks.samples_of(num_packs) == sum(pack < num_packs for pack in packs)
+    for first in range(begin % size, 60 - size, size):
+        evaluation = places[first : first + size]
+        complete = [(pack, view) for pack, view, is_complete in evaluation if is_complete]
+        assert len(complete) == size // 3 * 3
+        assert {pack for pack, view in complete if view is View.CONDITIONED} == {
+            pack for pack, _ in complete
+        }
+        assert len(set(complete)) == len(complete)
+        outside = places[:first] + places[first + size :]
+        assert not {pack for pack, _, _ in evaluation} & {pack for pack, _, _ in outside}
 
 
 def test_cooldown_from_a_corpus_of_its_own(tmp_path: Path) -> None:

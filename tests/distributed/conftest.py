@@ -10,7 +10,8 @@ from runs import Result, train
 
 # Four layers, so that four pipeline stages (or two of two chunks) have one each.
 BASE = "--meco --meco-cooldown-fraction 0.34 --num-layers 4 --eval-interval 3 --train-iters 6"
-BASE += " --split 70,30,0"
+# Packs of several hosts, so that the views of evaluation can be compared.
+BASE += " --split 70,30,0 --seq-length 256 --max-position-embeddings 256"
 
 Train = Callable[..., Result]
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from distributed.conftest import Train
-from runs import Result
+from runs import ROOT, Result
 
 # Float32 sums in another order; the log shows seven digits of losses near 5.
 TOLERANCE = 3e-6
 
+# Names and ranks as in the table of docs/parallelism.md.
 FAST = {
-    "TP 2 x PP 2, SP, micro-batch 2": (
+    "TP 2 x PP 2, sequence parallel, micro-batch 2": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
         "--micro-batch-size 2",
     ),
-    "DP 2, distributed optimizer, overlap": (
+    "DP 2, distributed optimizer, both overlaps": (
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
 }
 SLOW = {
     "TP 2": (2, "--tensor-model-parallel-size 2"),
-    "TP 2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "TP 2, sequence parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
     "PP 2, micro-batch 4": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 4"),
     "PP 2, micro-batch 2 in evaluation": (
@@ -40,7 +43,7 @@ SLOW = {
     ),
     "PP 4": (4, "--pipeline-model-parallel-size 4"),
     "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "TP 2 x DP 2, SP, distributed optimizer": (
+    "TP 2 x DP 2, sequence parallel, distributed optimizer": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
     ),
@@ -51,10 +54,10 @@ SLOW = {
     "DP 2": (2, ""),
     "DP 2, micro-batch 2": (2, "--micro-batch-size 2"),
     "DP 4": (4, ""),
-    "micro-batch 2": (1, "--micro-batch-size 2"),
-    "micro-batch 4": (1, "--micro-batch-size 4"),
-    "DP 2, best-fit": (2, "--meco-packing best-fit"),
-    "TP 2 x PP 2, split, interleaved": (
+    "one rank, micro-batch 2": (1, "--micro-batch-size 2"),
+    "one rank, micro-batch 4": (1, "--micro-batch-size 4"),
+    "DP 2, `best-fit`": (2, "--meco-packing best-fit"),
+    "TP 2 x PP 2, `split`, `--meco-plain-fraction 0.5`": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --meco-packing split "
         "--meco-plain-fraction 0.5",
@@ -63,13 +66,32 @@ SLOW = {
 }
 
 
+def test_every_layout_of_the_documentation_is_here() -> None:
+    text = (ROOT / "docs" / "parallelism.md").read_text()
+    table = text.split("| Layout | Ranks |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()[2:]]
+    documented = {name: int(ranks) for _, name, ranks, *_ in rows}
+    assert documented == {name: ranks for name, (ranks, _) in (FAST | SLOW).items()}
+    assert len(rows) == len(documented) >= 21
+
+
 def difference(a: Result, b: Result) -> float:
     """Largest difference of a training or validation loss, relative."""
-    pairs = [(a.losses[i], b.losses[i]) for i in a.losses]
+    errors = [relative_error(a.losses[i], b.losses[i], b.losses[i]) for i in a.losses]
     for step, losses in a.validation.items():
-        pairs += [(losses[name], b.validation[step][name]) for name in losses]
+        others = b.validation[step]
+        assert losses.keys() == others.keys()
+        for name, loss in losses.items():
+            # A difference of two losses has their error.
+            scale = others["lm loss plain"] if "minus" in name else others[name]
+            errors.append(relative_error(loss, others[name], scale))
     assert len(a.validation) == 2
-    return max(abs(float(x) - float(y)) / float(y) for x, y in pairs)
+    assert all(math.isfinite(error) for error in errors)
+    return max(errors)
+
+
+def relative_error(a: str, b: str, scale: str) -> float:
+    return abs(float(a) - float(b)) / float(scale)
 
 
 def check(run: Result, reference: Result) -> None:

@@ -84,7 +84,7 @@ class CoreTarget(Target):
             capacity=capacity,
             max_documents=max_documents,
             pad_id=self._odd(draw, 1),
-            hide_prefixes=draw.random() < 0.3,
+            view=draw.choice(["conditioned", "plain", "shuffled"]),
             train_on_prefix=draw.random() < 0.3,
             strategy=draw.choice([*_STRATEGIES, "none"] if draw.random() < 0.1 else _STRATEGIES),
             repeat_prefix=draw.random() < 0.5,
@@ -96,6 +96,7 @@ class CoreTarget(Target):
         for pack in (0, 1, draw.choice(ODD_INTEGERS[:-1])):
             try:
                 pieces = assembler.pieces(pack)
+                compared = assembler.compared(pack)
                 if has_bin:
                     sample = assembler.sample(pack)
                 else:
@@ -104,8 +105,10 @@ class CoreTarget(Target):
                     sample = assembler.sample_from_bodies(pack, bodies)
             except _REFUSALS:
                 continue
-            if any(len(array) != capacity for array in sample[:4]):
+            if any(len(array) != capacity for array in (*sample[:4], compared)):
                 raise Wrong("arrays of other lengths")
+            if not set(compared.tolist()) <= {0.0, 1.0} or (compared > sample[2]).any():
+                raise Wrong("labels are compared that are not in the loss")
             if len(sample[4]) != min(max_documents + 2, capacity + 1):
                 raise Wrong(f"cu_seqlens of {len(sample[4])}")
             if sample[4][0] != 0 or sample[4][-1] != capacity or (np.diff(sample[4]) < 0).any():

@@ -65,7 +65,10 @@ def test_the_switch_and_the_mask_are_in_the_log(in_half_precision: Result) -> No
     # Of four sequences of 256: all but BOS, prefixes, borders and padding.
     assert all(0 < count < 4 * 256 for count in trained.values())
     assert min(trained[5], trained[6]) > max(trained[step] for step in (1, 2, 3, 4))
-    assert set(result.validation[3]) == {"lm loss conditioned", "lm loss plain"}
+    assert set(result.validation[3]) == {
+        f"lm loss {name}"
+        for name in ("conditioned", "plain", "shuffled", "shuffled minus conditioned")
+    }
 
 
 def test_a_baseline_of_the_same_plan_trains(run: Run) -> None:

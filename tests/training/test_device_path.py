@@ -50,6 +50,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
     for name in ("tensor", "pipeline"):
         monkeypatch.setattr(batch.mpu, f"get_{name}_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(batch.mpu, "get_context_parallel_world_size", lambda: 1)
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_src_rank", lambda: 0)
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_group", lambda: None)
@@ -94,8 +95,9 @@ class TwoSamples(torch.utils.data.Dataset):
 
     split = "valid"
 
-    def __init__(self, baseline: bool = False) -> None:
+    def __init__(self, baseline: bool = False, bounds: tuple[int, int] = (3, 9)) -> None:
         self.baseline = baseline
+        self.bounds = bounds
 
     def __len__(self) -> int:
         return SIZE
@@ -104,7 +106,7 @@ class TwoSamples(torch.utils.data.Dataset):
         bounds = torch.full((LENGTH + 1,), LENGTH, dtype=torch.int32)
         bounds[0] = 0
         if idx == 0:
-            bounds[1:3] = torch.tensor([3, 9])
+            bounds[1:3] = torch.tensor(self.bounds)
         ids = torch.arange(LENGTH + 1) + 1000 * idx
         sample = {
             "tokens": ids[:-1],
@@ -115,10 +117,13 @@ class TwoSamples(torch.utils.data.Dataset):
             "max_seqlen": torch.tensor(7, dtype=torch.int32),
             "meco_prefix_tokens": torch.tensor(4 if idx == 0 else 0),
         }
-        return sample if self.baseline else {**sample, "meco_view": torch.tensor(1 - idx)}
+        if self.baseline:
+            return sample
+        compared = sample["loss_mask"] * (torch.arange(LENGTH) > 4)
+        return {**sample, "meco_view": torch.tensor(1 - idx), "meco_compared": compared}
 
 
-def loaded(num_bounds: int, **options: bool) -> dict[str, Any]:
+def loaded(num_bounds: int, **options: Any) -> dict[str, Any]:
     """A micro-batch of both, as a loader hands it over."""
     from megatron_meco.training.batch import CompactSamples
 
@@ -141,11 +146,61 @@ def next_batch(batch: Any, args: Namespace, num_bounds: int, **options: Any) -> 
 
 def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespace) -> None:
     found = next_batch(one_rank, args, 5)
-    for key in ("tokens", "position_ids", "labels", "loss_mask"):
+    for key in ("tokens", "position_ids", "labels", "loss_mask", "compared"):
         assert found[key].shape == (1, SIZE * LENGTH), key
     assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
     assert found["facts"].shape == (2, SIZE)
     assert all(x is None or x.device.type == "meta" for x in found.values())
+
+
+@pytest.fixture
+def two_context_parallel_ranks(one_rank: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The second of two ranks; the samples' documents are multiples of four tokens then."""
+    monkeypatch.setattr(one_rank.mpu, "get_context_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(one_rank.mpu, "get_context_parallel_rank", lambda: 1)
+    return one_rank
+
+
+def test_a_context_parallel_rank_takes_its_part_without_a_wait(
+    two_context_parallel_ranks: Any, args: Namespace
+) -> None:
+    found = next_batch(two_context_parallel_ranks, args, 5, bounds=(4, 12))
+    for key in ("tokens", "position_ids", "labels", "loss_mask", "compared"):
+        assert found[key].shape == (1, SIZE * LENGTH // 2), key
+    assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
+    assert all(x is None or x.device.type == "meta" for x in found.values())
+    from megatron_meco.training.context_parallel import RankLayout
+
+    layout = RankLayout.of(found["cu_seqlens"], SIZE * LENGTH, 2, 1)
+    assert [x.shape for x in layout.keys] == [(SIZE * LENGTH // 2,), (SIZE * LENGTH // 4 * 3,)]
+
+
+def test_context_parallel_ranks_share_the_samples(
+    two_context_parallel_ranks: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    mpu = two_context_parallel_ranks.mpu
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(mpu, "get_context_parallel_rank", lambda rank=rank: rank)
+        parts.append(next_batch(two_context_parallel_ranks, args, 5, bounds=(4, 12)))
+    monkeypatch.setattr(mpu, "get_context_parallel_world_size", lambda: 1)
+    whole = next_batch(two_context_parallel_ranks, args, 5, bounds=(4, 12))
+    # Chunks 0 and 3 of each document, of 4, 8, 4 and 16 tokens; then chunks 1 and 2.
+    first = [0, 3, 4, 5, 10, 11, 12, 15, *range(16, 20), *range(28, 32)]
+    second = [1, 2, 6, 7, 8, 9, 13, 14, *range(20, 28)]
+    for part, places in zip(parts, (first, second), strict=True):
+        for key in ("tokens", "labels", "position_ids", "loss_mask", "compared"):
+            assert torch.equal(part[key], whole[key][:, places]), key
+        for key in ("cu_seqlens", "facts"):
+            assert torch.equal(part[key], whole[key]), key
+
+
+def test_documents_that_do_not_divide_among_ranks_stop_the_run(
+    two_context_parallel_ranks: Any, args: Namespace
+) -> None:
+    with pytest.raises(RuntimeError, match="no multiple of 4 tokens"):
+        next_batch(two_context_parallel_ranks, args, 5)
 
 
 def test_the_same_check_sees_the_wait_in_megatrons_own_batches(
@@ -163,6 +218,7 @@ def test_the_loss_is_reported_without_a_wait(
     from megatron_meco.training import provider
 
     args.meco_template = "URL: {url.host}\n\n"
+    args.eval_iters, args.eval_global_batch_size = 3, SIZE
     monkeypatch.setattr(provider, "get_args", lambda: args)
     monkeypatch.setattr(provider.stock, "get_args", lambda: args)
     monkeypatch.setattr(provider, "get_num_microbatches", lambda: 1)
@@ -170,10 +226,16 @@ def test_the_loss_is_reported_without_a_wait(
     found = next_batch(one_rank, args, 5)
     losses = torch.empty(SIZE * LENGTH, device="meta")
     _, _, report = provider.loss_func(
-        found["loss_mask"], losses, facts=found["facts"], training=training
+        found["loss_mask"],
+        losses,
+        facts=found["facts"],
+        compared=found["compared"],
+        training=training,
     )
     expected = {"lm loss", "prefix share", "trained tokens"}
-    assert set(report) == (expected if training else {"lm loss conditioned", "lm loss plain"})
+    views = {"lm loss conditioned", "lm loss plain", "lm loss shuffled"}
+    views |= {"lm loss shuffled minus conditioned", "compared share"}
+    assert set(report) == (expected if training else views)
 
 
 def test_a_batch_is_what_megatrons_own_functions_make_of_the_samples(
@@ -191,6 +253,8 @@ def test_a_batch_is_what_megatrons_own_functions_make_of_the_samples(
     assert found["cu_seqlens"].tolist() == [0, 3, 9, 16, 16, 32, 32, 32, 32]
     assert stock["cu_seqlens"].tolist() == [0, 3, 9, 16, 32]
     assert found["facts"].tolist() == [[4, 0], [1, 0]]
+    compared = torch.stack([TwoSamples()[i]["meco_compared"] for i in range(SIZE)])
+    assert torch.equal(found["compared"], compared.view(1, -1).bool())
     assert next_batch(one_rank, args, 5, baseline=True)["facts"].tolist() == [[4, 0], [0, 0]]
 
 
@@ -219,3 +283,110 @@ def test_a_pack_that_no_plan_holds_stops_the_run() -> None:
     assert loaded(4)["meco_sample"][:, :4].tolist() == [[0, 3, 9, 16], [0, 16, 16, 16]]
     with pytest.raises(RuntimeError, match="more documents than the 1 of the largest pack"):
         loaded(3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize(
+    ("template", "bos", "train_on_prefix"),
+    [(r"U:{url.host}\n", 0, False), (r"U:{url.host}\n", None, True), ("", 0, False)],
+)
+def test_validation_losses_are_those_of_the_tokens(
+    one_rank: Any,
+    args: Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    micro_batch: int,
+    template: str,
+    bos: int | None,
+    train_on_prefix: bool,
+) -> None:
+    """An evaluation of 8 samples in micro-batches of any size, summed up as Megatron does."""
+    from small_corpus import LetterTokenizer, random_bodies, write_corpus
+
+    from megatron_meco.config import MeCoConfig
+    from megatron_meco.data.dataset import MeCoGPTDatasetConfig
+    from megatron_meco.data.evaluation import EvaluationBlocks
+    from megatron_meco.data.phases import BatchSize, make_schedule
+    from megatron_meco.data.run_datasets import build_datasets
+    from megatron_meco.training import provider
+    from megatron_meco.training.batch import CompactSamples
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    monkeypatch.setattr(provider, "get_args", lambda: args)
+    monkeypatch.setattr(provider.stock, "get_args", lambda: args)
+    args.seq_length, args.eval_micro_batch_size = 48, micro_batch
+    args.eval_iters, args.eval_global_batch_size, args.meco_template = 1, 8, template
+    hosts = ["http://a.org", "http://bb.com", "http://www.c.net"]
+    path = write_corpus(
+        tmp_path / "c", random_bodies(200), {"url": [hosts[i % 3] for i in range(200)]}
+    )
+    config = MeCoGPTDatasetConfig(
+        **{"random_seed": 7, "sequence_length": 48, "blend": ([path], None), "split": "50,50,0"},
+        path_to_cache=str(tmp_path / "cache"),
+        tokenizer=LetterTokenizer(bos),
+        meco=MeCoConfig(template=template, train_on_prefix=train_on_prefix),
+    )
+    schedule = make_schedule(config.meco, BatchSize.constant(4), train_iterations=1)
+    _, valid, _ = build_datasets(
+        [4, 8, 0], lambda: True, config, schedule, evaluation=EvaluationBlocks(8)
+    )
+    num_bounds = len(valid[0]["cu_seqlens"])
+    samples = CompactSamples(valid, 48, num_bounds)
+    loader = torch.utils.data.DataLoader(samples, batch_size=micro_batch)
+    totals: dict[str, Any] = {}
+    loss_of = torch.rand(8, 48, generator=torch.Generator().manual_seed(1)) + 1
+    for i, loaded in enumerate(loader):
+        batch = one_rank.meco_batch(
+            args,
+            iter([loaded]),
+            None,
+            training=False,
+            num_bounds=num_bounds,
+            check=lambda _: None,
+        )
+        losses = loss_of[i * micro_batch : (i + 1) * micro_batch].reshape(-1)
+        _, _, report = provider.loss_func(
+            batch["loss_mask"],
+            losses,
+            facts=batch["facts"],
+            compared=batch["compared"],
+            training=False,
+        )
+        for name, pair in report.items():
+            totals[name] = totals.get(name, 0) + pair
+    found = {name: float(total[0] / total[1]) for name, total in totals.items()}
+
+    views = ("plain",) if not template else ("conditioned", "plain", "shuffled")
+    sums = {f"lm loss {view}": [0.0, 0.0] for view in views}
+    right, wrong, number, all_shuffled = 0.0, 0.0, 0, 0
+    for i in range(8):
+        view, sample = views[i % len(views)], valid[i]
+        for t in range(48):
+            if sample["loss_mask"][t] == 0:
+                continue
+            sums[f"lm loss {view}"][0] += float(loss_of[i, t])
+            sums[f"lm loss {view}"][1] += 1
+            all_shuffled += view == "shuffled"
+            if template and sample["meco_compared"][t] == 1:
+                right += float(loss_of[i, t]) * (view == "conditioned")
+                wrong += float(loss_of[i, t]) * (view == "shuffled")
+                number += view == "shuffled"
+    expected = {name: total / count for name, (total, count) in sums.items()}
+    if template:
+        assert number > 10
+        expected["lm loss shuffled minus conditioned"] = (wrong - right) / number
+        expected["compared share"] = number / all_shuffled
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_evaluation_of_two_samples_reports_no_third_view(args: Namespace) -> None:
+    """Megatron would divide nothing by nothing."""
+    from megatron_meco.training import provider
+
+    args.meco_template, args.eval_global_batch_size = "U:{url.host}", 1
+    names = {}
+    for args.eval_iters in (1, 2, 3):
+        names[args.eval_iters] = [view.name for view in provider._views_shown(args)]
+    assert names[1] == ["CONDITIONED"]
+    assert names[2] == ["CONDITIONED", "PLAIN"]
+    assert names[3] == ["CONDITIONED", "PLAIN", "SHUFFLED"]

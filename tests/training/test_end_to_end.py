@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def meco_run(corpus: str, tokenizer_folder: Path, folder: Path) -> Result:
         tokenizer_folder,
         *f"--meco --meco-cooldown-fraction 0.2 --save {folder}/ckpt --save-interval 5".split(),
         *f"--data-cache-path {folder}/cache --tensorboard-dir {folder}/tensorboard".split(),
+        # Room for several hosts in a pack.
+        *["--seq-length", "256", "--max-position-embeddings", "256"],
     )
     assert result.status == 0, result.log[-3000:]
     return result
@@ -51,11 +54,17 @@ def test_a_run_switches_saves_there_and_says_so(meco_run: Result, folder: Path) 
 
 
 @pytest.mark.distributed
-def test_both_validation_losses_in_both_phases(meco_run: Result) -> None:
+def test_three_validation_losses_in_both_phases(meco_run: Result) -> None:
     assert set(meco_run.validation) == {5, 10}
     for losses in meco_run.validation.values():
-        assert set(losses) == {"lm loss conditioned", "lm loss plain"}
+        views = [f"lm loss {view}" for view in ("conditioned", "plain", "shuffled")]
+        assert set(losses) == {*views, "lm loss shuffled minus conditioned"}
         assert losses["lm loss conditioned"] != losses["lm loss plain"]
+        assert len({losses[view] for view in views}) == 3
+        assert abs(float(losses["lm loss shuffled minus conditioned"])) < 0.5
+    shares = re.findall(r"\| compared share value: (\S+) ", meco_run.log)
+    assert len(shares) >= 2
+    assert all(0.5 < float(share) <= 1 for share in shares)
     assert float(meco_run.losses[10]) < float(meco_run.losses[1]) - 0.3
 
 
@@ -68,6 +77,8 @@ def test_tensorboard_shows_the_switch(meco_run: Result, folder: Path) -> None:
     assert phases == {i: float(i > 8) for i in range(1, 11)}
     assert "lm loss conditioned validation" in events.Tags()["scalars"]
     assert "lm loss plain validation" in events.Tags()["scalars"]
+    assert "lm loss shuffled validation" in events.Tags()["scalars"]
+    assert "lm loss shuffled minus conditioned validation" in events.Tags()["scalars"]
 
 
 @pytest.mark.distributed
