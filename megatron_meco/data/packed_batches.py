@@ -91,7 +91,8 @@ class PackedBatch(Mapping[str, Any]):
         return PackedBatch(moved)
 
     def __del__(self) -> None:
-        values, read = getattr(self, "_values", {}), getattr(self, "_read", set())
+        values: Mapping[str, Any] = getattr(self, "_values", {})
+        read: set[str] = getattr(self, "_read", set())
         unread = {name for names in BORDERS.values() for name in names} & values.keys()
         ignored = unread and "tokens" in read and not unread & read
         if ignored and not PackedBatch._warned and not sys.is_finalizing():
