@@ -6,11 +6,15 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "assemble.h"
+#include "distinct.h"
 #include "index.h"
 #include "packing.h"
+#include "url.h"
 
 namespace py = pybind11;
 
@@ -96,7 +100,8 @@ class Corpus {
 py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t capacity,
                     int64_t max_documents, std::optional<int64_t> num_packs, int64_t first_document,
                     int64_t num_documents, int64_t range_begin, int64_t range_end, uint64_t seed,
-                    bool repeat_prefix, int num_threads, const py::object& progress) {
+                    bool repeat_prefix, int64_t alignment, int num_threads,
+                    const py::object& progress) {
   meco::Order order{first_document, num_documents, range_begin, range_end, seed};
   meco::PackingOptions options;
   options.strategy = meco::parse_strategy(strategy);
@@ -105,6 +110,7 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   options.num_packs = num_packs.value_or(-1);
   options.max_documents = max_documents;
   options.repeat_prefix = repeat_prefix;
+  options.alignment = alignment;
   options.num_threads = num_threads;
   options.progress = [&progress](double share) {
     py::gil_scoped_acquire acquire;
@@ -127,6 +133,7 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   counts["prefix_tokens"] = c.prefix_tokens;
   counts["bos_tokens"] = c.bos_tokens;
   counts["padding_tokens"] = c.padding_tokens;
+  counts["alignment_tokens"] = c.alignment_tokens;
   counts["discarded_tokens"] = c.discarded_tokens;
   py::dict result;
   result["counts"] = counts;
@@ -144,9 +151,9 @@ class Assembler {
   Assembler(py::object corpus, Array<int64_t> pack_offsets, Array<int32_t> piece_document,
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
             int64_t max_documents, int64_t pad_id, const std::string& view, bool train_on_prefix,
-            const std::string& strategy, bool repeat_prefix, std::optional<Array<uint8_t>> bin,
-            std::optional<Array<int64_t>> sequence_pointers, int token_bytes,
-            std::optional<int64_t> vocab_size)
+            const std::string& strategy, bool repeat_prefix, int64_t alignment,
+            std::optional<Array<uint8_t>> bin, std::optional<Array<int64_t>> sequence_pointers,
+            int token_bytes, std::optional<int64_t> vocab_size)
       : corpus_object_(std::move(corpus)),
         corpus_(corpus_object_.cast<const Corpus&>()),
         pack_offsets_(std::move(pack_offsets)),
@@ -184,6 +191,7 @@ class Assembler {
     meco::AssemblyOptions options;
     options.strategy = meco::parse_strategy(strategy);
     options.repeat_prefix = repeat_prefix;
+    options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = max_documents;
     options.bos_id = corpus_.bos_id();
@@ -309,6 +317,71 @@ py::dict scan_index(const Array<int32_t>& lengths, const Array<int64_t>& pointer
   return result;
 }
 
+// The number of texts in Arrow's form: text i is data[offsets[i], offsets[i + 1]).
+int64_t check_texts(const Array<uint8_t>& data, const Array<int32_t>& offsets) {
+  require_1d(data, "data");
+  require_1d(offsets, "offsets");
+  require(offsets.size() >= 1, "offsets must not be empty");
+  const int64_t count = offsets.size() - 1;
+  const int32_t* borders = offsets.data();
+  require(borders[0] >= 0 && borders[count] <= data.size(), "offsets outside of data");
+  for (int64_t i = 0; i < count; ++i) require(borders[i] <= borders[i + 1], "offsets must rise");
+  return count;
+}
+
+// The two halves of each text's hash, (texts, 2).
+Array<uint64_t> hash_texts(const Array<uint8_t>& data, const Array<int32_t>& offsets) {
+  const int64_t count = check_texts(data, offsets);
+  Array<uint64_t> hashes({count, int64_t{2}});
+  uint64_t* target = hashes.mutable_data();
+  const int32_t* borders = offsets.data();
+  for (int64_t i = 0; i < count; ++i) {
+    const auto hash = meco::hash_text(data.data() + borders[i], borders[i + 1] - borders[i]);
+    target[2 * i] = hash[0];
+    target[2 * i + 1] = hash[1];
+  }
+  return hashes;
+}
+
+// Copies of plain URLs in Arrow's form, and which ones are plain.
+std::tuple<Array<uint8_t>, Array<int32_t>, Array<bool>> copy_plain_urls(
+    const Array<uint8_t>& data, const Array<int32_t>& offsets, bool hosts_only) {
+  const int64_t count = check_texts(data, offsets);
+  Array<uint8_t> copies(offsets.data()[count] - offsets.data()[0]);
+  Array<int32_t> borders(count + 1);
+  Array<bool> is_plain(count);
+  uint8_t* copies_data = copies.mutable_data();
+  int32_t* borders_data = borders.mutable_data();
+  auto* plain_data = reinterpret_cast<uint8_t*>(is_plain.mutable_data());
+  {
+    py::gil_scoped_release release;
+    meco::copy_plain_urls(data.data(), offsets.data(), count, hosts_only, copies_data, borders_data,
+                          plain_data);
+  }
+  return {std::move(copies), std::move(borders), std::move(is_plain)};
+}
+
+// Numbers of the texts, and the rows where a text appears for the first time.
+std::tuple<Array<int32_t>, Array<int64_t>> number_texts(meco::DistinctTexts& distinct,
+                                                        const Array<uint8_t>& data,
+                                                        const Array<int32_t>& offsets,
+                                                        const std::optional<Array<bool>>& valid) {
+  const int64_t count = check_texts(data, offsets);
+  if (valid) {
+    require_1d(*valid, "valid");
+    require(valid->size() == count, "valid must be as long as the texts");
+  }
+  Array<int32_t> ids(count);
+  std::vector<int64_t> first_rows;
+  {
+    int32_t* target = ids.mutable_data();
+    const auto* mask = valid ? reinterpret_cast<const uint8_t*>(valid->data()) : nullptr;
+    py::gil_scoped_release release;
+    distinct.number(data.data(), offsets.data(), mask, count, target, &first_rows);
+  }
+  return {std::move(ids), to_array(std::move(first_rows))};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -322,6 +395,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("body_end", &meco::Piece::body_end)
       .def_readonly("prefix_id", &meco::Piece::prefix_id)
       .def_readonly("prefix_tokens", &meco::Piece::prefix_tokens)
+      .def_readonly("padding", &meco::Piece::padding)
       .def_readonly("has_bos", &meco::Piece::has_bos);
 
   py::class_<Corpus>(m, "Corpus")
@@ -339,13 +413,14 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
                     int64_t, int64_t, int64_t, const std::string&, bool, const std::string&, bool,
-                    std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int,
+                    int64_t, std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int,
                     std::optional<int64_t>>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
            py::arg("pad_id"), py::arg("view"), py::arg("train_on_prefix"), py::arg("strategy"),
-           py::arg("repeat_prefix"), py::arg("bin").noconvert() = py::none(),
+           py::arg("repeat_prefix"), py::arg("alignment") = 1,
+           py::arg("bin").noconvert() = py::none(),
            py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8,
            py::arg("vocab_size") = py::none())
       .def("pieces", &Assembler::pieces, py::arg("pack"))
@@ -357,12 +432,29 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_plan", &build_plan, py::arg("corpus"), py::kw_only(), py::arg("strategy"),
         py::arg("capacity"), py::arg("max_documents"), py::arg("num_packs"),
         py::arg("first_document"), py::arg("num_documents"), py::arg("range_begin"),
-        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"), py::arg("num_threads"),
-        py::arg("progress") = py::none());
+        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"), py::arg("alignment") = 1,
+        py::arg("num_threads"), py::arg("progress") = py::none());
   m.def("permutation", &permutation, py::arg("size"), py::arg("seed"), py::arg("stream"),
         py::arg("begin"), py::arg("end"));
   m.def("scan_index", &scan_index, py::arg("lengths").noconvert(), py::arg("pointers").noconvert(),
         py::arg("first_sequences").noconvert(), py::kw_only(), py::arg("token_bytes"),
         py::arg("num_threads"));
+  py::class_<meco::DistinctTexts>(m, "DistinctTexts")
+      .def(py::init<>())
+      .def("__len__", &meco::DistinctTexts::size)
+      .def("number", &number_texts, py::arg("data").noconvert(), py::arg("offsets").noconvert(),
+           py::arg("valid").noconvert() = py::none());
+  m.def("copy_plain_urls", &copy_plain_urls, py::arg("data").noconvert(),
+        py::arg("offsets").noconvert(), py::kw_only(), py::arg("hosts_only"));
+  m.def("hash_texts", &hash_texts, py::arg("data").noconvert(), py::arg("offsets").noconvert());
+  m.def(
+      "hash_text",
+      [](const py::bytes& text) {
+        const std::string bytes = text;
+        const auto hash = meco::hash_text(reinterpret_cast<const uint8_t*>(bytes.data()),
+                                          static_cast<int64_t>(bytes.size()));
+        return std::make_tuple(hash[0], hash[1]);
+      },
+      py::arg("text"));
   m.def("hash_pair", &meco::hash_pair, py::arg("a"), py::arg("b"));
 }

@@ -23,6 +23,7 @@ class Piece:
     body_end: int
     prefix_id: int
     prefix_tokens: int
+    padding: int
     has_bos: bool
 
 class Corpus:
@@ -57,6 +58,7 @@ class Assembler:
         train_on_prefix: bool,
         strategy: str,
         repeat_prefix: bool,
+        alignment: int = 1,
         bin: NDArray[np.uint8] | None = None,
         sequence_pointers: NDArray[np.int64] | None = None,
         token_bytes: int = 8,
@@ -80,6 +82,7 @@ def build_plan(
     range_end: int,
     seed: int,
     repeat_prefix: bool,
+    alignment: int = 1,
     num_threads: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]: ...
@@ -93,3 +96,19 @@ def scan_index(
 ) -> dict[str, int]: ...
 def permutation(size: int, seed: int, stream: int, begin: int, end: int) -> NDArray[np.int64]: ...
 def hash_pair(a: int, b: int) -> int: ...
+
+class DistinctTexts:
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def number(
+        self,
+        data: NDArray[np.uint8],
+        offsets: NDArray[np.int32],
+        valid: NDArray[np.bool_] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+
+def hash_texts(data: NDArray[np.uint8], offsets: NDArray[np.int32]) -> NDArray[np.uint64]: ...
+def hash_text(text: bytes) -> tuple[int, int]: ...
+def copy_plain_urls(
+    data: NDArray[np.uint8], offsets: NDArray[np.int32], *, hosts_only: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.bool_]]: ...

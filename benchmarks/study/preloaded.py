@@ -1,4 +1,5 @@
 """What the server process of `trainer.py` imports: torch and Megatron, ready for a CPU."""
+# ruff: noqa: E402, F401
 
 import logging
 import os

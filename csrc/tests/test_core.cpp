@@ -6,13 +6,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../assemble.h"
+#include "../distinct.h"
 #include "../index.h"
 #include "../packing.h"
+#include "../url.h"
 
 namespace {
 
@@ -119,6 +123,7 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
     bodies += head ? body : std::max<int64_t>(body - 1, 0);
   }
   CHECK(trained == bodies);
+  for (int32_t bound : bounds) CHECK(bound % options.alignment == 0);
 
   std::vector<float> compared(length, -7.0f);
   meco::compared_of_pack(view, documents, pack, options, compared.data());
@@ -133,7 +138,8 @@ void test_random_corpora() {
     const int num_documents = 1 + static_cast<int>(draw() % 60);
     const TestCorpus corpus = make_corpus(draw, num_documents);
     const meco::Documents documents = corpus.view(round % 2 == 0);
-    const int64_t capacity = 10 + static_cast<int64_t>(draw() % 60);
+    const int64_t alignment = round % 2 == 0 ? 1 : 1 + static_cast<int64_t>(draw() % 9);
+    const int64_t capacity = (10 + static_cast<int64_t>(draw() % 60)) * alignment;
     const int64_t cap = round % 4 == 0 ? 2 : capacity;
     meco::Order order{0, num_documents, 0, num_documents, draw()};
     meco::PackingOptions packing;
@@ -142,6 +148,7 @@ void test_random_corpora() {
     packing.num_packs = round % 5 == 0 ? -1 : 30;
     packing.max_documents = cap;
     packing.repeat_prefix = round % 7 != 0;
+    packing.alignment = alignment;
     packing.num_threads = 1 + round % 2;
     const meco::Plan plan = meco::build_plan(documents, order, packing);
     const meco::PlanView view = view_of(plan);
@@ -151,6 +158,7 @@ void test_random_corpora() {
     meco::AssemblyOptions options;
     options.strategy = packing.strategy;
     options.repeat_prefix = packing.repeat_prefix;
+    options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = cap;
     options.bos_id = 0;
@@ -327,6 +335,7 @@ void test_hostile_calls() {
     packing.num_packs = maybe_odd(round % 2 == 0 ? -1 : 20);
     packing.max_documents = maybe_odd(8);
     packing.repeat_prefix = draw() % 2 == 0;
+    packing.alignment = draw() % 2 == 0 ? 1 : maybe_odd(8);
     packing.num_threads = static_cast<int>(draw() % 50 == 0 ? odd() : 1);
     // As many packs as there is memory for take their time; refusing them is seen with others.
     if (packing.num_packs > 1000 && packing.num_packs <= int64_t{1} << 32) packing.num_packs = 1000;
@@ -353,6 +362,7 @@ void test_hostile_calls() {
     meco::AssemblyOptions given;
     given.strategy = static_cast<meco::Strategy>(draw() % 3);
     given.repeat_prefix = packing.repeat_prefix;
+    given.alignment = draw() % 2 == 0 ? packing.alignment : maybe_odd(4);
     given.capacity = maybe_odd(32);
     given.max_documents = maybe_odd(8);
     given.vocab_size = maybe_odd(70000);
@@ -464,6 +474,71 @@ void test_hostile_permutations() {
   }
 }
 
+// The same texts get the same numbers, in the order in which they come, whatever the batches are.
+void test_distinct_texts() {
+  std::mt19937 random(7);
+  std::vector<std::string> texts;
+  for (int i = 0; i < 30000; ++i) {
+    texts.push_back(std::string(random() % 40, 'x') + std::to_string(random() % 9000));
+  }
+  std::map<std::string, int32_t> numbers;
+  meco::DistinctTexts distinct;
+  for (size_t begin = 0; begin < texts.size();) {
+    const size_t end = std::min(texts.size(), begin + 1 + random() % 500);
+    // Each batch lies in memory of just its size.
+    std::string data;
+    std::vector<int32_t> offsets{0};
+    std::vector<uint8_t> valid;
+    for (size_t i = begin; i < end; ++i) {
+      data += texts[i];
+      offsets.push_back(static_cast<int32_t>(data.size()));
+      valid.push_back(random() % 10 != 0);
+    }
+    const std::vector<uint8_t> bytes(data.begin(), data.end());
+    std::vector<int32_t> ids(end - begin);
+    std::vector<int64_t> first_rows;
+    distinct.number(bytes.data(), offsets.data(), valid.data(), static_cast<int64_t>(end - begin),
+                    ids.data(), &first_rows);
+    size_t num_first = 0;
+    for (size_t i = begin; i < end; ++i) {
+      if (!valid[i - begin]) {
+        CHECK(ids[i - begin] == -1);
+        continue;
+      }
+      const auto added = numbers.emplace(texts[i], static_cast<int32_t>(numbers.size()));
+      CHECK(ids[i - begin] == added.first->second);
+      if (added.second) CHECK(first_rows[num_first++] == static_cast<int64_t>(i - begin));
+    }
+    CHECK(num_first == first_rows.size());
+    CHECK(distinct.size() == static_cast<int64_t>(numbers.size()));
+    begin = end;
+  }
+}
+
+// Whatever the bytes are, nothing outside of them is touched, and copies are parts of what is there.
+void test_plain_urls() {
+  std::mt19937 random(11);
+  const char alphabet[] = "hHttps:://..--aZ9@ \n\x7f\xff/?#";
+  for (int round = 0; round < 2000; ++round) {
+    std::string text;
+    std::vector<int32_t> offsets{0};
+    for (int i = 0; i < 5; ++i) {
+      if (random() % 2) text += random() % 2 ? "http://" : "https://";
+      for (size_t n = random() % 12; n > 0; --n) text += alphabet[random() % (sizeof(alphabet) - 1)];
+      offsets.push_back(static_cast<int32_t>(text.size()));
+    }
+    const std::vector<uint8_t> data(text.begin(), text.end());
+    for (const bool hosts_only : {false, true}) {
+      std::vector<uint8_t> copies(data.size()), is_plain(5);
+      std::vector<int32_t> borders(6);
+      meco::copy_plain_urls(data.data(), offsets.data(), 5, hosts_only, copies.data(),
+                            borders.data(), is_plain.data());
+      CHECK(borders[0] == 0);
+      for (int i = 0; i < 5; ++i) CHECK((borders[i + 1] > borders[i]) == (is_plain[i] != 0));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -473,6 +548,8 @@ int main() {
   test_hostile_calls();
   test_scans();
   test_hostile_permutations();
+  test_distinct_texts();
+  test_plain_urls();
   std::puts("C++ tests passed");
   return 0;
 }

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
+from megatron_meco.corpus.bulk import fast_encoder
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,
@@ -45,7 +46,7 @@ from megatron_meco.data.opened_corpus import (
 )
 from megatron_meco.data.packing import Plan, PlanCounts, PlanRequest, build_plan, load_plan
 from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import Draws, Template
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.refusals import check_dataset_options
 
@@ -104,6 +105,7 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
                 where="--seq-length",
                 remedy=f"Give 4 to {_core.MAX_CAPACITY:,}.",
             )
+        self.meco.check_sequence_length(self.sequence_length)
 
     @property
     def num_ids(self) -> int:
@@ -276,7 +278,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         return sample
 
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
-        """Pieces of pack `idx`: document, body_begin, body_end, prefix (text or None), its length.
+        """Pieces of pack `idx`, as people and tests read them.
+
+        Each with document, body_begin, body_end, prefix (text or None), prefix_tokens, and
+        alignment_tokens: the padding behind it.
 
         Those without a prefix say why: `plain_because`, else None. Prefixes are decoded, so this is
         for people and tests, not for training.
@@ -289,6 +294,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 "prefix": self._prefix_text(piece),
                 "prefix_tokens": piece.prefix_tokens,
                 "plain_because": self._why_plain(piece),
+                "alignment_tokens": piece.padding,
             }
             for piece in self._assembler.pieces(idx)
         ]
@@ -320,19 +326,29 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         if piece.body_begin and not self.config.meco.repeat_prefix:
             return "it continues a document, and prefixes are not repeated"
         assert self.prefixes is not None
+        if piece.prefix_id >= 0:
+            is_empty = not len(self.prefixes.tokens_of(piece.prefix_id))
+            return "its prefix has no tokens" if is_empty else "the pack ends before its prefix"
         if self.prefixes.prefix_ids[piece.document] >= 0:
             return f"meco-plain-fraction {self.config.meco.plain_fraction:g} drew it"
-        # The table does not keep which of the two it is.
-        row = open_metadata(self.corpus_prefix).slice(piece.document, 1)
-        template = self.config.template
+        # The table does not keep which of these it is.
+        template, where = self.config.template, self.corpus_prefix
         assert template is not None
-        lacking = [
-            placeholder.name
-            for placeholder in template.placeholders
-            if not template.values(placeholder, row, self.corpus_prefix)[0].is_valid
-        ]
-        if lacking:
-            return f"it has no {', no '.join(lacking)}"
+        if template.placeholders:
+            metadata = open_metadata(where)
+            row = metadata.slice(piece.document, 1)
+            draws = Draws(self.config.random_seed, metadata)
+            if not template.render(row, where, None, draws, piece.document)[0].is_valid:
+                lacking = [
+                    placeholder.name
+                    for placeholder in template.required_placeholders
+                    if not template.values(placeholder, row, where)[0].is_valid
+                ]
+                if lacking:
+                    return f"it has no {', no '.join(lacking)}"
+                if template.is_seeded:
+                    return "keep or shuffled left it without a value"
+                return "all groups of the template lack a value"
         cap = self.config.meco.prefix_cap(self.config.sequence_length)
         return f"its prefix is longer than {cap:,} tokens (meco-max-prefix-tokens)"
 
@@ -384,6 +400,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             self._cache_folder,
             token_ids=token_ids(tokenizer, template.tokens, template.flag),
             seed=self.config.random_seed,
+            fast_encoder=lambda sample: fast_encoder(text_encoder(tokenizer), sample),
         )
 
     @property
@@ -417,6 +434,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             share_end=share[1],
             seed=config.random_seed,
             repeat_prefix=config.meco.repeat_prefix,
+            alignment=config.meco.pad_documents_to,
         )
 
     def _load_plan(self) -> Plan:
@@ -480,6 +498,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             train_on_prefix=meco.train_on_prefix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,
+            alignment=meco.pad_documents_to,
             bin=self._bin,
             sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),
             token_bytes=index.dtype_size,

@@ -91,7 +91,7 @@ class PackedBatch(Mapping[str, Any]):
         return PackedBatch(moved)
 
     def __del__(self) -> None:
-        values: Mapping[str, Any] = getattr(self, "_values", {})
+        values: dict[str, Any] = getattr(self, "_values", {})
         read: set[str] = getattr(self, "_read", set())
         unread = {name for names in BORDERS.values() for name in names} & values.keys()
         ignored = unread and "tokens" in read and not unread & read

@@ -449,6 +449,8 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     config = MeCoConfig.from_args(args)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
+    if args.seq_length:
+        config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
         if not args.meco_cooldown_data_path:

@@ -23,7 +23,7 @@ class CoreTarget(Target):
 
     def attempt(self, draw: random.Random, folder: Any) -> str:
         outcome = "refused by Python's errors"
-        for call in draw.sample([self._plan_and_sample, self._scan, self._small], 2):
+        for call in draw.sample([self._plan_and_sample, self._scan, self._small, self._texts], 2):
             try:
                 call(draw)
             except _REFUSALS:
@@ -46,6 +46,7 @@ class CoreTarget(Target):
             plain_threshold=draw.choice([0, 0, 2**63]),
         )
         num_packs = draw.choice([None, 5, *ODD_INTEGERS])
+        alignment = self._odd(draw, draw.choice([1, 1, 8]))
         if num_packs is not None and 1000 < num_packs <= 2**32:
             num_packs = 1000  # as many would be made, and take their time
         plan: dict[str, Any] = {
@@ -67,12 +68,14 @@ class CoreTarget(Target):
                 range_end=self._odd(draw, num_documents),
                 seed=draw.choice([0, 5, 2**64 - 1]),
                 repeat_prefix=draw.random() < 0.5,
+                alignment=alignment,
                 num_threads=draw.choice([1, 1, 1, 2, 0, -1, 2**31 - 1]),
             )
             plan = {name: built[name] for name in plan}
         except _REFUSALS:
             pass
         capacity, max_documents = self._odd(draw, 32), self._odd(draw, 8)
+        alignment = alignment if draw.random() < 0.8 else self._odd(draw, 4)
         if capacity > 100_000:
             capacity = draw.choice([capacity, 32])
         has_bin = draw.random() < 0.8
@@ -88,6 +91,7 @@ class CoreTarget(Target):
             train_on_prefix=draw.random() < 0.3,
             strategy=draw.choice([*_STRATEGIES, "none"] if draw.random() < 0.1 else _STRATEGIES),
             repeat_prefix=draw.random() < 0.5,
+            alignment=alignment,
             bin=tokens.view(np.uint8) if has_bin else None,
             sequence_pointers=self._array(draw, pointers.tolist(), np.int64) if has_bin else None,
             token_bytes=draw.choice([2, 2, 2, 2, 1, 4, 8, 0, -1, 3, 2**31 - 1]),
@@ -113,6 +117,8 @@ class CoreTarget(Target):
                 raise Wrong(f"cu_seqlens of {len(sample[4])}")
             if sample[4][0] != 0 or sample[4][-1] != capacity or (np.diff(sample[4]) < 0).any():
                 raise Wrong("cu_seqlens that are no borders")
+            if (sample[4] % alignment).any():
+                raise Wrong("a segment that is not aligned")
 
     def _scan(self, draw: random.Random) -> None:
         lengths = [draw.choice([0, 1, 5, 40]) for _ in range(30)]
@@ -150,6 +156,29 @@ class CoreTarget(Target):
             raise Wrong("no permutation")
         if any(not 0 <= place % 2**64 < size for place in order.tolist()):
             raise Wrong("a place outside")
+
+    def _texts(self, draw: random.Random) -> None:
+        texts = [
+            bytes(draw.choices(b"hHt:/.@ \x00\xff", k=draw.randrange(9)))
+            + draw.choice([b"", b"http://a", b"https://b.C./x"])
+            for _ in range(20)
+        ]
+        texts = [text[::-1] if draw.random() < 0.5 else text for text in texts]
+        data = self._array(draw, b"".join(texts), np.uint8)
+        offsets = self._array(draw, np.cumsum([0, *map(len, texts)]), np.int32)
+        valid = draw.choice([None, np.ones(20, dtype=bool), np.zeros(draw.choice([20, 3]), bool)])
+        distinct = _core.DistinctTexts()
+        ids, first_rows = distinct.number(data, offsets, valid)
+        if len(ids) != len(offsets) - 1 or ids[first_rows].tolist() != list(range(len(distinct))):
+            raise Wrong("numbers that do not begin with their first rows")
+        if _core.hash_texts(data, offsets).shape != (len(ids), 2):
+            raise Wrong("hashes of another shape")
+        for hosts_only in (False, True):
+            copies, borders, is_plain = _core.copy_plain_urls(data, offsets, hosts_only=hosts_only)
+            if not (np.diff(borders) >= 0).all() or borders[-1] > len(copies):
+                raise Wrong("borders that are none")
+            if ((np.diff(borders) > 0) != is_plain).any():
+                raise Wrong("an empty copy, or one of what is not plain")
 
     @staticmethod
     def _odd(draw: random.Random, usual: int) -> int:
