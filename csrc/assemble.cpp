@@ -82,6 +82,11 @@ class SampleWriter {
     return tokens;
   }
 
+  void pad(int64_t count, int64_t pad_id) {
+    int64_t* tokens = append(count, false);
+    std::fill(tokens, tokens + count, pad_id);
+  }
+
   void end_segment() {
     if (cursor_ == segment_) return;
     out_.loss_mask[cursor_ - 1] = 0.0f;  // the next token is not in this segment
@@ -93,9 +98,8 @@ class SampleWriter {
 
   // Fills the rest of the pack and of cu_seqlens.
   void finish(int64_t pad_id) {
-    const int64_t padding = room();
-    int64_t* tokens = append(padding, false);
-    std::fill(tokens, tokens + padding + 1, pad_id);
+    pad(room(), pad_id);
+    out_.tokens[capacity_] = pad_id;
     end_segment();
     std::fill(out_.cu_seqlens + bound_ + 1, out_.cu_seqlens + num_bounds_,
               static_cast<int32_t>(capacity_));
@@ -181,6 +185,7 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
     piece.body = document.body;
     piece.body_begin = body_begin;
     piece.body_end = body_begin + size.body;
+    piece.padding = static_cast<int32_t>(size.padding);
     piece.has_bos = size.bos > 0;
     if (layout.shows_prefix(body_begin)) {
       piece.prefix_id = documents.prefix_id(number);
@@ -189,7 +194,7 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
     pieces.push_back(piece);
   }
   // Only now: prefixes that a view hides or moves take up their room all the same.
-  show(options.view, documents, pack, &pieces);
+  show(options.view, options, documents, pack, &pieces);
   return pieces;
 }
 
@@ -197,8 +202,8 @@ void compared_of_pack(const PlanView& plan, const Documents& documents, int64_t 
                       const AssemblyOptions& options, float* compared) {
   AssemblyOptions conditioned = options;
   conditioned.view = View::kConditioned;
-  mark_compared(options.view, documents, pack, pieces_of_pack(plan, documents, pack, conditioned),
-                options.capacity, compared);
+  mark_compared(options.view, options, documents, pack,
+                pieces_of_pack(plan, documents, pack, conditioned), compared);
 }
 
 void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*>& sources,
@@ -227,6 +232,7 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
           break;
       }
     });
+    if (piece.padding > 0) writer.pad(piece.padding, options.pad_id);
     writer.end_segment();
   }
   writer.finish(options.pad_id);

@@ -215,6 +215,7 @@ void WindowPacker::cut_documents(Window* w) const {
       w->tokens.bos += piece.bos;
       w->tokens.prefix += piece.prefix;
       w->tokens.body += piece.body;
+      w->tokens.padding += piece.padding;
       w->documents_cut += begin == 0 && piece.body < document.body ? 1 : 0;
       begin += piece.body;
     }

@@ -4,7 +4,8 @@
 // windows can be packed in parallel; padding is only lost in the last packs of a window. For each
 // window:
 //
-// 1. Cut the documents that are longer than a pack into pieces. All others stay whole.
+// 1. Cut the documents that are longer than a pack into pieces. All others stay whole. The size of
+//    a piece includes the padding that aligns it.
 // 2. Sort the pieces by size, largest first (a counting sort; equal sizes keep their order).
 // 3. Put each piece into the open pack with the least room that holds it. Among packs with equal
 //    room, take the one that received a piece last. If no pack holds it, open a new one.

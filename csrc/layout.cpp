@@ -15,6 +15,9 @@ void check(PackRules* rules) {
   if (rules->capacity < 2 || rules->capacity > kMaxCapacity) {
     throw std::invalid_argument("capacity must be 2 to 67,108,864");
   }
+  if (rules->alignment < 1 || rules->capacity % rules->alignment != 0) {
+    throw std::invalid_argument("the capacity must be a multiple of the alignment");
+  }
   if (rules->max_documents < 1) throw std::invalid_argument("max_documents must be at least 1");
   rules->max_documents = std::min(rules->max_documents, rules->capacity);
 }

@@ -3,7 +3,11 @@
 // A pack is a list of pieces. A piece is a document or a part of one, as runs of tokens of one
 // kind:
 //
-//     [BOS] [prefix] body
+//     [BOS] [prefix] body [padding]
+//
+// Padding makes it a multiple of the plan's alignment. It belongs to the piece: attention sees one
+// segment, positions run on, nothing of it is in the loss. Since packs are multiples of the
+// alignment too, so is the room that is left, and a piece that fits still fits with its padding.
 //
 // A plan stores where a piece begins, not where it ends: `Layout::fit` works the end out from the
 // room that is left in the pack. The packer calls it to fill packs, the assembler calls it again to
@@ -33,6 +37,14 @@ struct PackRules {
   int64_t capacity = 0;       // tokens in a pack, 2 to kMaxCapacity
   int64_t max_documents = 0;  // pieces in a pack, at least 1
   bool repeat_prefix = true;  // on every piece that continues a document
+  int64_t alignment = 1;      // every segment is a multiple of it; divides the capacity
+
+  // Tokens of padding behind `tokens`.
+  int64_t padding_after(int64_t tokens) const {
+    if (alignment == 1) return 0;
+    const int64_t over = tokens % alignment;
+    return over == 0 ? 0 : alignment - over;
+  }
 };
 
 // Throws std::invalid_argument for rules out of range. Lowers `max_documents` to the capacity at
@@ -44,23 +56,20 @@ struct PieceSize {
   int64_t bos = 0;
   int64_t prefix = 0;
   int64_t body = 0;
+  int64_t padding = 0;
 
-  int64_t total() const { return bos + prefix + body; }
+  int64_t total() const { return bos + prefix + body + padding; }
 };
 
 class Layout {
  public:
   Layout(const Documents& documents, const PackRules& rules)
-      : documents_(documents),
-        capacity_(rules.capacity),
-        bos_(documents.has_bos ? 1 : 0),
-        repeats_prefix_(rules.repeat_prefix),
-        strategy_(rules.strategy) {}
+      : documents_(documents), rules_(rules), bos_(documents.has_bos ? 1 : 0) {}
 
   // Whether the rest of a cut document is dropped. If not, another piece continues it.
-  bool drops_rest() const { return strategy_ == Strategy::kTruncate; }
+  bool drops_rest() const { return rules_.strategy == Strategy::kTruncate; }
   // Whether the piece that begins at `begin` of a body repeats the document's prefix.
-  bool shows_prefix(int64_t begin) const { return begin == 0 || repeats_prefix_; }
+  bool shows_prefix(int64_t begin) const { return begin == 0 || rules_.repeat_prefix; }
   // Tokens that stand in front of the body.
   int64_t head(int64_t prefix) const { return bos_ + prefix; }
 
@@ -68,7 +77,7 @@ class Layout {
   // left. Without a body token the piece does not fit, unless `drops_rest`: then its head filled
   // the pack.
   PieceSize fit(const DocumentSize& document, int64_t begin, int64_t room) const {
-    switch (strategy_) {
+    switch (rules_.strategy) {
       case Strategy::kTruncate:
         return fit_as<Strategy::kTruncate>(document, begin, room);
       case Strategy::kSplit:
@@ -82,7 +91,7 @@ class Layout {
   template <Strategy kStrategy>
   PieceSize fit_as(const DocumentSize& document, int64_t begin, int64_t room) const {
     // Best-fit cuts documents before it knows their packs: always as for an empty one.
-    if constexpr (kStrategy == Strategy::kBestFit) room = capacity_;
+    if constexpr (kStrategy == Strategy::kBestFit) room = rules_.capacity;
     PieceSize piece;
     int64_t left = room;
     piece.bos = std::min(bos_, left);
@@ -94,17 +103,16 @@ class Layout {
     const int64_t rest = document.body - begin;
     piece.body = std::min(rest, left);
     if (kStrategy != Strategy::kTruncate && piece.body < rest) {
-      piece.body = documents_.cut(document.number, begin, piece.body, room == capacity_);
+      piece.body = documents_.cut(document.number, begin, piece.body, room == rules_.capacity);
     }
+    piece.padding = rules_.padding_after(piece.total());
     return piece;
   }
 
  private:
   const Documents& documents_;
-  int64_t capacity_;
-  int64_t bos_;
-  bool repeats_prefix_;
-  Strategy strategy_;
+  const PackRules rules_;
+  const int64_t bos_;
 };
 
 // A piece with what is needed to write its tokens.
@@ -115,12 +123,17 @@ struct Piece {
   int64_t body_end = 0;
   int32_t prefix_id = -1;
   int32_t prefix_tokens = 0;  // fewer than the prefix has where the pack ends inside it
+  int32_t padding = 0;
   bool has_bos = false;
+
+  // Tokens without padding.
+  int64_t content() const { return (has_bos ? 1 : 0) + prefix_tokens + body_end - body_begin; }
 };
 
 enum class TokenKind { kBos, kPrefix, kBody };
 
-// Calls visit(kind, count) for each run of tokens of one kind in a piece, from left to right.
+// Calls visit(kind, count) for each run of tokens of one kind in a piece, from left to right; the
+// padding is not among them.
 template <typename Visit>
 void for_each_run(const Piece& piece, Visit&& visit) {
   if (piece.has_bos) visit(TokenKind::kBos, 1);

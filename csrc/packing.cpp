@@ -68,6 +68,8 @@ class Builder {
     c.body_tokens += piece.body;
     c.prefix_tokens += piece.prefix;
     c.bos_tokens += piece.bos;
+    c.padding_tokens += piece.padding;
+    c.alignment_tokens += piece.padding;
     room_ -= piece.total();
     ++pieces_;
   }
@@ -195,7 +197,8 @@ class BestFit : public Builder {
     c.body_tokens += w.tokens.body;
     c.prefix_tokens += w.tokens.prefix;
     c.bos_tokens += w.tokens.bos;
-    c.padding_tokens += options_.capacity * w.num_packs() - w.tokens.total();
+    c.padding_tokens += options_.capacity * w.num_packs() - w.tokens.total() + w.tokens.padding;
+    c.alignment_tokens += w.tokens.padding;
   }
 
   // The first packs of the last window, when a plan has a given number of packs.

@@ -42,10 +42,11 @@ View parse_view(const std::string& name) {
   throw std::invalid_argument("unknown view: " + name);
 }
 
-std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const Documents& documents,
-                                      int64_t pack) {
+std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const PackRules& rules,
+                                      const Documents& documents, int64_t pack) {
   std::vector<size_t> donors(pieces.size());
   std::vector<std::pair<uint64_t, size_t>> order;  // equal prefixes side by side
+  int64_t room = rules.capacity;                   // that the sorted pieces share
   for (size_t i = 0; i < pieces.size(); ++i) {
     donors[i] = i;
     const Piece& piece = pieces[i];
@@ -53,6 +54,8 @@ std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const Do
         piece.prefix_tokens > 0 && piece.prefix_tokens == documents.prefix_length(piece.prefix_id);
     if (is_whole && body_of(piece) > 0) {
       order.emplace_back(hash_of_prefix(piece, documents, pack), i);
+    } else {
+      room -= piece.content() + piece.padding;
     }
   }
   std::sort(order.begin(), order.end());
@@ -61,43 +64,62 @@ std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const Do
     for (end = begin; end < order.size() && order[end].first == order[begin].first;) ++end;
     most = std::max(most, end - begin);
   }
-  for (size_t i = 0; i < order.size(); ++i) {
-    donors[order[i].second] = order[(i + most) % order.size()].second;
+  const size_t count = order.size();
+  auto donor = [&](size_t i, size_t places) { return order[(i + places) % count].second; };
+  auto fits = [&](size_t places) {
+    if (rules.alignment == 1) return true;
+    int64_t tokens = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const Piece& piece = pieces[order[i].second];
+      const int64_t content =
+          piece.content() - piece.prefix_tokens + pieces[donor(i, places)].prefix_tokens;
+      tokens += content + rules.padding_after(content);
+    }
+    return tokens <= room;
+  };
+  const size_t last = count - most;
+  for (size_t places = most;; places < last ? ++places : --places) {
+    if (fits(places)) {
+      for (size_t i = 0; i < count; ++i) donors[order[i].second] = donor(i, places);
+      break;
+    }
+    if (places == last) break;
   }
   return donors;
 }
 
-void show(View view, const Documents& documents, int64_t pack, std::vector<Piece>* pieces) {
+void show(View view, const PackRules& rules, const Documents& documents, int64_t pack,
+          std::vector<Piece>* pieces) {
   if (view == View::kConditioned) return;
-  if (view == View::kPlain) {
-    for (Piece& piece : *pieces) {
-      piece.prefix_id = -1;
-      piece.prefix_tokens = 0;
-    }
-    return;
-  }
   const std::vector<Piece> own = *pieces;
-  const std::vector<size_t> donors = shuffled_prefixes(own, documents, pack);
+  std::vector<size_t> donors;
+  if (view == View::kShuffled) donors = shuffled_prefixes(own, rules, documents, pack);
   for (size_t i = 0; i < own.size(); ++i) {
-    (*pieces)[i].prefix_id = own[donors[i]].prefix_id;
-    (*pieces)[i].prefix_tokens = own[donors[i]].prefix_tokens;
+    Piece& piece = (*pieces)[i];
+    piece.prefix_id = donors.empty() ? -1 : own[donors[i]].prefix_id;
+    piece.prefix_tokens = donors.empty() ? 0 : own[donors[i]].prefix_tokens;
+    piece.padding = static_cast<int32_t>(rules.padding_after(piece.content()));
   }
 }
 
-void mark_compared(View view, const Documents& documents, int64_t pack,
-                   const std::vector<Piece>& pieces, int64_t capacity, float* compared) {
-  const std::vector<size_t> donors = shuffled_prefixes(pieces, documents, pack);
+void mark_compared(View view, const PackRules& rules, const Documents& documents, int64_t pack,
+                   const std::vector<Piece>& pieces, float* compared) {
+  const std::vector<size_t> donors = shuffled_prefixes(pieces, rules, documents, pack);
   std::vector<Piece> shown = pieces;
-  show(view, documents, pack, &shown);
-  std::fill(compared, compared + capacity, 0.0f);
-  int64_t end = 0;
+  show(view, rules, documents, pack, &shown);
+  std::fill(compared, compared + rules.capacity, 0.0f);
+  int64_t cursor = 0;
   for (size_t i = 0; i < shown.size(); ++i) {
-    const int64_t begin = end + (shown[i].has_bos ? 1 : 0) + shown[i].prefix_tokens;
-    end = begin + body_of(shown[i]);
-    if (end > capacity) throw std::out_of_range("damaged plan: pack overfull");
+    const Piece& piece = shown[i];
+    const int64_t end = cursor + piece.content();  // of the body
+    if (end + piece.padding > rules.capacity) {
+      throw std::out_of_range("damaged plan: pack overfull");
+    }
+    cursor = end + piece.padding;
     if (same_prefix(pieces[i], pieces[donors[i]], documents)) continue;
     // compared[t] governs the prediction of token t + 1, as loss_mask does.
-    std::fill(compared + begin - (shown[i].has_bos ? 1 : 0), compared + end - 1, 1.0f);
+    const int64_t begin = end - body_of(piece) + (piece.has_bos ? 0 : 1);
+    std::fill(compared + begin - 1, compared + end - 1, 1.0f);
   }
 }
 

@@ -10,6 +10,11 @@
 // as few pieces as possible get an equal prefix back: none, unless one prefix belongs to more than
 // half of them. The pack's length does not change, since the prefixes are a permutation.
 //
+// Where segments are aligned, other prefixes need other padding, and the pack may grow. All numbers
+// of places from m to n - m leave as few equal prefixes, where n is the number of sorted pieces.
+// They are tried in that order, and the first one that fits the pack is taken. If there is none,
+// every piece keeps its prefix.
+//
 // The loss under the right and under a wrong prefix is compared on the pieces whose prefix changes.
 #pragma once
 
@@ -27,11 +32,12 @@ View parse_view(const std::string& name);  // throws std::invalid_argument
 
 // For each piece the number of the piece whose prefix it has in the shuffled view: its own if it
 // takes no part. Throws std::out_of_range on a damaged prefix table.
-std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const Documents& documents,
-                                      int64_t pack);
+std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const PackRules& rules,
+                                      const Documents& documents, int64_t pack);
 
 // Turns the pieces of a pack from the conditioned view into another one.
-void show(View view, const Documents& documents, int64_t pack, std::vector<Piece>* pieces);
+void show(View view, const PackRules& rules, const Documents& documents, int64_t pack,
+          std::vector<Piece>* pieces);
 
 // Marks with 1 the positions whose label is a body token that the comparison counts, and all others
 // with 0: the body tokens of the pieces whose prefix changes in the shuffled view. Without BOS the
@@ -39,7 +45,7 @@ void show(View view, const Documents& documents, int64_t pack, std::vector<Piece
 // tokens are the same in all views, at other positions.
 //
 // `pieces` are those of the conditioned view. `compared` holds `capacity` numbers.
-void mark_compared(View view, const Documents& documents, int64_t pack,
-                   const std::vector<Piece>& pieces, int64_t capacity, float* compared);
+void mark_compared(View view, const PackRules& rules, const Documents& documents, int64_t pack,
+                   const std::vector<Piece>& pieces, float* compared);
 
 }  // namespace meco

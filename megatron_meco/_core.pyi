@@ -23,6 +23,7 @@ class Piece:
     body_end: int
     prefix_id: int
     prefix_tokens: int
+    padding: int
     has_bos: bool
 
 class Corpus:
@@ -57,6 +58,7 @@ class Assembler:
         train_on_prefix: bool,
         strategy: str,
         repeat_prefix: bool,
+        alignment: int = 1,
         bin: NDArray[np.uint8] | None = None,
         sequence_pointers: NDArray[np.int64] | None = None,
         token_bytes: int = 8,
@@ -80,6 +82,7 @@ def build_plan(
     range_end: int,
     seed: int,
     repeat_prefix: bool,
+    alignment: int = 1,
     num_threads: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]: ...

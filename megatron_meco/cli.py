@@ -39,6 +39,7 @@ class Command:
         example: Shown at the end of its help.
         takes_training_flags: Whether it accepts the flags of a training command. They reach it as
             `args.training_flags`.
+        reads_run_file: Whether a run file in their place is read before the command runs.
     """
 
     group: str
@@ -48,6 +49,7 @@ class Command:
     run: str
     example: str
     takes_training_flags: bool = False
+    reads_run_file: bool = True
 
 
 _SET_UP = "Set up"
@@ -195,6 +197,19 @@ COMMANDS = {
   meco watch runs/web
   meco watch slurm-123.log""",
     ),
+    "show": Command(
+        group=_TRAINING,
+        summary="write an HTML page about a corpus, a plan, a run and its models",
+        module="megatron_meco.show.command",
+        add_arguments="add_show_arguments",
+        run="run_show",
+        takes_training_flags=True,
+        reads_run_file=False,
+        example="""\
+  meco show data/web -o corpus.html
+  meco show run.yaml -o run.html
+  meco show run.yaml --model meco=my-llama --model baseline=my-baseline -o run.html""",
+    ),
     "export": Command(
         group=_AFTER,
         summary="turn a checkpoint into a Hugging Face Llama folder",
@@ -244,6 +259,17 @@ COMMANDS = {
         example="""\
   meco steer --model my-llama --metadata url=en.wikipedia.org --scorer detoxify --output toxicity
   meco steer --model my-llama --metadata url=4chan.org --scorer my_module:my_function --output s""",
+    ),
+    "attribute": Command(
+        group=_AFTER,
+        summary="tell which source a text looks like, with calibration",
+        module="megatron_meco.inference.attribute",
+        add_arguments="add_attribute_arguments",
+        run="run_attribute",
+        example="""\
+  meco attribute --model my-llama --data-path data/web --text article.txt
+  meco attribute --model my-llama --data-path data/web --text pages.jsonl \\
+      --held-out held-out.jsonl --json""",
     ),
 }
 
@@ -349,6 +375,9 @@ def _run(arguments: list[str]) -> int:
     parser = command_parser(name)
     args, unknown = parser.parse_known_args(arguments[1:])
     run = getattr(module, command.run)
+    if command.takes_training_flags and not command.reads_run_file:
+        args.training_flags = unknown
+        return int(run(args))
     if command.takes_training_flags:
         from megatron_meco.run.run_file import training_flags
 

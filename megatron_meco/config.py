@@ -41,6 +41,7 @@ FINGERPRINT_KEYS = (
     "plain_fraction",
     "max_prefix_tokens",
     "max_documents_per_pack",
+    "pad_documents_to",
     "train_on_prefix",
     "seq_length",
     "seed",
@@ -98,6 +99,10 @@ class MeCoConfig:
 
     At the usual sequence lengths the default, plus the padding segment, is a power of two."""
 
+    pad_documents_to: int = 1
+    """Tokens of which every segment of a pack is a multiple: a document or a part of one, with the
+    padding behind it, and the padding at the end of the pack. Divides the sequence length."""
+
     max_prefix_tokens: int | None = None
     """Longest prefix in tokens; None: half the sequence. With a longer one a document is plain."""
 
@@ -124,6 +129,7 @@ class MeCoConfig:
         _check_at_least(self.cooldown_start_iteration, 0, "--meco-cooldown-start-iteration")
         _check_at_least(self.max_documents_per_pack, 0, "--meco-max-documents-per-pack")
         _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
+        _check_at_least(self.pad_documents_to, 1, "--meco-pad-documents-to")
         if self.train_on_prefix and not self.template:
             raise FlagError(
                 "there is no prefix to train on, the template is empty",
@@ -146,7 +152,23 @@ class MeCoConfig:
     @property
     def unique_identifiers(self) -> dict[str, Any]:
         """Everything that determines a sample, for Megatron's cache keys (JSON-serializable)."""
-        return asdict(self)
+        values = asdict(self)
+        if self.pad_documents_to == 1:
+            del values["pad_documents_to"]  # the key of caches from before there was the flag
+        return values
+
+    def check_sequence_length(self, sequence_length: int) -> None:
+        """Refuse an alignment of documents that does not divide the sequence.
+
+        Raises:
+            FlagError: Names the flag.
+        """
+        if sequence_length % self.pad_documents_to:
+            raise FlagError(
+                f"{self.pad_documents_to:,} does not divide --seq-length {sequence_length:,}",
+                where="--meco-pad-documents-to",
+                remedy="Give a divisor of the sequence length.",
+            )
 
     def prefix_cap(self, sequence_length: int) -> int:
         """Longest prefix in tokens at this sequence length."""
@@ -172,9 +194,17 @@ class MeCoConfig:
             plain_fraction=args.meco_plain_fraction,
             repeat_prefix=not args.meco_prefix_once,
             max_documents_per_pack=args.meco_max_documents_per_pack,
+            pad_documents_to=alignment_from_args(args),
             max_prefix_tokens=args.meco_max_prefix_tokens,
             train_on_prefix=args.meco_train_on_prefix,
         )
+
+
+def alignment_from_args(args: argparse.Namespace) -> int:
+    """Tokens of which every segment is a multiple: the flag's value, or what the layout needs."""
+    # Checkpoints of before there was the flag lack it.
+    given: int | None = getattr(args, "meco_pad_documents_to", None)
+    return layout_alignment(args) if given is None else given
 
 
 def layout_alignment(args: argparse.Namespace) -> int:
@@ -191,7 +221,7 @@ def layout_alignment(args: argparse.Namespace) -> int:
         1 without context parallelism.
     """
     ranks = int(getattr(args, "context_parallel_size", 1) or 1)
-    if ranks == 1:
+    if ranks <= 1:
         return 1
     alignment = 2 * ranks
     if getattr(args, "sequence_parallel", False):
@@ -273,6 +303,14 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="N",
         help="Cap on documents in a pack: all ranks wait for one with hundreds of tiny documents. "
         "Default: max(127, seq_length // 64 - 1). 0: no cap.",
+    )
+    group.add_argument(
+        "--meco-pad-documents-to",
+        type=int,
+        metavar="A",
+        help="Pad each document in a pack, and each part of one, to a multiple of A tokens. The "
+        "padding is not in the loss. Default: what --context-parallel-size needs; without it 1, no "
+        "padding.",
     )
     group.add_argument(
         "--meco-max-prefix-tokens",

@@ -172,7 +172,7 @@ def check_dataset_options(config: Any) -> None:
                 remedy=remedy,
             )
     ranks = config.context_parallel_size or 1
-    padded_to = getattr(config.meco, "pad_documents_to", None) or 1
+    padded_to = config.meco.pad_documents_to
     if ranks > 1 and padded_to % (2 * ranks):
         raise FlagError(
             f"each rank takes two equal chunks of every document of a pack, and documents are "

@@ -63,7 +63,10 @@ def document_order(
 
 @dataclass
 class Token:
-    """One token and what it is: bos, prefix, body (EOD among it) or pad."""
+    """One token and what it is: bos, prefix, body (EOD among it) or pad.
+
+    Padding that aligns a piece has the piece's visit, that at the end of a pack has none.
+    """
 
     id: int
     kind: str
@@ -107,16 +110,31 @@ class Pack:
         return marks + [0.0] * (length - len(marks))
 
 
-def in_view(pack: Pack, prefixes: list[list[int] | None], view: str, number: int) -> Pack:
+def aligned(size: int, align: int) -> int:
+    """The smallest multiple of `align` that is no less than `size`."""
+    while size % align:
+        size += 1
+    return size
+
+
+def in_view(
+    pack: Pack,
+    prefixes: list[list[int] | None],
+    view: str,
+    number: int,
+    align: int = 1,
+    length: int | None = None,
+) -> Pack:
     """Pack `number` as validation shows it: "conditioned", "plain" or "shuffled".
 
     Pieces with their whole prefix and a body are sorted by a hash of the prefix, and the prefixes
     are moved on by as many places as the most frequent of them occurs. The body tokens of pieces
-    that get another prefix are compared; not the first of a piece that has no BOS.
+    that get another prefix are compared; not the first of a piece that has no BOS. Padding of
+    aligned pieces may not fit a pack of `length` any more: then other numbers of places are tried.
     """
     pieces: dict[int, dict[str, list[Token]]] = {}
     for token in pack.tokens:
-        piece = pieces.setdefault(token.visit, {"bos": [], "prefix": [], "body": []})
+        piece = pieces.setdefault(token.visit, {"bos": [], "prefix": [], "body": [], "pad": []})
         piece[token.kind].append(token)
 
     def ids(piece: dict[str, list[Token]]) -> list[int]:
@@ -135,8 +153,19 @@ def in_view(pack: Pack, prefixes: list[list[int] | None], view: str, number: int
     ]
     moving.sort(key=key)
     most = max((sum(ids(a) == ids(b) for b in moving) for a in moving), default=0)
-    given = {id(piece): moving[(i + most) % len(moving)] for i, piece in enumerate(moving)}
+    others = len(moving) - most
+    choices = range(most, others + 1) if most <= others else range(most, others - 1, -1)
     shown = Pack()
+    for places in [*choices, 0]:
+        given = {id(piece): moving[(i + places) % len(moving)] for i, piece in enumerate(moving)}
+        sizes = [
+            aligned(
+                len(piece["bos"] + piece["body"] + given.get(id(piece), piece)["prefix"]), align
+            )
+            for piece in pieces.values()
+        ]
+        if length is None or sum(sizes) <= length:
+            break
     for visit, piece in pieces.items():
         donor = given.get(id(piece), piece)
         compared = ids(donor) != ids(piece)
@@ -148,7 +177,14 @@ def in_view(pack: Pack, prefixes: list[list[int] | None], view: str, number: int
             Token(t.id, "body", document, visit, compared and (place > 0 or bool(piece["bos"])))
             for place, t in enumerate(piece["body"])
         ]
+        align_piece(shown, visit, align)
     return shown
+
+
+def align_piece(pack: Pack, visit: int, align: int, pad: int = 1) -> None:
+    """Pad the last piece of a pack; all before are aligned already."""
+    missing = aligned(len(pack.tokens), align) - len(pack.tokens)
+    pack.tokens += [Token(pad, "pad", -1, visit)] * missing
 
 
 def truncate_packs(
@@ -159,6 +195,7 @@ def truncate_packs(
     length: int,
     num_packs: int | None,
     max_documents: int | None = None,
+    align: int = 1,
 ) -> tuple[list[Pack], int]:
     """The paper's packing, and the number of body tokens that it discards.
 
@@ -173,6 +210,7 @@ def truncate_packs(
         length: Tokens in a pack.
         num_packs: Stop after so many; None: use all visits, the last pack may be short.
         max_documents: Cap on documents in a pack.
+        align: Every piece is padded to a multiple of it.
     """
     packs: list[Pack] = []
     discarded = 0
@@ -188,6 +226,7 @@ def truncate_packs(
         whole += [Token(i, "body", document, visit) for i in body]
         room = length - len(pack.tokens)
         pack.tokens += whole[:room]
+        align_piece(pack, visit, align)
         held += 1
         discarded += sum(t.kind == "body" for t in whole[room:])
         if len(pack.tokens) == length or held == max_documents:
@@ -204,6 +243,7 @@ def pieces_to_pack(
     prefixes: list[list[int] | None],
     bos: int | None,
     repeat_prefix: bool = True,
+    align: int = 1,
 ) -> Pack:
     """The pack that holds these pieces: (document, body_begin, body_end) each."""
     pack = Pack()
@@ -212,6 +252,7 @@ def pieces_to_pack(
         pack.tokens += [] if bos is None else [Token(bos, "bos", document, visit)]
         pack.tokens += [Token(i, "prefix", document, visit) for i in shown]
         pack.tokens += [Token(i, "body", document, visit) for i in bodies[document][begin:end]]
+        align_piece(pack, visit, align)
     return pack
 
 
@@ -239,6 +280,7 @@ def split_pieces(
     max_documents: int,
     repeat_prefix: bool = True,
     borders: list[list[int]] | None = None,
+    align: int = 1,
 ) -> list[list[tuple[int, int, int]]]:
     """`split`: documents in order; the rest of a cut one opens the next pack."""
     packs: list[list[tuple[int, int, int]]] = []
@@ -259,7 +301,7 @@ def split_pieces(
                 take = cut_after(borders[document] if borders else [], begin, take, not pack)
             if take > 0:
                 pack.append((document, begin, begin + take))
-                room -= head + take
+                room -= aligned(head + take, align)
                 begin += take
             if take <= 0 or begin < len(body) or room == 0 or len(pack) == max_documents:
                 packs.append(pack)
@@ -269,13 +311,15 @@ def split_pieces(
     return packs
 
 
-def chunk_sizes(body: int, prefix: int, head: int, length: int, repeat_prefix: bool) -> list[int]:
+def chunk_sizes(
+    body: int, prefix: int, head: int, length: int, repeat_prefix: bool, align: int = 1
+) -> list[int]:
     """Sizes of the pieces that best-fit makes of one document without sentence borders."""
     sizes, begin = [], 0
     while begin < body:
         overhead = head + (prefix if begin == 0 or repeat_prefix else 0)
         take = min(body - begin, length - overhead)
-        sizes.append(overhead + take)
+        sizes.append(aligned(overhead + take, align))
         begin += take
     return sizes
 

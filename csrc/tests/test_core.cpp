@@ -123,6 +123,7 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
     bodies += head ? body : std::max<int64_t>(body - 1, 0);
   }
   CHECK(trained == bodies);
+  for (int32_t bound : bounds) CHECK(bound % options.alignment == 0);
 
   std::vector<float> compared(length, -7.0f);
   meco::compared_of_pack(view, documents, pack, options, compared.data());
@@ -137,7 +138,8 @@ void test_random_corpora() {
     const int num_documents = 1 + static_cast<int>(draw() % 60);
     const TestCorpus corpus = make_corpus(draw, num_documents);
     const meco::Documents documents = corpus.view(round % 2 == 0);
-    const int64_t capacity = 10 + static_cast<int64_t>(draw() % 60);
+    const int64_t alignment = round % 2 == 0 ? 1 : 1 + static_cast<int64_t>(draw() % 9);
+    const int64_t capacity = (10 + static_cast<int64_t>(draw() % 60)) * alignment;
     const int64_t cap = round % 4 == 0 ? 2 : capacity;
     meco::Order order{0, num_documents, 0, num_documents, draw()};
     meco::PackingOptions packing;
@@ -146,6 +148,7 @@ void test_random_corpora() {
     packing.num_packs = round % 5 == 0 ? -1 : 30;
     packing.max_documents = cap;
     packing.repeat_prefix = round % 7 != 0;
+    packing.alignment = alignment;
     packing.num_threads = 1 + round % 2;
     const meco::Plan plan = meco::build_plan(documents, order, packing);
     const meco::PlanView view = view_of(plan);
@@ -155,6 +158,7 @@ void test_random_corpora() {
     meco::AssemblyOptions options;
     options.strategy = packing.strategy;
     options.repeat_prefix = packing.repeat_prefix;
+    options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = cap;
     options.bos_id = 0;
@@ -331,6 +335,7 @@ void test_hostile_calls() {
     packing.num_packs = maybe_odd(round % 2 == 0 ? -1 : 20);
     packing.max_documents = maybe_odd(8);
     packing.repeat_prefix = draw() % 2 == 0;
+    packing.alignment = draw() % 2 == 0 ? 1 : maybe_odd(8);
     packing.num_threads = static_cast<int>(draw() % 50 == 0 ? odd() : 1);
     // As many packs as there is memory for take their time; refusing them is seen with others.
     if (packing.num_packs > 1000 && packing.num_packs <= int64_t{1} << 32) packing.num_packs = 1000;
@@ -357,6 +362,7 @@ void test_hostile_calls() {
     meco::AssemblyOptions given;
     given.strategy = static_cast<meco::Strategy>(draw() % 3);
     given.repeat_prefix = packing.repeat_prefix;
+    given.alignment = draw() % 2 == 0 ? packing.alignment : maybe_odd(4);
     given.capacity = maybe_odd(32);
     given.max_documents = maybe_odd(8);
     given.vocab_size = maybe_odd(70000);

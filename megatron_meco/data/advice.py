@@ -118,10 +118,11 @@ def _of_prefixes(report: Mapping[str, Any], config: MeCoConfig, length: int) -> 
     if counts["prefix_tokens"] > _MUCH_PREFIX * tokens:
         each = counts["prefix_tokens"] / max(1, counts["documents"])
         body = counts["body_tokens"] / max(1, counts["documents"])
+        host = ", as with {url.host} in place of {url}" if "{url}" in config.template else ""
         lines.append(
             f"prefixes are {percent(counts['prefix_tokens'], tokens)} of the conditioned tokens "
-            f"({each:.0f} of {each + body:.0f} a document). A shorter template, as with "
-            "{url.host} in place of {url}, or longer documents leave more to train on."
+            f"({each:.0f} of {each + body:.0f} a document). A shorter template{host}, or longer "
+            "documents leave more to train on."
         )
     whole = max(1, report["documents_of_conditioned_corpora"])
     cap = config.prefix_cap(length)

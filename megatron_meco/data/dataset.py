@@ -105,6 +105,7 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
                 where="--seq-length",
                 remedy=f"Give 4 to {_core.MAX_CAPACITY:,}.",
             )
+        self.meco.check_sequence_length(self.sequence_length)
 
     @property
     def num_ids(self) -> int:
@@ -277,7 +278,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         return sample
 
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
-        """Pieces of pack `idx`: document, body_begin, body_end, prefix (text or None), its length.
+        """Pieces of pack `idx`, as people and tests read them.
+
+        Each with document, body_begin, body_end, prefix (text or None), prefix_tokens, and
+        alignment_tokens: the padding behind it.
 
         Those without a prefix say why: `plain_because`, else None. Prefixes are decoded, so this is
         for people and tests, not for training.
@@ -290,6 +294,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 "prefix": self._prefix_text(piece),
                 "prefix_tokens": piece.prefix_tokens,
                 "plain_because": self._why_plain(piece),
+                "alignment_tokens": piece.padding,
             }
             for piece in self._assembler.pieces(idx)
         ]
@@ -429,6 +434,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             share_end=share[1],
             seed=config.random_seed,
             repeat_prefix=config.meco.repeat_prefix,
+            alignment=config.meco.pad_documents_to,
         )
 
     def _load_plan(self) -> Plan:
@@ -492,6 +498,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             train_on_prefix=meco.train_on_prefix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,
+            alignment=meco.pad_documents_to,
             bin=self._bin,
             sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),
             token_bytes=index.dtype_size,

@@ -58,6 +58,7 @@ class PlanRequest:
         share_end: See `share_begin`.
         seed: Decides the order.
         repeat_prefix: Whether every piece that continues a document has its prefix again.
+        alignment: Every segment of a pack, its final padding included, is a multiple of it.
     """
 
     strategy: str
@@ -70,6 +71,7 @@ class PlanRequest:
     share_end: float = 1.0
     seed: int = 0
     repeat_prefix: bool = True
+    alignment: int = 1
 
     @property
     def range(self) -> tuple[int, int]:
@@ -88,7 +90,11 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanCounts:
-    """What a plan holds and what it costs. Tokens of a body include its EOD."""
+    """What a plan holds and what it costs.
+
+    Tokens of a body include its EOD. `padding_tokens` include `alignment_tokens`, which stand
+    behind a piece and in its segment.
+    """
 
     documents: int = 0
     packs: int = 0
@@ -101,6 +107,7 @@ class PlanCounts:
     documents_plain: int = 0
     documents_empty: int = 0
     num_epochs: int = 0
+    alignment_tokens: int = 0
     documents_per_pack: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -176,14 +183,18 @@ def load_plan(
         FlagError: When a prefix leaves no room for its document.
     """
     version = _VERSION + PACKING_RULES[request.strategy]
-    key = {"version": version, "corpus": identity, "request": vars(request)}
+    asked = dict(vars(request))
+    if request.alignment == 1:
+        del asked["alignment"]  # plans made before there was one keep their names
+    key = {"version": version, "corpus": identity, "request": asked}
     path = cache_folder / f"{digest(key)}-plan.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         with BuildProgress(f"packing {where}") as progress:
             plan = build_plan(corpus(), request, where, progress=progress)
         arrays = {k: v for k, v in vars(plan).items() if isinstance(v, np.ndarray)}
-        header = {"counts": vars(plan.counts), "one_sequence_each": plan.one_sequence_each}
+        counts = {k: v for k, v in vars(plan.counts).items() if k != "alignment_tokens" or v}
+        header = {"counts": counts, "one_sequence_each": plan.one_sequence_each}
         return header, arrays
 
     file = load_or_build(path, KIND, build)
@@ -246,6 +257,7 @@ def build_plan(
             range_end=end,
             seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
             repeat_prefix=request.repeat_prefix,
+            alignment=request.alignment,
             num_threads=num_threads or len(os.sched_getaffinity(0)),
             progress=progress,
         )

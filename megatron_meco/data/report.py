@@ -24,6 +24,7 @@ _JSON_COUNTS = (
     "prefix_tokens",
     "discarded_tokens",
     "padding_tokens",
+    "alignment_tokens",
     "documents_cut",
     "documents_per_pack",
     "documents_plain",

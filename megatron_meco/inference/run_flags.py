@@ -110,6 +110,7 @@ _OPTIONAL: dict[str, Check] = {
     "meco_plain_fraction": _number,
     "meco_prefix_once": _switch,
     "meco_max_documents_per_pack": _or_none(_whole(0)),
+    "meco_pad_documents_to": _or_none(_whole(1)),
     "meco_max_prefix_tokens": _or_none(_whole(1)),
     "meco_train_on_prefix": _switch,
     "meco_fingerprint": _or_none(_fingerprint),

@@ -349,6 +349,35 @@ def training_flags(words: list[str]) -> Iterator[list[str]]:
             os.environ["WORLD_SIZE"] = earlier
 
 
+def copy_of(run: RunFile) -> str:
+    """The text of a run file with its path and its `--set`s, as a run's folder keeps it."""
+    sets = [f"# --set {' '.join(override.splitlines())}\n" for override in run.overrides]
+    return "".join([f"# {run.path.absolute()}\n", *sets, run.text])
+
+
+def original_words(copy: Path) -> list[str]:
+    """The words that name the run file of a copy: its path, and `--set`s.
+
+    Args:
+        copy: What `copy_of` gave.
+
+    Raises:
+        RunFileError: The run file is no longer where it was.
+    """
+    lines = read_text(copy).splitlines()
+    path = Path(lines[0].removeprefix("# ")) if lines else Path()
+    if not path.is_file():
+        raise RunFileError(
+            f"{path} is no longer there", where=str(copy), remedy="Give the run file itself."
+        )
+    words = [str(path)]
+    for line in lines[1:]:
+        if not line.startswith("# --set "):
+            break
+        words += ["--set", line.removeprefix("# --set ")]
+    return words
+
+
 def _is_run_file(words: list[str]) -> bool:
     rest = iter(words)
     for word in rest:

@@ -14,7 +14,7 @@ _NUMBER = r"[-+.\deEnaifNAIF]+"
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(rf"([a-z ]+?)(?: \(ms\))?: +({_NUMBER}) \|")
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)[^|]*\|(.*)")
-_LOSS = re.compile(rf"lm loss ?([a-z]*) value: ({_NUMBER}) \|")
+_LOSS = re.compile(rf"lm loss ?([a-z ]*?) value: ({_NUMBER}) \|")
 _PHASES = re.compile(r"> MeCo: iterations 1 to (\d+) conditioned, \d+ to (\d+) cooldown")
 _ARGUMENT = re.compile(r"(?:^|\s)(seq_length|micro_batch_size) \.+ (\d+)\s*$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (\S+)")
@@ -76,7 +76,8 @@ class Step:
 class Validation:
     """One evaluation: finished steps, and losses in nats per token.
 
-    Losses are "conditioned" and "plain", or "" for a run without MeCo.
+    Losses are "conditioned", "plain", "shuffled" and "shuffled minus conditioned" (the value of
+    metadata, on the tokens that both can be compared on), or "" for a run without MeCo.
     """
 
     iteration: int

@@ -211,7 +211,13 @@ class Follower:
             self.say(f"{phase:<11} {state}")
 
     def _show_validation(self, validation: Validation) -> None:
-        names = {"conditioned": "with metadata", "plain": "without", "": ""}
+        names = {
+            "conditioned": "with metadata",
+            "plain": "without",
+            "shuffled": "with wrong",
+            "shuffled minus conditioned": "wrong minus right",
+            "": "",
+        }
         losses = [
             " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
             for name, value in validation.losses.items()

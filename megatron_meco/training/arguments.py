@@ -65,6 +65,7 @@ from megatron_meco.training.kernels import (
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
     let_distributed_optimizer_resume,
+    let_functions_be_specs,
     skip_helper_compilation,
 )
 from megatron_meco.training.run_fingerprint import check_resume, fingerprint
@@ -205,7 +206,7 @@ def parse_and_validate_args(
     except MeCoError as error:
         _end(error)
     apply_meco(args)
-    if args.dataloader_inter_document_masking and _is_rank_0():
+    if getattr(args, "dataloader_inter_document_masking", False) and _is_rank_0():
         print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args
 
@@ -448,6 +449,8 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     config = MeCoConfig.from_args(args)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
+    if args.seq_length:
+        config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
         if not args.meco_cooldown_data_path:
@@ -624,11 +627,14 @@ def apply_meco(args: argparse.Namespace) -> None:
             args.moe_token_dispatcher_type = "alltoall"
         if args.use_distributed_optimizer and optimizer_library() == "torch":
             let_distributed_optimizer_resume()
-    if args.dataloader_inter_document_masking and _uses_local_layers(args):
+    # Megatron 0.18 has no such flag.
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    if packed and _uses_local_layers(args):
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 
         # Megatron's local attention does not support packed documents.
         args.spec = PACKED_LOCAL_SPEC
+        let_functions_be_specs()
 
 
 def _uses_local_layers(args: argparse.Namespace) -> bool:

@@ -45,7 +45,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Run `meco plan`; `args.training_flags` are the flags of the run."""
-    with _datasets(args.training_flags, keep=args.build) as (run, flags):
+    with datasets_of(args.training_flags, keep=args.build) as (run, flags):
         report = plan_report(run)
         report["advice"] = advice(run, report, MeCoConfig.from_args(flags), flags.seq_length)
         if args.json:
@@ -92,7 +92,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         )
     name = ([s for s in args.split if s in _SPLITS] or ["train"])[-1]
     ratios = [word for s in args.split if s not in _SPLITS for word in ("--split", s)]
-    with _datasets([*args.training_flags, *ratios], keep=False) as (run, _):
+    with datasets_of([*args.training_flags, *ratios], keep=False) as (run, _):
         dataset = getattr(run, name)
         if dataset is None:
             raise FlagError(
@@ -129,7 +129,7 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
+def datasets_of(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
     """The datasets that the training script would build for these flags, and the parsed flags."""
     with _few_messages():
         # Late: torch and Megatron take seconds to import, and `--help` does not need them.
@@ -216,7 +216,8 @@ def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for label, show in _ROWS:
-        table.add_row(label, *(_cell(show, c, args.seq_length) for c in columns.values()))
+        if label != _ALIGNMENT or report["total"]["alignment_tokens"]:
+            table.add_row(label, *(_cell(show, c, args.seq_length) for c in columns.values()))
     console.print(table)
     missing, long = report["documents_without_value"], report["documents_with_long_prefix"]
     if missing:
@@ -237,6 +238,7 @@ def _cell(show: Callable[[dict[str, Any], int], str], counts: dict[str, Any], le
     return show(counts, length) if counts["packs"] else "-"
 
 
+_ALIGNMENT = "  behind documents"
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
     ("documents", lambda c, _: f"{c['documents']:,}"),
     ("packs", lambda c, _: f"{c['packs']:,}"),
@@ -249,6 +251,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
         lambda c, _: percent(c["discarded_tokens"], c["discarded_tokens"] + c["body_tokens"]),
     ),
     ("padding", lambda c, n: percent(c["padding_tokens"], c["packs"] * n)),
+    (_ALIGNMENT, lambda c, n: percent(c["alignment_tokens"], c["packs"] * n)),
     ("documents cut", lambda c, _: percent(c["documents_cut"], c["documents"])),
     ("documents without prefix", lambda c, _: f"{c['documents_plain']:,}"),
     ("empty documents skipped", lambda c, _: f"{c['documents_empty']:,}"),
@@ -281,13 +284,15 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
     bounds = report["cu_seqlens"]
     for document, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
         body = document["body_end"] - document["body_begin"]
-        head = end - begin - body
+        aligned = document["alignment_tokens"]
+        head = end - begin - body - aligned
         in_loss = int(sum(report["loss_mask"][begin:end]))
         because = document["plain_because"]
         console.rule(
             Text(
                 f" document {document['document']} | tokens {begin} to {end} | body "
-                f"{document['body_begin']} to {document['body_end']} | {in_loss} in the loss ",
+                f"{document['body_begin']} to {document['body_end']} | {in_loss} in the loss "
+                + (f"| {aligned} of padding " if aligned else ""),
                 _BORDER_STYLE,
             ),
             align="left",
@@ -295,7 +300,7 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
         )
         if because and report["phase"] == CONDITIONED:
             console.print(Text(f"plain: {because}", _BORDER_STYLE))
-        tokens = report["tokens"][begin:end]
+        tokens = report["tokens"][begin : end - aligned]
         text = tokenizer.detokenize(tokens[head:])
         shown = text if len(text) <= max_characters else text[:max_characters] + " [...]"
         console.print(

@@ -61,6 +61,7 @@ def fingerprint(
         "plain_fraction": config.plain_fraction,
         "max_prefix_tokens": config.prefix_cap(args.seq_length),
         "max_documents_per_pack": config.documents_cap(args.seq_length),
+        "pad_documents_to": config.pad_documents_to,
         "train_on_prefix": config.train_on_prefix,
         "seq_length": args.seq_length,
         "seed": args.seed,
@@ -116,6 +117,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     """
     if before["meco"] != now["meco"]:
         return {"meco": (before["meco"], now["meco"])}
+    # Fingerprints of before there was the key do not tell.
+    before, now = ({"pad_documents_to": 1, **values} for values in (before, now))
     changed = {
         key: (before.get(key), now.get(key))
         for key in FINGERPRINT_KEYS

@@ -116,25 +116,49 @@ def test_tokens_of_every_width(tmp_path: Path, dtype: Any) -> None:
 @pytest.mark.parametrize("strategy", ["split", "best-fit"])
 @pytest.mark.parametrize("sequences_each", [1, 3])
 @pytest.mark.parametrize("repeat_prefix", [True, False])
+@pytest.mark.parametrize("align", [1, 6, 16])
 def test_split_documents_begin_again_under_bos_and_prefix(
-    tmp_path: Path, strategy: str, sequences_each: int, repeat_prefix: bool
+    tmp_path: Path, strategy: str, sequences_each: int, repeat_prefix: bool, align: int
 ) -> None:
     bodies = random_bodies(150, longest=200)
     urls = hosts(len(bodies))
     prefix = write_corpus(tmp_path / "c", bodies, {"url": urls}, sequences_each=sequences_each)
-    meco = MeCoConfig(template=TEMPLATE, packing=strategy, repeat_prefix=repeat_prefix)
+    meco = MeCoConfig(
+        template=TEMPLATE, packing=strategy, repeat_prefix=repeat_prefix, pad_documents_to=align
+    )
     dataset = build(make_config(prefix, meco=meco), None)
     prefixes = [prefix_of(url) for url in urls]
     placed: list[tuple[int, int, int]] = []
     for i in range(len(dataset)):
         pieces = [(d["document"], d["body_begin"], d["body_end"]) for d in dataset.documents_of(i)]
-        pack = reference.pieces_to_pack(pieces, bodies, prefixes, BOS, repeat_prefix)
+        pack = reference.pieces_to_pack(pieces, bodies, prefixes, BOS, repeat_prefix, align)
         assert arrays(dataset[i]) == pack.arrays(LENGTH, pad=EOD), f"pack {i}"
         placed += pieces
     for document, body in enumerate(bodies):
         tokens = [t for d, b, e in sorted(placed) if d == document for t in body[b:e]]
         assert tokens == (body if len(body) > 1 else []), f"document {document}"
     assert any(b > 0 for _, b, _ in placed)
+
+
+@pytest.mark.parametrize("align", [2, 16, LENGTH])
+@pytest.mark.parametrize("bos", [BOS, None])
+def test_padding_behind_documents_equals_the_oracle(
+    tmp_path: Path, align: int, bos: int | None
+) -> None:
+    bodies = random_bodies(150)
+    urls = hosts(len(bodies))
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": urls})
+    meco = MeCoConfig(template=TEMPLATE, pad_documents_to=align, train_on_prefix=True)
+    dataset = build(make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos)), 90)
+    order = reference.document_order(150, (0, 150), SEED, epochs=6)
+    prefixes = [prefix_of(url) for url in urls]
+    packs, _ = reference.truncate_packs(order, bodies, prefixes, bos, LENGTH, 90, align=align)
+    for i, pack in enumerate(packs):
+        sample = dataset[i]
+        assert arrays(sample) == pack.arrays(LENGTH, EOD, train_on_prefix=True), f"pack {i}"
+        assert not (sample["cu_seqlens"] % align).any()
+        padded = sum(d["alignment_tokens"] for d in dataset.documents_of(i))
+        assert padded == sum(token.kind == "pad" for token in pack.tokens)
 
 
 def test_one_epoch_holds_every_document_once_and_pads_the_last_pack(tmp_path: Path) -> None:
@@ -529,6 +553,10 @@ class TestRefusals:
         meco = MeCoConfig(template=TEMPLATE, packing=packing, max_prefix_tokens=100)
         with pytest.raises(FlagError, match=r"--meco-max-prefix-tokens: a prefix of 68 tokens"):
             build(make_config(prefix, meco=meco), None)
+
+    def test_an_alignment_that_does_not_divide_the_sequence(self, tmp_path: Path) -> None:
+        with pytest.raises(FlagError, match="--meco-pad-documents-to: 7 does not divide"):
+            make_config("c", meco=MeCoConfig(template="", pad_documents_to=7))
 
     def test_more_samples_than_memory_holds(self, tmp_path: Path) -> None:
         prefix = write_corpus(tmp_path / "c", random_bodies(10), {"url": hosts(10)})

@@ -24,6 +24,8 @@ from megatron_meco.data.packing import (
 from megatron_meco.errors import DataError
 
 EOD, BOS = 1, 0
+ALIGNMENTS = st.sampled_from([1, 1, 2, 4, 8, 16])
+"""Of packs of 16."""
 
 
 def make_corpus(lengths: list[int], prefixes: list[int], bos: bool) -> _core.Corpus:
@@ -86,6 +88,7 @@ def test_orders_look_random() -> None:
     num_packs=st.one_of(st.none(), st.integers(1, 30)),
     max_documents=st.sampled_from([1, 2, 16]),
     seed=st.integers(0, 2**64 - 1),
+    align=ALIGNMENTS,
 )
 @settings(max_examples=300, deadline=None)
 def test_truncate_equals_the_oracle(
@@ -94,9 +97,16 @@ def test_truncate_equals_the_oracle(
     num_packs: int | None,
     max_documents: int,
     seed: int,
+    align: int,
 ) -> None:
     lengths, prefixes = map(list, zip(*documents, strict=True))
-    wanted = request(len(documents), num_packs=num_packs, max_documents=max_documents, seed=seed)
+    wanted = request(
+        len(documents),
+        num_packs=num_packs,
+        max_documents=max_documents,
+        seed=seed,
+        alignment=align,
+    )
     corpus = make_corpus(lengths, prefixes, bos)
     if max(lengths) <= 1:
         with pytest.raises(DataError, match="are empty"):
@@ -116,6 +126,7 @@ def test_truncate_equals_the_oracle(
         16,
         num_packs,
         max_documents,
+        align,
     )
     assert pieces(plan) == documents_of(packs)
     kinds = [t.kind for p in packs for t in p.tokens]
@@ -123,7 +134,8 @@ def test_truncate_equals_the_oracle(
     assert plan.counts.body_tokens == kinds.count("body")
     assert plan.counts.prefix_tokens == kinds.count("prefix")
     assert plan.counts.bos_tokens == kinds.count("bos")
-    assert plan.counts.padding_tokens == 16 * len(packs) - len(kinds)
+    assert plan.counts.alignment_tokens == kinds.count("pad")
+    assert plan.counts.padding_tokens == 16 * len(packs) - len(kinds) + kinds.count("pad")
     assert plan.counts.discarded_tokens == discarded + sum(lost[d] for d in used)
     assert sum(lengths[d] for d in used) == (plan.counts.body_tokens + plan.counts.discarded_tokens)
 
@@ -137,7 +149,9 @@ def pieces(plan: Plan) -> list[list[int]]:
 
 def documents_of(packs: list[reference.Pack]) -> list[list[int]]:
     """The same of the oracle's packs; a document may come twice, in two visits."""
-    visits = [dict.fromkeys((t.visit, t.document) for t in p.tokens) for p in packs]
+    visits = [
+        dict.fromkeys((t.visit, t.document) for t in p.tokens if t.kind != "pad") for p in packs
+    ]
     return [[document for _, document in pack] for pack in visits]
 
 
@@ -159,6 +173,7 @@ DOCUMENTS = st.lists(
     repeat_prefix=st.booleans(),
     sentences=st.booleans(),
     seed=st.integers(0, 1000),
+    align=ALIGNMENTS,
 )
 @settings(max_examples=300, deadline=None)
 def test_split_equals_the_oracle(
@@ -169,6 +184,7 @@ def test_split_equals_the_oracle(
     repeat_prefix: bool,
     sentences: bool,
     seed: int,
+    align: int,
 ) -> None:
     lengths, prefixes = map(list, zip(*documents, strict=True))
     if max(lengths) <= 1:
@@ -181,6 +197,7 @@ def test_split_equals_the_oracle(
         max_documents=max_documents,
         seed=seed,
         repeat_prefix=repeat_prefix,
+        alignment=align,
     )
     plan = build_plan(corpus, wanted, "c", num_threads=2)
     bodies = [[7] * length for length in lengths]
@@ -189,10 +206,10 @@ def test_split_equals_the_oracle(
     order = reference.document_order(len(documents), (0, len(documents)), seed, epochs)
     head = BOS if bos else None
     packs = reference.split_pieces(
-        order, bodies, shown, head, 16, num_packs, max_documents, repeat_prefix, borders
+        order, bodies, shown, head, 16, num_packs, max_documents, repeat_prefix, borders, align
     )
     assert described(corpus, plan, wanted) == packs
-    check_counts(plan, packs, lengths, shown, head, repeat_prefix)
+    check_counts(plan, packs, lengths, shown, head, repeat_prefix, align)
 
 
 @given(
@@ -202,6 +219,7 @@ def test_split_equals_the_oracle(
     repeat_prefix=st.booleans(),
     sentences=st.booleans(),
     seed=st.integers(0, 1000),
+    align=ALIGNMENTS,
 )
 @settings(max_examples=300, deadline=None)
 def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
@@ -211,6 +229,7 @@ def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
     repeat_prefix: bool,
     sentences: bool,
     seed: int,
+    align: int,
 ) -> None:
     lengths, prefixes = map(list, zip(*documents, strict=True))
     if max(lengths) <= 1:
@@ -222,12 +241,13 @@ def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
         max_documents=max_documents,
         seed=seed,
         repeat_prefix=repeat_prefix,
+        alignment=align,
     )
     plan = build_plan(corpus, wanted, "c", num_threads=2)
     packs = described(corpus, plan, wanted)
     shown = [[5] * p if p >= 0 else None for p in prefixes]
     head = BOS if bos else None
-    check_counts(plan, packs, lengths, shown, head, repeat_prefix)
+    check_counts(plan, packs, lengths, shown, head, repeat_prefix, align)
     assert plan.counts.discarded_tokens == 0
     held = sorted(piece for pack in packs for piece in pack)
     for document, length in enumerate(lengths):
@@ -240,7 +260,7 @@ def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
         assert all(a[1] == b[0] for a, b in pairwise(spans))
         if int(bos) + max(prefixes[document], 0) + length <= 16:
             assert len(spans) == 1, "a document that fits was cut"
-    used = [pack_size(pack, shown, head, repeat_prefix) for pack in packs]
+    used = [pack_size(pack, shown, head, repeat_prefix, align) for pack in packs]
     assert max(used) <= 16
     assert max(len(pack) for pack in packs) <= max_documents
     if not sentences:
@@ -248,7 +268,7 @@ def test_best_fit_places_each_token_once_and_packs_as_the_oracle(
             size
             for length, p in zip(lengths, prefixes, strict=True)
             if length > 1
-            for size in reference.chunk_sizes(length, max(p, 0), int(bos), 16, repeat_prefix)
+            for size in reference.chunk_sizes(length, max(p, 0), int(bos), 16, repeat_prefix, align)
         ]
         bins = sorted((16 - size, len(pack)) for size, pack in zip(used, packs, strict=True))
         assert bins == reference.best_fit_bins(sizes, 16, max_documents)
@@ -281,6 +301,62 @@ def test_best_fit_leaves_no_pack_of_tiny_documents_half_empty() -> None:
     assert plan.counts.discarded_tokens == 0
     assert plan.counts.body_tokens == int(lengths.sum())
     assert plan.counts.padding_tokens <= 0.00005 * plan.counts.packs * 8192
+
+
+@pytest.mark.parametrize(
+    ("length", "strategy", "packs", "alignment", "discarded"),
+    [
+        *((7, strategy, 1, 3, 0) for strategy in ("truncate", "split", "best-fit")),
+        *((8, strategy, 1, 0, 0) for strategy in ("truncate", "split", "best-fit")),
+        (9, "truncate", 2, 7 + 0 + 7, 1),
+        (9, "split", 2, 7 + 0 + 7 + 7, 0),
+        (9, "best-fit", 3, 7 + 7 + 7, 0),
+        *((24, strategy, 3, 0, 0) for strategy in ("truncate", "split", "best-fit")),
+        (25, "truncate", 3, 0, 3),
+        (25, "best-fit", 4, 7 + 7 + 7, 0),
+    ],
+)
+def test_three_documents_around_an_alignment_of_8_in_packs_of_24(
+    length: int, strategy: str, packs: int, alignment: int, discarded: int
+) -> None:
+    corpus = make_corpus([length] * 3, [-1] * 3, bos=False)
+    options = {"strategy": strategy, "capacity": 24, "max_documents": 24, "alignment": 8}
+    counts = build_plan(corpus, request(3, **options), "c").counts
+    found = (counts.packs, counts.alignment_tokens, counts.discarded_tokens)
+    assert found == (packs, alignment, discarded)
+    assert counts.body_tokens + counts.padding_tokens == 24 * packs
+
+
+def test_an_alignment_of_one_changes_nothing(tmp_path: Path) -> None:
+    corpus = make_corpus([5, 20, 33] * 30, [3, -1, 2] * 30, bos=True)
+    for strategy in ("truncate", "split", "best-fit"):
+        wanted = request(90, strategy=strategy)
+        plan = load_plan(lambda: corpus, wanted, "c", tmp_path, "c")
+        assert plan.counts.alignment_tokens == 0
+    assert b"alignment" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    names = {path.name for path in tmp_path.iterdir()}
+    aligned = request(90, strategy="best-fit", alignment=2)
+    assert load_plan(lambda: corpus, aligned, "c", tmp_path, "c").counts.alignment_tokens > 0
+    assert len({path.name for path in tmp_path.iterdir()} - names) == 1
+
+
+@pytest.mark.parametrize("alignment", [0, -1, 3, 32, 2**40])
+def test_an_alignment_that_does_not_divide_the_pack_is_refused(alignment: int) -> None:
+    corpus = make_corpus([5] * 5, [-1] * 5, bos=False)
+    with pytest.raises(DataError, match="multiple of the alignment"):
+        build_plan(corpus, request(5, alignment=alignment), "c")
+
+
+@pytest.mark.parametrize(("align", "share"), [(4, 0.0012), (8, 0.0029), (16, 0.0062)])
+def test_what_alignment_costs_on_web_like_lengths(align: int, share: float) -> None:
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(np.log(600), 1.177, 200_000), 2, 200_000).astype(np.int32)
+    corpus = _core.Corpus(sequence_lengths=lengths)
+    options = {"capacity": 8192, "max_documents": 127, "strategy": "best-fit", "alignment": align}
+    counts = build_plan(corpus, request(len(lengths), **options), "c").counts
+    assert counts.alignment_tokens / (counts.packs * 8192) == pytest.approx(share, rel=0.1)
+    assert counts.padding_tokens - counts.alignment_tokens < 0.0002 * counts.packs * 8192
+    assert counts.discarded_tokens == 0
 
 
 def make_sentences(
@@ -328,6 +404,7 @@ def described(
         train_on_prefix=False,
         strategy=wanted.strategy,
         repeat_prefix=wanted.repeat_prefix,
+        alignment=wanted.alignment,
     )
     return [
         [(p.document, p.body_begin, p.body_end) for p in assembler.pieces(i)]
@@ -340,9 +417,10 @@ def pack_size(
     prefixes: list[list[int] | None],
     bos: int | None,
     repeat_prefix: bool,
+    align: int = 1,
 ) -> int:
     bodies = [[7] * (max(e for _, _, e in pack))] * len(prefixes)
-    return len(reference.pieces_to_pack(pack, bodies, prefixes, bos, repeat_prefix).tokens)
+    return len(reference.pieces_to_pack(pack, bodies, prefixes, bos, repeat_prefix, align).tokens)
 
 
 def check_counts(
@@ -352,19 +430,21 @@ def check_counts(
     prefixes: list[list[int] | None],
     bos: int | None,
     repeat_prefix: bool,
+    align: int,
 ) -> None:
     """The plan's own counts against a count of the packs' tokens."""
     bodies = [[7] * length for length in lengths]
     kinds = [
         t.kind
         for pack in packs
-        for t in reference.pieces_to_pack(pack, bodies, prefixes, bos, repeat_prefix).tokens
+        for t in reference.pieces_to_pack(pack, bodies, prefixes, bos, repeat_prefix, align).tokens
     ]
     counts = plan.counts
     assert counts.body_tokens == kinds.count("body")
     assert counts.prefix_tokens == kinds.count("prefix")
     assert counts.bos_tokens == kinds.count("bos")
-    assert counts.padding_tokens == 16 * len(packs) - len(kinds)
+    assert counts.alignment_tokens == kinds.count("pad")
+    assert counts.padding_tokens == 16 * len(packs) - len(kinds) + kinds.count("pad")
     first = [(d, e) for pack in packs for d, b, e in pack if b == 0]
     assert counts.documents == len(first)
     assert counts.documents_cut == sum(e < lengths[d] for d, e in first)

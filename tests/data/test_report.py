@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,33 @@ def test_plan_json_adds_up(
     allowed = {"truncate": 10**9, "split": 2 * 60, "best-fit": 0}[strategy]
     assert report["total"]["discarded_tokens"] <= allowed
     assert (report["total"]["discarded_tokens"] > 120) == (strategy == "truncate")
+    assert report["total"]["alignment_tokens"] == 0
+
+
+def test_padding_behind_documents_is_counted_and_shown(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    align = ["--meco-pad-documents-to", "8"]
+    report = json.loads(run(capsys, "plan", *flags, *align, "--json")[1])
+    for counts in report["phases"].values():
+        parts = ("body_tokens", "prefix_tokens", "bos_tokens", "padding_tokens")
+        assert sum(counts[p] for p in parts) == counts["packs"] * LENGTH
+        assert 0 < counts["alignment_tokens"] <= counts["padding_tokens"]
+    assert re.search(r"behind documents\W+\d+\.\d+ %", run(capsys, "plan", *flags, *align)[1])
+    assert "behind documents" not in run(capsys, "plan", *flags)[1]
+    sample = json.loads(run(capsys, "inspect", *flags, *align, "--json")[1])
+    assert all(bound % 8 == 0 for bound in sample["cu_seqlens"])
+    padding = [d["alignment_tokens"] for d in sample["documents"]]
+    assert any(padding)
+    assert all(0 <= tokens < 8 for tokens in padding)
+    text = run(capsys, "inspect", *flags, *align)[1]
+    assert text.count("of padding") >= sum(tokens > 0 for tokens in padding)
+    status, _, err = run(capsys, "plan", *flags, "--meco-pad-documents-to", "7")
+    assert status == 1
+    assert err.strip() == (
+        "meco: error: --meco-pad-documents-to: 7 does not divide --seq-length 64. Give a divisor "
+        "of the sequence length."
+    )
 
 
 def test_inspect_json_is_the_concatenation_of_its_documents(
@@ -111,6 +139,9 @@ def test_inspect_shows_a_validation_pack_with_and_without_prefixes(
     assert "valid (plain)" in hidden
     assert "URL: " in shown
     assert "URL: " not in hidden
+    wrong = run(capsys, "inspect", *flags, "--split", "valid", "--sample", "2")[1]
+    assert "valid (shuffled)" in wrong
+    assert "URL: " in wrong
 
 
 def test_plan_build_makes_the_caches_that_a_run_opens(

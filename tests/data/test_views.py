@@ -32,10 +32,12 @@ class Packed:
         strategy: str = "best-fit",
         repeat_prefix: bool = True,
         train_on_prefix: bool = False,
+        align: int = 1,
     ) -> None:
         self.bodies = bodies
         self.prefixes = [table[i] if i >= 0 else None for i in prefix_ids]
         self.train_on_prefix = train_on_prefix
+        self.align = align
         lengths = [len(body) for body in bodies]
         corpus = _core.Corpus(
             sequence_lengths=np.array(lengths, np.int32),
@@ -46,7 +48,7 @@ class Packed:
         )
         rules: dict[str, Any] = {
             **{"strategy": strategy, "capacity": LENGTH, "max_documents": LENGTH},
-            "repeat_prefix": repeat_prefix,
+            **{"repeat_prefix": repeat_prefix, "alignment": align},
         }
         plan = _core.build_plan(
             corpus,
@@ -75,7 +77,9 @@ class Packed:
             (p.document, p.body_begin, p.body_end)
             for p in self.assemblers["conditioned"].pieces(pack)
         ]
-        made = reference.pieces_to_pack(pieces, self.bodies, self.prefixes, bos, repeat_prefix)
+        made = reference.pieces_to_pack(
+            pieces, self.bodies, self.prefixes, bos, repeat_prefix, self.align
+        )
         # `truncate` may end a pack inside a head.
         return reference.Pack(made.tokens[:LENGTH])
 
@@ -92,7 +96,7 @@ class Packed:
         for pack, oracle in enumerate(self.oracle):
             bodies = []
             for view in VIEWS:
-                shown = reference.in_view(oracle, self.prefixes, view, pack)
+                shown = reference.in_view(oracle, self.prefixes, view, pack, self.align, LENGTH)
                 sample, compared = self.sample(view, pack)
                 assert sample == shown.arrays(LENGTH, EOD, self.train_on_prefix), (pack, view)
                 assert compared == shown.compared(LENGTH), (pack, view)
@@ -127,6 +131,7 @@ def numbered(lengths: list[int], base: int = 100) -> list[list[int]]:
     strategy=st.sampled_from(["truncate", "split", "best-fit"]),
     repeat_prefix=st.booleans(),
     train_on_prefix=st.booleans(),
+    align=st.sampled_from([1, 1, 2, 4, 6, 16, LENGTH]),
 )
 @settings(max_examples=300, deadline=None)
 def test_views_equal_the_oracle(

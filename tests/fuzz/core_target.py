@@ -46,6 +46,7 @@ class CoreTarget(Target):
             plain_threshold=draw.choice([0, 0, 2**63]),
         )
         num_packs = draw.choice([None, 5, *ODD_INTEGERS])
+        alignment = self._odd(draw, draw.choice([1, 1, 8]))
         if num_packs is not None and 1000 < num_packs <= 2**32:
             num_packs = 1000  # as many would be made, and take their time
         plan: dict[str, Any] = {
@@ -67,12 +68,14 @@ class CoreTarget(Target):
                 range_end=self._odd(draw, num_documents),
                 seed=draw.choice([0, 5, 2**64 - 1]),
                 repeat_prefix=draw.random() < 0.5,
+                alignment=alignment,
                 num_threads=draw.choice([1, 1, 1, 2, 0, -1, 2**31 - 1]),
             )
             plan = {name: built[name] for name in plan}
         except _REFUSALS:
             pass
         capacity, max_documents = self._odd(draw, 32), self._odd(draw, 8)
+        alignment = alignment if draw.random() < 0.8 else self._odd(draw, 4)
         if capacity > 100_000:
             capacity = draw.choice([capacity, 32])
         has_bin = draw.random() < 0.8
@@ -88,6 +91,7 @@ class CoreTarget(Target):
             train_on_prefix=draw.random() < 0.3,
             strategy=draw.choice([*_STRATEGIES, "none"] if draw.random() < 0.1 else _STRATEGIES),
             repeat_prefix=draw.random() < 0.5,
+            alignment=alignment,
             bin=tokens.view(np.uint8) if has_bin else None,
             sequence_pointers=self._array(draw, pointers.tolist(), np.int64) if has_bin else None,
             token_bytes=draw.choice([2, 2, 2, 2, 1, 4, 8, 0, -1, 3, 2**31 - 1]),
@@ -113,6 +117,8 @@ class CoreTarget(Target):
                 raise Wrong(f"cu_seqlens of {len(sample[4])}")
             if sample[4][0] != 0 or sample[4][-1] != capacity or (np.diff(sample[4]) < 0).any():
                 raise Wrong("cu_seqlens that are no borders")
+            if (sample[4] % alignment).any():
+                raise Wrong("a segment that is not aligned")
 
     def _scan(self, draw: random.Random) -> None:
         lengths = [draw.choice([0, 1, 5, 40]) for _ in range(30)]

@@ -39,6 +39,9 @@ def values(**changes: Any) -> dict[str, Any]:
         ),
         ({"meco": False}, values(packing="best-fit", packing_rule=2), {"meco": (False, True)}),
         ({"meco": False}, {"meco": False}, {}),
+        # A checkpoint of before there was the flag, and its default.
+        ({"meco": True}, {"meco": True, "pad_documents_to": 1}, {}),
+        ({"meco": True}, {"meco": True, "pad_documents_to": 8}, {"pad_documents_to": (1, 8)}),
     ],
 )
 def test_differences(before: dict[str, Any], now: dict[str, Any], changed: dict[str, Any]) -> None:
