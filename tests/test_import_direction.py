@@ -44,7 +44,7 @@ SOURCE = {
     *("bulk", "index_file", "manifest", "metadata", "punkt", "sentences", "text_arrays"),
     *("tokenizer", "url"),
 }
-TOP = {"cli", "completion", "doctor", "__main__"}
+TOP = {"cli", "completion", "doctor", "show", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
 # inside a function, nor through another module of the package.
