@@ -2,7 +2,7 @@
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with
 #   PYTEST_ARGS="-n 0 -k plan"   further arguments for pytest
-#   ARGS="..."                   further arguments for demo, bench, fuzz and gpu-check
+#   ARGS="..."                   further arguments for demo, study, bench, fuzz and gpu-check
 #   COUNT=20000 SEED=0           how many cases fuzz runs, and which
 
 PYTEST_ARGS ?=
@@ -20,7 +20,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed bench fuzz gpu-check check format sanitize clean
+.PHONY: help venv demo study test test-distributed bench fuzz gpu-check check format sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,8 +28,11 @@ help: ## List the targets
 venv: ## Make .venv with everything pinned and the C++ extension built (also done by the others)
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh
 
-demo: venv ## Collect real documents, prepare, train with MeCo on this machine, show what it did
+demo: venv ## Collect real documents, train with MeCo and without on this machine, show what it did
 	@$(BIN)/python examples/local_demo/run.py $(ARGS)
+
+study: venv ## Measure what metadata does in invented worlds, over seeds (all settings: ARGS=--full)
+	@$(BIN)/python -m benchmarks.study.run $(ARGS)
 
 test: venv ## Run the test suite, two files at a time
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)

@@ -70,7 +70,11 @@ def estimate(gpus: int, vocab_size: int, flags: list[str]) -> Estimate:
     args = parse_args(lambda parser: add_arguments(parser, on_cpu=False))
     # What Megatron's validation and its tokenizer would fill in; both want the real thing.
     model_ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    # Context-parallel ranks share the optimizer's state as data-parallel ones do, and the tokens of
+    # a micro-batch; Megatron's formulas know neither.
     args.world_size, args.data_parallel_size = gpus, gpus // model_ranks
+    context_ranks = args.context_parallel_size
+    args.seq_length //= context_ranks
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     virtual = args.num_virtual_stages_per_pipeline_rank
     if args.num_layers_per_virtual_pipeline_stage:
@@ -81,7 +85,8 @@ def estimate(gpus: int, vocab_size: int, flags: list[str]) -> Estimate:
     args.expert_tensor_parallel_size = args.tensor_model_parallel_size
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = -(-vocab_size // multiple) * multiple
-    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    samples = args.micro_batch_size * args.data_parallel_size // context_ranks
+    num_microbatches = args.global_batch_size // samples
     whole = argparse.Namespace(**vars(args))
     whole.tensor_model_parallel_size = whole.pipeline_model_parallel_size = 1
     whole.use_distributed_optimizer = False

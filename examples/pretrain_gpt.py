@@ -3,39 +3,11 @@
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py <Megatron's flags> --meco
 
 Without `--meco` this is stock Megatron GPT pre-training. On a host without a GPU it trains on the
-CPU over Gloo, with the same flags apart from those that a CPU cannot have.
+CPU over Gloo, with the same flags apart from those that a CPU cannot have. What it does is in
+`megatron_meco/training/pretrain.py`, which `meco train` starts as well.
 """
 
-import warnings
-
-# Megatron's fall-backs, one line for each import and rank; `meco doctor` says what is installed.
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
-warnings.filterwarnings("ignore", category=SyntaxWarning)
-
-from megatron_meco.training.arguments import parse_and_validate_args  # noqa: E402
-
-
-def main() -> None:
-    """Parse, check, train."""
-    # First of all: it makes a CPU-only host ready before Megatron is imported.
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-
-    from megatron_meco.training.provider import forward_step, train_valid_test_datasets_provider
-
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
-
+from megatron_meco.training.pretrain import main
 
 if __name__ == "__main__":
     main()

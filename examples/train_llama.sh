@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers of the MeCo paper's four models share; sourced by train_llama_SIZE.sh.
+# What the launchers of the MeCo paper's four models, and of a variant, share; sourced by train_llama_SIZE.sh.
 #
 #   examples/train_llama_1.6b.sh [--dry-run | --help] [-- MORE_FLAGS...]
 #
@@ -24,13 +24,13 @@
 #   MECO_DATA_CACHE         runs/cache: plans and prefix tables, for all runs
 #   MECO_NUM_LAYERS MECO_HIDDEN_SIZE MECO_FFN_HIDDEN_SIZE    by size
 #   MECO_NUM_ATTENTION_HEADS MECO_NUM_QUERY_GROUPS           by size
-#   MECO_SEQ_LENGTH=8192
-#   MECO_GLOBAL_BATCH_SIZE=512 (sequences: 4,194,304 tokens)  MECO_TRAIN_ITERS=40000 (8b: 20000)
+#   MECO_SEQ_LENGTH=8192 (8b_32k: 32768)  MECO_TRAIN_ITERS=40000 (8b: 20000)
+#   MECO_GLOBAL_BATCH_SIZE=512 (8b_32k: 128; sequences: 4,194,304 tokens)
 #   MECO_LR=3e-3 (8b: 5e-4)  MECO_MIN_LR (a tenth of MECO_LR)  MECO_LR_WARMUP_FRACTION=0.05
 #   MECO_WEIGHT_DECAY=0.033 (8b: 0.1)  MECO_SEED=1234  MECO_NUM_WORKERS=2  MECO_SAVE_INTERVAL=4000
 #   MECO_EVAL_INTERVAL=2000  MECO_EVAL_ITERS=20  MECO_LOG_INTERVAL=10
 #   NNODES=1  NODE_RANK=0  GPUS_PER_NODE=8  MASTER_ADDR=127.0.0.1  MASTER_PORT=29500
-#   MECO_TP=1 (8b: 2)  MECO_PP=1  MECO_MICRO_BATCH_SIZE=1
+#   MECO_TP=1 (8b: 2)  MECO_PP=1  MECO_CP=1 (8b_32k: 4)  MECO_MICRO_BATCH_SIZE=1
 #   MECO_TRANSFORMER_IMPL   transformer_engine; local runs without it, also on a CPU
 #   MECO_FP8=0              1: matrix products in FP8 (hybrid, MECO_FP8_RECIPE=tensorwise)
 #   MECO_PYTHON             the repository's .venv/bin/python, else python3
@@ -58,7 +58,7 @@ variables=(
     TOKENIZER_MODEL VOCAB_SIZE OUTPUT DATA_CACHE NUM_LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE
     NUM_ATTENTION_HEADS NUM_QUERY_GROUPS SEQ_LENGTH GLOBAL_BATCH_SIZE TRAIN_ITERS LR MIN_LR
     LR_WARMUP_FRACTION WEIGHT_DECAY SEED NUM_WORKERS SAVE_INTERVAL EVAL_INTERVAL EVAL_ITERS
-    LOG_INTERVAL TP PP MICRO_BATCH_SIZE TRANSFORMER_IMPL FP8 FP8_RECIPE PYTHON TRAIN_SCRIPT
+    LOG_INTERVAL TP PP CP MICRO_BATCH_SIZE TRANSFORMER_IMPL FP8 FP8_RECIPE PYTHON TRAIN_SCRIPT
 )
 
 # Set by the caller, not by the defaults of this script or of a size.
@@ -98,6 +98,7 @@ variable_of() {
         meco-*) name=${name#MECO_} ;;
         tensor-model-parallel-size) name=TP ;;
         pipeline-model-parallel-size) name=PP ;;
+        context-parallel-size) name=CP ;;
     esac
     [[ " ${variables[*]} " != *" $name "* ]] || printf 'MECO_%s' "$name"
 }
@@ -151,7 +152,7 @@ check_values() {
     for name in MECO_NUM_LAYERS MECO_HIDDEN_SIZE MECO_FFN_HIDDEN_SIZE MECO_NUM_ATTENTION_HEADS \
         MECO_NUM_QUERY_GROUPS MECO_VOCAB_SIZE MECO_SEQ_LENGTH MECO_GLOBAL_BATCH_SIZE \
         MECO_TRAIN_ITERS MECO_SAVE_INTERVAL MECO_EVAL_INTERVAL MECO_EVAL_ITERS MECO_LOG_INTERVAL \
-        NNODES GPUS_PER_NODE MASTER_PORT MECO_TP MECO_PP MECO_MICRO_BATCH_SIZE; do
+        NNODES GPUS_PER_NODE MASTER_PORT MECO_TP MECO_PP MECO_CP MECO_MICRO_BATCH_SIZE; do
         [[ ${!name} =~ ^[1-9][0-9]{0,11}$ ]] ||
             refuse "$name=${!name}: not a whole number above 0. Correct or unset the variable."
     done
@@ -187,10 +188,11 @@ check_values() {
     ((MECO_NUM_LAYERS % pp == 0)) ||
         refuse "MECO_PP=$pp: MECO_NUM_LAYERS=$MECO_NUM_LAYERS is not a multiple of it."
     local gpus=$((NNODES * GPUS_PER_NODE))
-    ((gpus % (tp * pp) == 0)) ||
-        refuse "MECO_TP=$tp, MECO_PP=$pp: NNODES * GPUS_PER_NODE = $gpus GPUs are not a multiple" \
-            "of MECO_TP * MECO_PP."
-    local samples=$((MECO_MICRO_BATCH_SIZE * (gpus / (tp * pp))))
+    local ranks=$((tp * pp * MECO_CP))
+    ((gpus % ranks == 0)) ||
+        refuse "MECO_TP=$tp, MECO_PP=$pp, MECO_CP=$MECO_CP: NNODES * GPUS_PER_NODE = $gpus GPUs are" \
+            "not a multiple of MECO_TP * MECO_PP * MECO_CP."
+    local samples=$((MECO_MICRO_BATCH_SIZE * (gpus / ranks)))
     ((MECO_GLOBAL_BATCH_SIZE % samples == 0)) ||
         refuse "MECO_GLOBAL_BATCH_SIZE=$MECO_GLOBAL_BATCH_SIZE: not a multiple of $samples, the" \
             "MECO_MICRO_BATCH_SIZE of all data-parallel ranks together."

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from megatron_meco import __version__
 from megatron_meco.errors import MeCoError
+from megatron_meco.refusals import closest
 from megatron_meco.training.kernels import hide_gpu_libraries
 from megatron_meco.wording import shown
 
@@ -38,6 +39,7 @@ class Command:
         example: Shown at the end of its help.
         takes_training_flags: Whether it accepts the flags of a training command. They reach it as
             `args.training_flags`.
+        reads_run_file: Whether a run file in their place is read before the command runs.
     """
 
     group: str
@@ -47,6 +49,7 @@ class Command:
     run: str
     example: str
     takes_training_flags: bool = False
+    reads_run_file: bool = True
 
 
 _SET_UP = "Set up"
@@ -66,13 +69,24 @@ COMMANDS = {
   meco doctor
   meco doctor --json""",
     ),
+    "completion": Command(
+        group=_SET_UP,
+        summary="print a script that completes commands and options in a shell",
+        module="megatron_meco.completion",
+        add_arguments="add_completion_arguments",
+        run="run_completion",
+        example="""\
+  meco completion bash > ~/.local/share/bash-completion/completions/meco
+  meco completion zsh > ~/.zfunc/_meco""",
+    ),
     "tokenizer": Command(
         group=_SET_UP,
-        summary="make a tokenizer folder from what its authors publish",
-        module="megatron_meco.corpus.llama3",
+        summary="train a tokenizer, or make the folder of Llama 3's",
+        module="megatron_meco.corpus.tokenizer_command",
         add_arguments="add_tokenizer_arguments",
         run="run_tokenizer",
         example="""\
+  meco tokenizer train pages-*.jsonl.zst --vocab-size 32000 --output my-tokenizer
   meco tokenizer llama3 my-llama3""",
     ),
     "prepare": Command(
@@ -181,6 +195,19 @@ COMMANDS = {
         example="""\
   meco watch runs/web
   meco watch slurm-123.log""",
+    ),
+    "show": Command(
+        group=_TRAINING,
+        summary="write an HTML page about a corpus, a plan, a run and its models",
+        module="megatron_meco.show.command",
+        add_arguments="add_show_arguments",
+        run="run_show",
+        takes_training_flags=True,
+        reads_run_file=False,
+        example="""\
+  meco show data/web -o corpus.html
+  meco show run.yaml -o run.html
+  meco show run.yaml --model meco=my-llama --model baseline=my-baseline -o run.html""",
     ),
     "export": Command(
         group=_AFTER,
@@ -325,11 +352,35 @@ def _lacking(error: ImportError, arguments: list[str]) -> str:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         parser = _top_parser()
+        if arguments and not arguments[0].startswith("-"):
+            hint = closest(arguments[0], COMMANDS) or " `meco --help` lists the commands."
+            parser.error(f"there is no command {shown(arguments[0])!r}.{hint}")
         parser.parse_args(arguments)
         parser.error("the command comes first")
     name = arguments[0]
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
+    parser = command_parser(name)
+    args, unknown = parser.parse_known_args(arguments[1:])
+    run = getattr(module, command.run)
+    if command.takes_training_flags and not command.reads_run_file:
+        args.training_flags = unknown
+        return int(run(args))
+    if command.takes_training_flags:
+        from megatron_meco.run.run_file import training_flags
+
+        with training_flags(unknown) as args.training_flags:
+            return int(run(args))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        hints = [closest(w.partition("=")[0], known) for w in unknown if w.startswith("--")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
+    return int(run(args))
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command, which imports the command's module."""
+    command = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"meco {name}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
@@ -337,17 +388,8 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    getattr(module, command.add_arguments)(parser)
-    args, unknown = parser.parse_known_args(arguments[1:])
-    run = getattr(module, command.run)
-    if command.takes_training_flags:
-        from megatron_meco.run.run_file import training_flags
-
-        with training_flags(unknown) as args.training_flags:
-            return int(run(args))
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return int(run(args))
+    getattr(importlib.import_module(command.module), command.add_arguments)(parser)
+    return parser
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -1,14 +1,14 @@
-"""What a MeCo run is made of: every default and every check of a value, in one place.
+"""The configuration of a MeCo run: all options with their defaults and checks.
 
-`MeCoConfig` is frozen and checked once, when it is made; it is then passed down whole. The
-`--meco-*` flags are a thin skin over its fields (`add_meco_arguments`, `MeCoConfig.from_args`), so
-the training script, `meco plan` and `meco inspect` cannot disagree on a default. Needs neither
-torch nor megatron. What was given up: configuration files and registries of any kind.
+`MeCoConfig` is immutable and checked on construction. The `--meco-*` flags set its fields
+(`add_meco_arguments`, `MeCoConfig.from_args`), so the training script, `meco plan` and `meco
+inspect` have the same defaults. Imports neither torch nor megatron.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 from megatron_meco.errors import FlagError
 
 PACKING_STRATEGIES = ("truncate", "split", "best-fit")
-"""Rules for which documents make up which pack; see `megatron_meco.data.packing`."""
+"""Names of the packing strategies; see `megatron_meco.data.packing`."""
 
 CONDITIONED = "conditioned"
 COOLDOWN = "cooldown"
 PHASES = (CONDITIONED, COOLDOWN)
-"""The two phases of a run: documents with their prefixes, then plain documents."""
+"""The phases of a run: documents with prefixes, then plain documents."""
 
 
 class View(IntEnum):
@@ -51,10 +51,10 @@ FINGERPRINT_KEYS = (
     "cooldown_corpora",
     "schedule",
 )
-"""What decides the samples of a run; see `megatron_meco.training.run_fingerprint`."""
+"""What determines the samples of a run; see `megatron_meco.training.run_fingerprint`."""
 
 DEFAULT_TEMPLATE = r"URL: {url.host}\n\n"
-"""The paper's template (section 2), as one types it in a shell: backslash escapes are read."""
+"""The paper's template (section 2), as typed in a shell: backslash escapes are interpreted."""
 
 
 _LARGEST = 2**53
@@ -62,14 +62,14 @@ _LARGEST = 2**53
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeCoConfig:
-    """Everything about metadata conditioning that a user can choose.
+    """The user's choices about metadata conditioning.
 
     Raises:
-        FlagError: When a value cannot be honoured; names the flag, the value and the remedy.
+        FlagError: A value is invalid; names the flag, the value and the remedy.
     """
 
     template: str = DEFAULT_TEMPLATE
-    """What precedes each document in the conditioned phase. Empty: the matched baseline."""
+    """Prefix of each document in the conditioned phase. Empty: the matched baseline."""
 
     packing: str = "truncate"
     """How documents become packs, one of `PACKING_STRATEGIES`."""
@@ -78,37 +78,36 @@ class MeCoConfig:
     """Share of the iterations, at the end, that train on plain documents. 0: never, 1: always."""
 
     cooldown_start_iteration: int | None = None
-    """Number of conditioned iterations; takes the place of `cooldown_fraction`."""
+    """Number of conditioned iterations; overrides `cooldown_fraction`."""
 
     cooldown_data_path: tuple[str, ...] = ()
     """Corpora of the cooldown, as Megatron's `--data-path`; empty: held out of the training
     split."""
 
     cooldown_documents: float | None = None
-    """Share of the training documents that is kept for the cooldown; None: the cooldown's share of
-    the samples."""
+    """Share of the training documents held out for the cooldown; None: the cooldown's share of the
+    samples."""
 
     plain_fraction: float = 0.0
-    """Seeded share of documents that train without their prefix in the conditioned phase too."""
+    """Seeded share of documents that have no prefix in the conditioned phase either."""
 
     repeat_prefix: bool = True
-    """Whether a piece that continues a document has the document's prefix again."""
+    """Whether the prefix is repeated in a piece that continues a document."""
 
     max_documents_per_pack: int | None = None
-    """Cap on documents in one pack; None: one for 64 tokens less one, no fewer than 127; 0: none.
+    """Cap on documents in a pack; None: `max(127, sequence_length // 64 - 1)`; 0: no cap.
 
-    With the padding that is a power of two at the usual sequence lengths, as attention kernels like
-    it."""
+    At the usual sequence lengths the default, plus the padding segment, is a power of two."""
 
     pad_documents_to: int = 1
     """Tokens of which every segment of a pack is a multiple: a document or a part of one, with the
     padding behind it, and the padding at the end of the pack. Divides the sequence length."""
 
     max_prefix_tokens: int | None = None
-    """Longest prefix that is used; None: half the sequence. Longer ones train plain, counted."""
+    """Longest prefix in tokens; None: half the sequence. With a longer one a document is plain."""
 
     train_on_prefix: bool = False
-    """Whether prefix tokens count in the loss (the paper found that this slightly hurts)."""
+    """Whether prefix tokens are in the loss (the paper found that this hurts slightly)."""
 
     def __post_init__(self) -> None:
         if self.packing not in PACKING_STRATEGIES:
@@ -152,7 +151,7 @@ class MeCoConfig:
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
-        """What decides a sample, for Megatron's cache keys (JSON-serialisable)."""
+        """Everything that determines a sample, for Megatron's cache keys (JSON-serializable)."""
         values = asdict(self)
         if self.pad_documents_to == 1:
             del values["pad_documents_to"]  # the key of caches from before there was the flag
@@ -172,7 +171,7 @@ class MeCoConfig:
             )
 
     def prefix_cap(self, sequence_length: int) -> int:
-        """Longest prefix in tokens that is used at this sequence length."""
+        """Longest prefix in tokens at this sequence length."""
         return self.max_prefix_tokens or max(1, sequence_length // 2)
 
     def documents_cap(self, sequence_length: int) -> int:
@@ -202,10 +201,37 @@ class MeCoConfig:
 
 
 def alignment_from_args(args: argparse.Namespace) -> int:
-    """Tokens of which every segment is a multiple: `--meco-pad-documents-to`, or the default."""
+    """Tokens of which every segment is a multiple: the flag, or else what the layout needs."""
     # Checkpoints of before there was the flag lack it.
     given: int | None = getattr(args, "meco_pad_documents_to", None)
-    return 1 if given is None else given
+    return layout_alignment(args) if given is None else given
+
+
+def layout_alignment(args: argparse.Namespace) -> int:
+    """What the tokens of every document must be a multiple of, for the layout of a run.
+
+    With context parallelism each document is cut into two chunks for each rank. With sequence
+    parallelism chunks also divide among the tensor-parallel ranks, and FP8 and FP4 kernels take
+    multiples of their block.
+
+    Args:
+        args: Megatron's parsed flags.
+
+    Returns:
+        1 without context parallelism.
+    """
+    ranks = int(getattr(args, "context_parallel_size", 1) or 1)
+    if ranks == 1:
+        return 1
+    alignment = 2 * ranks
+    if getattr(args, "sequence_parallel", False):
+        alignment *= int(args.tensor_model_parallel_size)
+    # As Megatron's get_fp8_align_size and get_fp4_align_size have it.
+    if getattr(args, "fp4", None) or (
+        getattr(args, "fp8", None) and getattr(args, "fp8_recipe", None) == "mxfp8"
+    ):
+        return math.lcm(alignment, 32)
+    return math.lcm(alignment, 16) if getattr(args, "fp8", None) else alignment
 
 
 def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -220,7 +246,9 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "Fields come from PREFIX.metadata.arrow; transforms of a URL: {url} {url.host} "
         "{url.domain} {url.suffix} {url.hash}; filters: {url.host|top=0.2%%} and "
         "{url.host|min_documents=100} keep the frequent values and write 'unknown' for the rest, "
-        "{topic|default=none} fills a gap. Empty: the matched baseline without metadata. "
+        "{topic|default=none} replaces a missing value; [[...{topic}...]] is left out where the "
+        "topic is missing; {token:NAME} is a special token. docs/data.md lists all filters. "
+        "Empty: the matched baseline, no metadata. "
         "Default: %(default)r.",
     )
     group.add_argument(
@@ -234,66 +262,66 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         type=float,
         default=defaults.cooldown_fraction,
         metavar="F",
-        help="Share of the iterations, at the end, on plain documents. Default: %(default)s.",
+        help="Share of the iterations that train on plain documents, at the end. "
+        "Default: %(default)s.",
     )
     group.add_argument(
         "--meco-cooldown-start-iteration",
         type=int,
         metavar="N",
-        help="Start the cooldown after N iterations; takes the place of the fraction.",
+        help="Start the cooldown after N iterations; overrides the fraction.",
     )
     group.add_argument(
         "--meco-cooldown-data-path",
         nargs="*",
         metavar="PATH",
-        help="Corpora of the cooldown, in the form of --data-path. Without it, a seeded share of "
-        "the training documents is kept for the cooldown: the phases share no document.",
+        help="Corpora of the cooldown, in the format of --data-path. Without it, a seeded share of "
+        "the training documents is held out for the cooldown: the phases share no document.",
     )
     group.add_argument(
         "--meco-cooldown-documents",
         type=float,
         metavar="F",
-        help="Share of the training documents kept for the cooldown. Default: the cooldown's share "
-        "of the samples.",
+        help="Share of the training documents held out for the cooldown. Default: the cooldown's "
+        "share of the samples.",
     )
     group.add_argument(
         "--meco-plain-fraction",
         type=float,
         default=defaults.plain_fraction,
         metavar="P",
-        help="Seeded share of documents without prefix throughout. Default: %(default)s.",
+        help="Seeded share of documents without prefix in the whole run. Default: %(default)s.",
     )
     group.add_argument(
         "--meco-prefix-once",
         action="store_true",
-        help="Show the prefix of a document that is split at its beginning only. Default: on every "
-        "piece.",
+        help="Give a split document its prefix only at its beginning. Default: on every piece.",
     )
     group.add_argument(
         "--meco-max-documents-per-pack",
         type=int,
         metavar="N",
-        help="Cap on the documents of one pack: all ranks wait for the one that has hundreds of "
-        "tiny ones. Default: one for 64 tokens less one, no fewer than 127. 0: as many as fit.",
+        help="Cap on documents in a pack: all ranks wait for one with hundreds of tiny documents. "
+        "Default: max(127, seq_length // 64 - 1). 0: no cap.",
     )
     group.add_argument(
         "--meco-pad-documents-to",
         type=int,
         metavar="A",
         help="Pad each document in a pack, and each part of one, to a multiple of A tokens. The "
-        "padding is not in the loss. Default: 1, no padding.",
+        "padding is not in the loss. Default: what context parallelism needs, 1 without it.",
     )
     group.add_argument(
         "--meco-max-prefix-tokens",
         type=int,
         metavar="N",
-        help="Documents with a longer prefix train plain, and are counted. Default: half the "
+        help="Documents with a longer prefix train plain and are counted. Default: half the "
         "sequence.",
     )
     group.add_argument(
         "--meco-train-on-prefix",
         action="store_true",
-        help="Count prefix tokens in the loss.",
+        help="Include prefix tokens in the loss.",
     )
     return parser
 

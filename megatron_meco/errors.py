@@ -1,8 +1,8 @@
 """Errors that a user can act on.
 
-Every refusal of this package is a `MeCoError`: one message that says what is wrong, where (flag,
-file, line or value) and what to do about it. Command-line entry points print the message alone and
-exit with status 1; a stack trace means a fault of our own.
+Every refusal is a `MeCoError`: one message that says what is wrong, where (flag, file, line or
+value) and what to do about it. Command-line entry points print only the message and exit with
+status 1; a stack trace means a bug in this package.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class MeCoError(ValueError):
         remedy: What the user can do about it.
     """
 
-    # Megatron raises errors of module constructors anew, as `type(error)(text)`: `where` and
-    # `remedy` have defaults for that alone. `original` finds the error itself.
+    # `where` and `remedy` have defaults because Megatron re-raises errors of module constructors as
+    # `type(error)(text)`. `original` finds the first error.
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         self.what = what
         self.where = where
@@ -30,11 +30,11 @@ class MeCoError(ValueError):
         super().__init__(f"{where}: {what}. {remedy}" if where else what)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keep the three parts when an error crosses a process border (worker pools pickle it)."""
+        """Keep the three parts when a worker pool pickles the error."""
         return (_rebuild, (type(self), self.what, self.where, self.remedy))
 
     def original(self) -> MeCoError:
-        """The error that was raised first, where this one repeats it."""
+        """Return the error that was raised first, if this one repeats it."""
         error: BaseException | None = self
         found = self
         while error is not None:
@@ -49,15 +49,15 @@ def _rebuild(cls: type[MeCoError], what: str, where: str, remedy: str) -> MeCoEr
 
 
 class FlagError(MeCoError):
-    """A flag (or the configuration field behind it) that cannot be honoured."""
+    """A flag, or its configuration field, with a value that cannot be used."""
 
 
 class DataError(MeCoError):
-    """A corpus, metadata file or cache that does not hold what it should."""
+    """A corpus, metadata file or cache with wrong or damaged content."""
 
 
 def show_refusals_in_one_line() -> None:
-    """Have this process print an uncaught `MeCoError` as one line, on rank 0, and exit with 1."""
+    """Print an uncaught `MeCoError` of this process as one line, on rank 0; exit with status 1."""
     stock = sys.excepthook
 
     def hook(

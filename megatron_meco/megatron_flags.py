@@ -1,9 +1,9 @@
-"""What MeCo does with each flag of Megatron: the allow-list.
+"""Which flags of Megatron work with MeCo.
 
-Every name that the parsers of Megatron-Core 0.19.2 and of its main branch (d98e8a64) know is in
-exactly one of `HONOURED`, `REFUSED`, `UNTESTED`, `OTHER_PROGRAMS` and `COMPANIONS`. A flag in none
-of them belongs to a newer Megatron; it is refused until somebody has decided
-(`megatron_meco.refusals`, `tests/test_megatron_flags.py`). Names are argparse's `dest`.
+Every flag of Megatron-Core 0.19.2 and of its main branch (d98e8a64) is in exactly one of
+`HONOURED`, `REFUSED`, `UNTESTED`, `OTHER_PROGRAMS` and `COMPANIONS`. Any other flag belongs to a
+newer Megatron and is refused until it is added here (`megatron_meco.refusals`,
+`tests/training/test_megatron_flags.py`). Names are argparse's `dest`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ HONOURED = names_in(
     ckpt_fully_parallel_save ckpt_fully_parallel_save_deprecated
     ckpt_fully_parallel_save_process_group ckpt_load_validate_sharding_integrity
     ckpt_pg_tensors_cache_create ckpt_pg_tensors_cache_path ckpt_step clip_grad
-    clone_scatter_output_in_embedding config_logger_dir create_attention_mask_in_dataloader
+    clone_scatter_output_in_embedding config_logger_dir context_parallel_size
+    create_attention_mask_in_dataloader
     cross_entropy_fusion_impl cross_entropy_loss_fusion data_args_path data_cache_path
     data_parallel_random_init data_path dataloader_inter_document_masking ddp_average_in_collective
     ddp_bucket_size ddp_num_buckets ddp_pad_buckets_for_high_nccl_busbw
@@ -127,10 +128,6 @@ HONOURED = names_in(
 
 REFUSED: dict[str, tuple[str, ...]] = {
     "ckpt_format": ("the format belongs to FSDP, which is not tested", "Use torch_dist."),
-    "context_parallel_size": (
-        "packed documents are not padded to 2 * CP, so attention would leak across documents",
-        "Use 1; tensor and pipeline parallelism work.",
-    ),
     "create_attention_mask_in_dataloader": (
         "it separates documents by cu_seqlens, without a dense mask",
     ),
@@ -163,6 +160,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "heterogeneous_layers_config_path": (
         "nobody has shown that these layers keep packed documents apart",
     ),
+    "hierarchical_context_parallel_sizes": (
+        "Transformer Engine 2.18 has hierarchical context parallelism for unpacked batches alone",
+        "Use --context-parallel-size with --cp-comm-type p2p.",
+    ),
+    "hybrid_context_parallel": (
+        "it takes its batches from a loader of its own, without MeCo's packs",
+        "Use --context-parallel-size.",
+    ),
+    "max_seqlen_per_dp_cp_rank": ("it belongs to --hybrid-context-parallel",),
     "mock_data": ("mock documents have no metadata", "Give --data-path, or drop --meco."),
     "modelopt_enabled": (
         "ModelOpt's loss takes the place of the masked one",
@@ -391,12 +397,7 @@ COMPANIONS = {
         strict_fsdp_dtensor_load suggested_communication_unit_size torch_fsdp2_reshard_after_forward
         """
     ),
-    "context_parallel_size": names_in(
-        """
-        cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel
-        max_seqlen_per_dp_cp_rank
-        """
-    ),
+    "context_parallel_size": names_in("cp_comm_type"),
     "inprocess_restart": names_in(
         """
         inprocess_active_world_size inprocess_barrier_timeout inprocess_completion_timeout
@@ -414,4 +415,4 @@ COMPANIONS = {
         """
     ),
 }
-"""Flags that have an effect only beside the flag they are listed under."""
+"""Flags that have an effect only together with the flag under which they are listed."""

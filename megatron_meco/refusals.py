@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_meco.config import layout_alignment
 from megatron_meco.errors import FlagError
 from megatron_meco.megatron_flags import (
     COMPANIONS,
@@ -59,7 +61,7 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, Flag]:
 
 
 def refusal(name: str) -> tuple[str, str]:
-    """Why a flag in `REFUSED` is refused, and the remedy."""
+    """The reason and the remedy for a flag in `REFUSED`."""
     reason, *remedy = REFUSED[name]
     return reason, remedy[0] if remedy else _DROP
 
@@ -71,13 +73,13 @@ def check_flags(
     local_layers: bool,
     allowed: Collection[str] = (),
 ) -> None:
-    """Refuse each flag that MeCo does not honour.
+    """Refuse each flag that MeCo does not support.
 
     Args:
         args: Parsed flags, not yet validated by Megatron.
         flags: Megatron's flags (`flags_of` its parser), without those of MeCo or of the script.
         local_layers: Whether MeCo's layers for hosts without Transformer Engine are used.
-        allowed: Names (`dest`) that a user lets through although nobody has tried them.
+        allowed: Names (`dest`) of untested flags that the user allows.
 
     Raises:
         FlagError: Names the first such flag, its value and the remedy.
@@ -123,7 +125,7 @@ def check_flags(
 
 
 def check_numbers(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
-    """Refuse numbers that no run can mean: NaN, infinite, of the wrong sign, or far too large.
+    """Refuse numbers that are invalid in any run: NaN, infinite, of the wrong sign, or too large.
 
     Args:
         args: Parsed flags.
@@ -147,7 +149,7 @@ _DATASET_OPTIONS = {
     "fast_cache_load": "dataloader_fast_cache_load",
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
     "multiple_validation_sets": "multiple_validation_sets",
-    "context_parallel_size": "context_parallel_size",
+    "hybrid_context_parallel": "hybrid_context_parallel",
 }
 
 
@@ -162,18 +164,26 @@ def check_dataset_options(config: Any) -> None:
     """
     for option, dest in _DATASET_OPTIONS.items():
         value = getattr(config, option)
-        # 1 is the context parallel size without context parallelism.
-        if value is True or value not in (None, False, 1):
+        if value:
             reason, remedy = refusal(dest)
             raise FlagError(
                 f"does not go with MeCo: {reason}",
                 where=shown(f"--{dest.replace('_', '-')}", value),
                 remedy=remedy,
             )
+    ranks = config.context_parallel_size or 1
+    padded_to = getattr(config.meco, "pad_documents_to", None) or 1
+    if ranks > 1 and padded_to % (2 * ranks):
+        raise FlagError(
+            f"each rank takes two equal chunks of every document of a pack, and documents are "
+            f"padded to multiples of {padded_to}",
+            where=f"--context-parallel-size {ranks}",
+            remedy=f"Give --meco-pad-documents-to {math.lcm(padded_to, 2 * ranks)}.",
+        )
 
 
 def shown(spelling: str, value: Any) -> str:
-    """A flag as a user typed it: `--seq-length 64`, or the bare flag for a switch."""
+    """A flag as typed: `--seq-length 64`, or only the flag for a switch."""
     if isinstance(value, bool) or value is None:
         return spelling
     values = value if isinstance(value, list | tuple) else [value]
@@ -195,7 +205,7 @@ def closest(word: str, known: Collection[str]) -> str:
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a start without a launcher, which would end in torch's own error minutes later.
+    """Refuse a start without a launcher, which torch would report minutes later.
 
     Raises:
         FlagError: Names the first missing variable.
@@ -214,14 +224,13 @@ def _any(value: Any) -> bool:
 
 
 def _differs(value: Any, default: Any) -> bool:
-    # NaN differs from everything, which is right here.
+    # NaN differs from every default, as it should here.
     return type(value) is not type(default) or bool(value != default)
 
 
 # ------------------------------------------------------------------------------------- values
 # Flags of which only some values are refused.
 _VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
-    "context_parallel_size": lambda value: value != 1,
     "create_attention_mask_in_dataloader": bool,
     "dataloader_type": lambda value: value != "single",
     "position_embedding_type": lambda value: value in ("mrope", "relative"),
@@ -251,23 +260,24 @@ _NOT_ON_LOCAL_LAYERS = names_in(
 # ------------------------------------------------------------------------------------ numbers
 _POSITIVE = names_in(
     """
-    adam_eps adlr_autoresume_interval check_weight_hash_across_dp_replicas_interval ddp_bucket_size
-    ddp_num_buckets dist_ckpt_workers distributed_timeout_minutes
-    distributed_timeout_seconds_after_init embedding_init_method_std encoder_num_layers
-    eval_global_batch_size eval_interval eval_micro_batch_size exit_duration_in_mins exit_interval
-    ffn_hidden_size flight_recorder_trace_buffer_size fp8_amax_history_len fp8_interval
-    global_batch_size gpu_sniff_test_interval hidden_size init_method_std initial_loss_scale
-    kv_channels layernorm_epsilon log_interval log_memory_interval loss_scale loss_scale_window
-    lr_decay_iters lr_decay_samples make_vocab_size_divisible_by max_position_embeddings
-    micro_batch_size microbatch_group_size_per_vp_stage non_persistent_save_interval
-    num_attention_heads num_dataset_builder_threads num_distributed_optimizer_instances num_layers
+    adam_eps adlr_autoresume_interval check_weight_hash_across_dp_replicas_interval
+    context_parallel_size ddp_bucket_size ddp_num_buckets dist_ckpt_workers
+    distributed_timeout_minutes distributed_timeout_seconds_after_init embedding_init_method_std
+    encoder_num_layers eval_global_batch_size eval_interval eval_micro_batch_size
+    exit_duration_in_mins exit_interval ffn_hidden_size flight_recorder_trace_buffer_size
+    fp8_amax_history_len fp8_interval global_batch_size gpu_sniff_test_interval hidden_size
+    init_method_std initial_loss_scale kv_channels layernorm_epsilon log_interval
+    log_memory_interval loss_scale loss_scale_window lr_decay_iters lr_decay_samples
+    make_vocab_size_divisible_by max_position_embeddings micro_batch_size
+    microbatch_group_size_per_vp_stage non_persistent_save_interval num_attention_heads
+    num_dataset_builder_threads num_distributed_optimizer_instances num_layers
     num_layers_per_virtual_pipeline_stage num_query_groups num_virtual_stages_per_pipeline_rank
     padded_vocab_size pipeline_model_parallel_size recompute_num_layers rope_scaling_factor
     rotary_base rotary_percent rotary_seq_len_interpolation_factor save_activations_interval
     save_dgrads_interval save_interval save_params_interval save_retain_interval
     save_wgrads_interval seed seq_length tensor_model_parallel_size tensorboard_log_interval
-    tensorboard_queue_size tiktoken_num_special_tokens train_iters train_samples
-    train_sync_interval vocab_size
+    tensorboard_queue_size tiktoken_num_special_tokens train_iters train_samples train_sync_interval
+    vocab_size
     """
 )
 _SHARES = names_in(
@@ -297,10 +307,10 @@ _LARGEST_INTEGER = 2**31 - 1
 
 
 def _check_number(spelling: str, name: str, value: Any) -> None:
-    """Refuse a number that no run can mean.
+    """Refuse a number that is invalid in any run.
 
     Raises:
-        FlagError: For NaN, infinity, a wrong sign, or a size beyond what Megatron's arrays hold.
+        FlagError: It is NaN or infinite, has the wrong sign, or is too large for Megatron.
     """
     for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -328,7 +338,7 @@ def _need(args: argparse.Namespace, name: str, spelling: str, what: str) -> None
 def check_run(args: argparse.Namespace) -> None:
     """Refuse a command line that lacks what a run needs, or whose numbers contradict each other.
 
-    Megatron finds these by bare assertions and type errors, some of them after the model is built.
+    Megatron reports these by bare assertions and type errors, some only after the model is built.
 
     Args:
         args: Parsed flags of a whole training command, not yet validated by Megatron.
@@ -441,7 +451,119 @@ def _check_rotary(args: argparse.Namespace) -> None:
         )
 
 
+# Minor versions of Transformer Engine from which a way of communication serves packed documents.
+_ENGINE_SINCE = {"p2p": (1, 10), "a2a": (2, 10), "all_gather": (2, 18)}
+# What nobody has shown to work where ranks hold parts of documents.
+_NOT_WITH_CONTEXT_PARALLELISM = {
+    "hybrid_layer_pattern": "state-space layers",
+    "hybrid_override_pattern": "state-space layers",
+    "mtp_num_layers": "multi-token prediction",
+    "multi_latent_attention": "latent attention",
+    "num_experts": "a mixture of experts",
+    "qk_clip": "clipping of attention logits",
+    "log_max_attention_logit": "a report of attention logits",
+    "softmax_type": "another softmax",
+    "window_size": "sliding-window attention",
+}
+
+
+def _check_context_parallelism(args: argparse.Namespace) -> None:
+    ranks = args.context_parallel_size
+    if ranks <= 1:
+        return
+    where = f"--context-parallel-size {ranks}"
+    if not args.calculate_per_token_loss:
+        raise FlagError(
+            "without --calculate-per-token-loss each rank divides its loss by its own trained "
+            "tokens, whose number differs from rank to rank",
+            where=where,
+            remedy="Add --calculate-per-token-loss.",
+        )
+    for name, what in _NOT_WITH_CONTEXT_PARALLELISM.items():
+        value = getattr(args, name, None)
+        if value and value != "vanilla":
+            raise FlagError(
+                f"not tested with --context-parallel-size {ranks}: {what}",
+                where=shown(f"--{name.replace('_', '-')}", value),
+                remedy="Use --context-parallel-size 1.",
+            )
+    alignment = layout_alignment(args)
+    given = getattr(args, "meco_pad_documents_to", None)
+    if given is not None and given % alignment:
+        raise FlagError(
+            f"no multiple of {alignment}, in which this layout divides the documents of a pack",
+            where=f"--meco-pad-documents-to {given}",
+            remedy=f"Give {math.lcm(max(given, 1), alignment)}, or drop the flag.",
+        )
+    if args.seq_length and args.seq_length % alignment:
+        raise FlagError(
+            f"no multiple of {alignment}, in which this layout divides the documents of a pack",
+            where=f"--seq-length {args.seq_length}",
+            remedy=f"Give {-(-args.seq_length // alignment) * alignment}.",
+        )
+    kinds = args.cp_comm_type
+    for kind in [kinds] if isinstance(kinds, str) else kinds or []:
+        _check_communication(args, kind)
+
+
+def _check_communication(args: argparse.Namespace, kind: str) -> None:
+    where = f"--cp-comm-type {kind}"
+    if args.transformer_impl == "local":
+        # p2p is Megatron's default.
+        if kind not in ("p2p", "all_gather"):
+            raise FlagError(
+                "the layers for hosts without Transformer Engine gather keys and values",
+                where=where,
+                remedy="Use all_gather.",
+            )
+        return
+    engine = _engine_version()
+    version = (math.inf,) if engine is None else tuple(int(x) for x in engine.split(".")[:2])
+    if kind not in _ENGINE_SINCE:
+        raise FlagError(
+            f"unknown, or not for packed documents in Transformer Engine {engine or '2.18'}",
+            where=where,
+            remedy=f"Use {' or '.join(_ENGINE_SINCE)}.",
+        )
+    since = _ENGINE_SINCE[kind]
+    if version < since:
+        usable = [name for name, first in _ENGINE_SINCE.items() if first <= version]
+        raise FlagError(
+            f"Transformer Engine {engine} has it for unpacked batches alone; packed documents need "
+            f"{'.'.join(map(str, since))}",
+            where=where,
+            remedy=f"Use {' or '.join(usable) or 'a newer version'}.",
+        )
+    heads = args.num_query_groups or args.num_attention_heads
+    if (
+        kind == "a2a"
+        and heads
+        and (heads // args.tensor_model_parallel_size) % (args.context_parallel_size)
+    ):
+        raise FlagError(
+            f"it deals {heads} key-value heads over {args.tensor_model_parallel_size} "
+            f"tensor-parallel times {args.context_parallel_size} context-parallel ranks",
+            where=where,
+            remedy="Use p2p.",
+        )
+    if getattr(args.attention_backend, "name", args.attention_backend) in ("unfused", "local"):
+        raise FlagError(
+            "Transformer Engine has context parallelism in its flash and fused attention",
+            where=shown("--attention-backend", args.attention_backend),
+            remedy="Drop the flag.",
+        )
+
+
+def _engine_version() -> str | None:
+    """The installed Transformer Engine's, without a look at whether it can be loaded."""
+    try:
+        return importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 _RULES = (
+    _check_context_parallelism,
     _check_rotary,
     _check_batch_schedule,
     _check_iterations_and_samples,

@@ -1,10 +1,9 @@
-"""A file, or a new folder, that stands under its name whole or not at all.
+"""Atomic file and folder writes.
 
-It is written under a hidden temporary name in the same folder, put on the disk and renamed, so a
-reader sees the earlier file or the new one; of several writers, also on several nodes, the last one
-wins. Its permissions follow the umask. Costs one fsync and one rename. What was given up: putting
-the rename itself on the disk, so a power cut may bring the earlier file back, whole; and cleaning
-up after a killed writer, whose temporary file `unfinished_files` finds.
+A file is written under a hidden temporary name in the same folder, synced and renamed, so a reader
+sees the earlier file or the new one. Of several writers, also on several nodes, the last one wins.
+Permissions follow the umask. The rename itself is not synced, so a power cut may bring the earlier
+file back, complete. A killed writer leaves its temporary file, which `unfinished_files` finds.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ from megatron_meco.errors import MeCoError
 
 @contextlib.contextmanager
 def whole_file(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when the block ends, and is gone when the block raises.
+    """Open a file that gets its name when the block ends, and is removed if the block raises.
 
     Args:
-        path: The file, in a folder that exists; an earlier one of that name is replaced.
-        refuse: Makes what is raised where the file system says no, from its reason.
+        path: The file, in an existing folder; an earlier file is replaced.
+        refuse: Makes the error to raise from the reason that the file system gives.
 
     Yields:
-        The file under its temporary name, for bytes. The block only writes: every OSError out of
-        it counts as one of this file.
+        The file under its temporary name, for bytes. The block only writes: every OSError in it
+        counts as one of this file.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`.
     """
     temporary = _temporary_name(path)
     try:
-        # Not tempfile's: those can be read by nobody else, whatever the umask says.
+        # Not `tempfile`, whose files only their owner can read, whatever the umask.
         with temporary.open("xb") as file:
             yield file
             file.flush()
@@ -56,7 +55,7 @@ def whole_file(path: Path, refuse: Callable[[str], MeCoError]) -> Iterator[Binar
 def whole_folder(
     path: Path, refuse: Callable[[str], MeCoError], *, replace: bool = False
 ) -> Iterator[Path]:
-    """Make a folder that gets its name when the block ends, and is gone when the block raises.
+    """Make a folder that gets its name when the block ends, and is removed if the block raises.
 
     Args:
         path: The folder; its parents are made.
@@ -65,8 +64,8 @@ def whole_folder(
             one is complete. A link is followed.
 
     Yields:
-        The folder under its temporary name. The block only writes: every OSError out of it counts
-        as one of this folder.
+        The folder under its temporary name. The block only writes: every OSError in it counts as
+        one of this folder.
 
     Raises:
         MeCoError: From `refuse`, also if the folder exists and is not to be replaced.
@@ -100,7 +99,7 @@ def whole_folder(
 
 
 def _sync(path: Path) -> None:
-    """Put a plain file on the disk."""
+    """Sync a plain file to disk."""
     if path.is_file():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -110,7 +109,7 @@ def _sync(path: Path) -> None:
 
 
 def _temporary_name(path: Path) -> Path:
-    # Process numbers repeat between the nodes that share a folder.
+    # Not the process number, which repeats between nodes that share a folder.
     return path.with_name(f".{path.name}.{os.urandom(6).hex()}")
 
 
@@ -118,6 +117,6 @@ def unfinished_files(path: Path) -> list[Path]:
     """Return the temporary files of writers of `path`, busy or killed.
 
     Args:
-        path: What was given to `whole_file`.
+        path: The path given to `whole_file`.
     """
     return list(path.parent.glob(f".{glob.escape(path.name)}.*"))

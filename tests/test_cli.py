@@ -95,6 +95,53 @@ def test_wrong_usage_is_2(arguments, capsys):
     assert capsys.readouterr().err.startswith("usage: meco")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["prepar"], "there is no command 'prepar'. Did you mean prepare?"),
+        (["trian", "a.yaml"], "Did you mean train?"),
+        (["zzz"], "`meco --help` lists the commands."),
+        (["doctor", "--jsno"], "unrecognized arguments: --jsno Did you mean --json?"),
+    ],
+)
+def test_a_mistyped_word_gets_the_nearest_right_one(arguments, hint, capsys):
+    assert cli.main(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_get_a_script(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("prepare", "--metadata-fields", "--dry-run"):
+        assert word in script
+
+
+def test_bash_completes_commands_options_and_files(tmp_path, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    (tmp_path / "meco").write_text(capsys.readouterr().out)
+    (tmp_path / "my-run.yaml").write_text("")
+
+    def complete(*words):
+        program = (
+            'source ./meco; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+            '$(complete -p meco | sed \'s/.*-F \\([^ ]*\\).*/\\1/\') meco "${@: -1}" "${@: -2:1}"; '
+            "printf '%s\\n' \"${COMPREPLY[@]}\""
+        )
+        done = subprocess.run(
+            ["bash", "-c", program, "bash", "meco", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        return done.stdout.split()
+
+    assert complete("prep") == ["prepare"]
+    assert complete("train", "--dry") == ["--dry-run"]
+    assert complete("train", "my") == complete("plan", "my") == ["my-run.yaml"]
+    assert complete("tokenizer", "tr") == ["train"]
+
+
 def test_status_is_the_commands_own(command):
     assert cli.main(["probe"]) == 0
     assert cli.main(["probe", "--number", "1"]) == 1

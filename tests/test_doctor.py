@@ -217,9 +217,7 @@ def test_what_doctor_itself_lacks_is_not_left_to_doctor(capsys, monkeypatch):
     monkeypatch.setattr(command, "collect_facts", lack)
     assert cli.main(["doctor"]) == 1
     err = capsys.readouterr().err
-    assert (
-        "packaging is not installed. Install this package anew" in err and "meco doctor" not in err
-    )
+    assert "packaging is not installed. Reinstall this package" in err and "meco doctor" not in err
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,23 @@ def test_the_baseline_differs_in_template_and_output_alone(size: str) -> None:
     }
 
 
+def test_the_variant_for_32k_is_the_8b_model_with_context_parallelism() -> None:
+    """As many tokens in a step, and on each rank, as the paper's 8B model has."""
+    long, paper = printed("8b_32k"), printed("8b")
+    assert (number(long, "--seq-length"), number(long, "--context-parallel-size")) == (32768, 4)
+    assert number(long, "--max-position-embeddings") == 32768
+    assert number(long, "--rotary-base") == 4 * number(paper, "--rotary-base")
+    assert (
+        number(long, "--global-batch-size") * 32768 == number(paper, "--global-batch-size") * 8192
+    )
+    assert "--calculate-per-token-loss" in long
+    for flag in ("num-layers", "hidden-size", "num-query-groups", "lr", "weight-decay"):
+        assert value(long, f"--{flag}") == value(paper, f"--{flag}")
+    assert value(long, "--train-iters") == value(paper, "--train-iters")
+    result = call("8b_32k", "--dry-run", MECO_PYTHON="/bin/true", GPUS_PER_NODE="4")
+    assert "MECO_CP=4: NNODES * GPUS_PER_NODE = 4 GPUs are not a multiple" in result.stderr
+
+
 def test_variables_make_the_layout() -> None:
     words = printed(
         "3b",
@@ -285,19 +302,20 @@ def test_arguments_and_help() -> None:
     assert {name for name in names if name not in text} == set()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", (*SIZES, "8b_32k"))
 def test_meco_train_has_the_same_flags(size: str, tmp_path: Path) -> None:
     """Both read one table; what follows from the numbers is worked out twice."""
     from megatron_meco.run.run_file import read_run
 
     variables = {"MECO_TP": "2", "MECO_LR": "1e-3", "MECO_TRAIN_ITERS": "100"}
     run = tmp_path / "run.yaml"
+    model = f"llama-{size.replace('_', '-')}"
     run.write_text(
-        f"model: llama-{size}\ntensor-model-parallel-size: 2\nlr: 1e-3\ntrain-iters: 100\n"
+        f"model: {model}\ntensor-model-parallel-size: 2\nlr: 1e-3\ntrain-iters: 100\n"
         "data-path: data/dclm\ndata-cache-path: runs/cache\n"
         "tokenizer-model: data/llama3-tokenizer\n"
-        f"save: runs/llama-{size}-meco/checkpoints\n"
-        f"tensorboard-dir: runs/llama-{size}-meco/tensorboard\n"
+        f"save: runs/{model}-meco/checkpoints\n"
+        f"tensorboard-dir: runs/{model}-meco/tensorboard\n"
     )
 
     def by_flag(words: list[str]) -> dict[str, str]:
@@ -310,7 +328,8 @@ def test_meco_train_has_the_same_flags(size: str, tmp_path: Path) -> None:
         return {flag: " ".join(values) for flag, values in flags.items()}
 
     words = printed(size, **variables)
-    shell = by_flag(words[words.index("--num-layers") : words.index("--sequence-parallel") + 1])
+    first = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py")) + 1
+    shell = by_flag(words[first : words.index("--sequence-parallel") + 1])
     assert by_flag(read_run(run).flags()) == shell
 
 
@@ -329,6 +348,16 @@ def test_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.state_bytes == pytest.approx(state, rel=1e-3)
         # The layouts are meant for 80 GB.
         assert (found.state_bytes + found.activation_bytes) < 65 * estimate_memory.GIB
+    # Ranks that share a sequence share its activations, and the optimizer's state.
+    words = printed("8b")
+    flags = words[words.index("--num-layers") :]
+    alone, shared = (
+        estimate_memory.estimate(16, VOCABULARY, [*flags, "--context-parallel-size", ranks])
+        for ranks in ("1", "4")
+    )
+    assert shared.parameters == alone.parameters
+    assert shared.state_bytes == alone.state_bytes
+    assert shared.activation_bytes == pytest.approx(alone.activation_bytes / 4, rel=1e-3)
     with pytest.raises(SystemExit):
         estimate_memory.estimate(8, VOCABULARY, [*flags, "--no-such-flag"])
 

@@ -73,7 +73,8 @@ class Commands:
         self._console = console
         self._environment = environment
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._script.write_text(f"# The commands of the last `make demo`.\ncd {root}\n")
+        threads = f"export OMP_NUM_THREADS={environment['OMP_NUM_THREADS']}\n"
+        self._script.write_text(f"# The commands of the last `make demo`.\ncd {root}\n{threads}")
 
     def print(self, command: Command) -> None:
         """Print a command as one can type it, dimmed, and keep it."""

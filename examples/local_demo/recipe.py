@@ -15,23 +15,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("examples/local_demo")
 
-VOCABULARY = 8192
+VOCABULARY = 2048
 SEQUENCE_LENGTH = 512
 TEMPLATE = r"URL: {url.host}\n\n"
 
-# 2.8 million parameters: what learns most in three minutes. Larger ones take too few steps.
+# 1.1 million parameters. A larger model learns less in the same minutes.
 MODEL = shlex.split(
-    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 2 --position-embedding-type rope --swiglu "
+    "--num-layers 3 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 "
+    "--position-embedding-type rope --swiglu "
     "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
     "--attention-dropout 0 --hidden-dropout 0"
 )
 OPTIMIZER = shlex.split(
-    "--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 "
+    "--lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05 "
     "--adam-beta2 0.95 --weight-decay 0.1"
 )
 BATCH_SIZE = 4
 EVALUATION_BATCHES = 24
+# The texts that are judged: so many under each URL, and as many under none.
+SAMPLES = 100
+SAMPLE_TOKENS = 96
 
 
 class Recipe:
@@ -40,12 +43,14 @@ class Recipe:
     Args:
         output: The folder for everything.
         iterations: Training steps of a run, a multiple of ten.
+        seed: Of the order of documents, the initial weights and the samples; above 0.
     """
 
-    def __init__(self, output: Path, iterations: int) -> None:
+    def __init__(self, output: Path, iterations: int, seed: int = 1234) -> None:
         assert iterations % 10 == 0, "the switch must fall between two iterations"
         self.output = output
         self.iterations = iterations
+        self.seed = seed
         self.switch = 9 * iterations // 10
 
     def path(self, name: str) -> str:
@@ -55,7 +60,8 @@ class Recipe:
     def collect(self) -> list[str]:
         """Return the command that collects the corpus."""
         command = [*python(), str(HERE / "collect_corpus.py")]
-        return [*command, "--output", self.path("corpus.jsonl")]
+        command += ["--output", self.path("corpus.jsonl")]
+        return [*command, "--held-out", self.path("held-out.jsonl")]
 
     def tokenizer(self) -> list[str]:
         """Return the command that trains the tokenizer."""
@@ -101,16 +107,49 @@ class Recipe:
             *("--tensorboard-dir", self.path(f"{name}/tensorboard")),
         ]
 
-    def export(self) -> list[str]:
-        """Return the command that writes the model for Hugging Face."""
-        command = [*meco("export"), "--load", self.path("meco/checkpoints")]
-        return [*command, "--output", self.path("model")]
+    def export(self, run: str, iteration: int) -> list[str]:
+        """Return the command that writes a checkpoint for Hugging Face.
+
+        Args:
+            run: Folder of the run in the output folder.
+            iteration: Training steps before the checkpoint.
+        """
+        command = [*meco("export"), "--load", self.path(f"{run}/checkpoints")]
+        command += ["--iteration", str(iteration)]
+        return [*command, "--output", self.model(run, iteration)]
+
+    def model(self, run: str, iteration: int) -> str:
+        """Return the folder of an exported checkpoint."""
+        return self.path(f"models/{run}-{iteration}")
+
+    def steer(self, run: str, iteration: int, hosts: list[str]) -> list[str]:
+        """Return the command that samples under each host's URL and under none.
+
+        The template is spelled out: the baseline has none of its own.
+        """
+        command = [*meco("steer"), "--model", self.model(run, iteration), "--template", TEMPLATE]
+        for host in hosts:
+            command += ["--metadata", f"url={url_of(host)}"]
+        command += ["--num-samples", str(SAMPLES), "--max-new-tokens", str(SAMPLE_TOKENS)]
+        command += ["--batch-size", str(SAMPLES), "--seed", str(self.seed)]
+        return [*command, "--output", self.path(f"samples/{run}-{iteration}")]
+
+    def judge(self) -> list[str]:
+        """Return the command that classifies the samples and prints the result."""
+        samples = {
+            "conditioned": f"samples/meco-{self.switch}",
+            "cooled-down": f"samples/meco-{self.iterations}",
+            "baseline": f"samples/baseline-{self.iterations}",
+        }
+        command = [*python(), str(HERE / "steering.py"), self.path("held-out.jsonl")]
+        command += [f"{name}={self.path(folder)}" for name, folder in samples.items()]
+        return [*command, "--output", self.path("steering.json")]
 
     def generate(self, hosts: list[str], prompt: str) -> list[str]:
         """Return the command that continues a prompt under no URL and under several."""
-        command = [*meco("generate"), "--model", self.path("model")]
+        command = [*meco("generate"), "--model", self.model("meco", self.iterations)]
         for host in hosts:
-            command += ["--metadata", f"url=https://{host}/"]
+            command += ["--metadata", f"url={url_of(host)}"]
         return [*command, "--prompt", prompt, "--max-new-tokens", "40"]
 
     def plot(self, meco_log: Path, baseline_log: Path) -> list[str]:
@@ -136,6 +175,7 @@ class Recipe:
             *("--seq-length", str(SEQUENCE_LENGTH)),
             *("--global-batch-size", str(BATCH_SIZE)),
             *("--train-iters", str(self.iterations)),
+            *("--seed", str(self.seed)),
             # The third of these evaluations falls on the switch; Megatron adds one at the end.
             *("--eval-interval", str(self.switch // 3)),
             *("--eval-iters", str(evaluation_batches)),
@@ -144,6 +184,11 @@ class Recipe:
     def _tokenizer_flags(self) -> list[str]:
         name = self.path("tokenizer")
         return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", name]
+
+
+def url_of(host: str) -> str:
+    """Return a URL of a host; the template uses nothing else of it."""
+    return f"https://{host}/"
 
 
 def shown(path: Path) -> str:

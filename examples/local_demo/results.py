@@ -1,7 +1,7 @@
-"""Compare both runs at the switch and at the end: a table, what it shows, and what it cannot show.
+"""Compare both runs at the switch and at the end: a table of validation losses and what it shows.
 
-Every number comes from the two training logs and from `meco plan --json`. Given up: error bars; one
-run of a few minutes says nothing about the next one, and the text says so.
+Every number comes from the two training logs and from `meco plan --json`. One run of each kind says
+nothing about another seed, and the text says so.
 """
 
 from __future__ import annotations
@@ -21,23 +21,29 @@ def comparison(meco: TrainingLog, baseline: TrainingLog) -> list[dict[str, Any]]
         baseline: The run without.
 
     Returns:
-        Two rows: `at` ("switch", "end"), `iteration`, `meco_conditioned`, `meco_plain`, `baseline`.
+        Two rows: `at` ("switch", "end"), `iteration`, `meco_conditioned`, `meco_plain`, `baseline`
+        in nats per token, and `meco_shuffled` where the run reports it.
 
     Raises:
         KeyError: A run did not validate at one of the two.
     """
     assert meco.phases is not None
     places = {"switch": meco.phases.switch_iteration, "end": meco.phases.num_iterations}
-    return [
-        {
-            "at": name,
-            "iteration": iteration,
-            "meco_conditioned": meco.validations[iteration].losses["conditioned"],
-            "meco_plain": meco.validations[iteration].losses["plain"],
-            "baseline": baseline.validations[iteration].losses["plain"],
-        }
-        for name, iteration in places.items()
-    ]
+    rows = []
+    for name, iteration in places.items():
+        losses = meco.validations[iteration].losses
+        row = {"at": name, "iteration": iteration}
+        row |= {f"meco_{view}": loss for view, loss in losses.items()}
+        rows.append({**row, "baseline": baseline.validations[iteration].losses["plain"]})
+    return rows
+
+
+_COLUMNS = {
+    "meco_conditioned": "MeCo, right URL",
+    "meco_shuffled": "wrong URL",
+    "meco_plain": "no URL",
+    "baseline": "baseline",
+}
 
 
 def print_comparison(console: Console, rows: list[dict[str, Any]], plan: dict[str, Any]) -> None:
@@ -49,11 +55,12 @@ def print_comparison(console: Console, rows: list[dict[str, Any]], plan: dict[st
         plan: What `meco plan --json` printed for the run with metadata.
     """
     table = Table("iteration", title="Validation loss, nats per token", title_justify="left")
-    for name in ("MeCo, with URL", "MeCo, without", "baseline"):
-        table.add_column(name, justify="right")
+    columns = [name for name in _COLUMNS if name in rows[0]]
+    for name in columns:
+        table.add_column(_COLUMNS[name], justify="right")
     for row in rows:
-        losses = (row["meco_conditioned"], row["meco_plain"], row["baseline"])
-        table.add_row(f"{row['iteration']} ({row['at']})", *(f"{loss:.3f}" for loss in losses))
+        losses = (f"{row[name]:.3f}" for name in columns)
+        table.add_row(f"{row['iteration']} ({row['at']})", *losses)
     console.print(table)
     console.print(explanation(rows, plan))
 
@@ -62,20 +69,30 @@ def explanation(rows: list[dict[str, Any]], plan: dict[str, Any]) -> str:
     """Return what the table shows and what it cannot show."""
     total = plan["total"]
     tokens = total["prefix_tokens"] + total["body_tokens"]
-    prefix_share = total["prefix_tokens"] / tokens
-    gains = [row["meco_plain"] - row["meco_conditioned"] for row in rows]
-    distance = rows[1]["meco_plain"] - rows[1]["baseline"]
-    use = "A URL in front makes the same text cheaper" if gains[0] > 0 else "A URL has no use yet"
+    share = total["prefix_tokens"] / tokens
+    switch, end = rows
+    distance = end["meco_plain"] - end["baseline"]
     side = "above" if distance > 0 else "below"
-    paragraphs = (
+    paragraphs = [
         "Compare along a row; the two rows are about different documents.",
-        f"{use}: by {gains[0]:+.3f} at the switch. The cooldown teaches the model to do without, "
-        f"and at the end the difference is {gains[1]:+.3f}.",
-        f"Without URL, MeCo ends {abs(distance):.3f} {side} the baseline. That is no verdict: "
-        f"{tokens / 1e6:.2g} million tokens are far too few, and {100 * prefix_share:.1f} % of "
-        "them are prefix. The paper's gain appears from about 64 billion on, and in downstream "
-        "tasks (56.7 against 55.7 on average), not in perplexity.",
-        "What this does show: both phases, one after the other in one run of Megatron's own "
-        "trainer, and what each of them does to the loss.",
+        f"Right against no URL: {gain(switch, 'meco_plain'):+.3f} at the switch, "
+        f"{gain(end, 'meco_plain'):+.3f} at the end. At the switch this is no measure of what URLs "
+        "are worth: the model has not seen a document without one.",
+    ]
+    if "meco_shuffled" in switch:
+        paragraphs.append(
+            f"Right against wrong URL: {gain(switch, 'meco_shuffled'):+.3f} at the switch, "
+            f"{gain(end, 'meco_shuffled'):+.3f} at the end. This is the value of the metadata."
+        )
+    paragraphs.append(
+        f"Without URL, MeCo ends {abs(distance):.3f} {side} the baseline. That is no verdict: one "
+        f"seed, {tokens / 1e6:.2g} million tokens, {100 * share:.1f} % of them prefix. The paper's "
+        "gain is in downstream tasks, from about 64 billion tokens on (56.7 against 55.7 on "
+        "average), not in perplexity."
     )
     return "\n".join(paragraphs)
+
+
+def gain(row: dict[str, Any], other: str) -> float:
+    """Return by how much the loss under another condition is higher than with the right URL."""
+    return float(row[other] - row["meco_conditioned"])

@@ -1,12 +1,12 @@
-"""Watch MeCo happen: `make demo` collects real text, trains on it twice, compares, generates.
+"""Watch MeCo happen: `make demo` trains on real text with and without URLs and compares.
 
-Everything is done by commands that are printed before they run, the ones that one uses on a cluster
-too; this script only strings them together (`recipe.py` has their flags). Costs about eight minutes
-on two cores, most of it for the two training runs, and 200 MB in `demo-output`. A second call
-trains again on what the first one collected and prepared. Given up: a run long enough to show the
-paper's gain.
+Everything is done by commands that are printed before they run, the same as on a cluster. This
+script only strings them together (`recipe.py` has their flags). Both runs train side by side, each
+on half of the cores, for a fixed number of tokens. At the end a classifier judges whether generated
+texts look like the source that their URL names. Needs 300 MB in `demo-output`. A second call trains
+again on what the first one collected and prepared.
 
-    python examples/local_demo/run.py --minutes 10      # longer training runs
+    python examples/local_demo/run.py --iterations 2400      # longer training runs
 """
 
 from __future__ import annotations
@@ -18,26 +18,22 @@ import os
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from commands import Command, CommandFailed, Commands, broken, changed
-from recipe import BATCH_SIZE, HERE, ROOT, TEMPLATE, Recipe, shown
+from recipe import BATCH_SIZE, HERE, ROOT, SEQUENCE_LENGTH, TEMPLATE, Recipe, shown
+from registers import REGISTERS
 from results import comparison, print_comparison
 from rich.console import Console
 from training_log import TrainingLog
 from training_progress import TrainingProgress, clock
 
-from megatron_meco.corpus.metadata import open_metadata
-
-# What two cores of a current server do; more cores are faster, more iterations are better.
-ITERATIONS_PER_MINUTE = 120
-DEFAULT_MINUTES = 2.5
-# Where all kinds of projects live: such a host says little about a text.
-CODE_HOSTS = ("github.com", "gitlab.com")
-PROMPT = "Return the"
+# 2.5 million tokens. No document is seen twice.
+DEFAULT_ITERATIONS = 1200
+PROMPT = "The"
 LINES_OF_INSPECT = 18
 
 
@@ -46,15 +42,15 @@ class Demo:
 
     Args:
         output: The folder for everything.
-        minutes: Length of a training run on two cores.
+        iterations: Training steps of each run, a multiple of ten.
+        seed: Of the training runs and the samples.
         console: The terminal.
     """
 
-    def __init__(self, output: Path, minutes: float, console: Console) -> None:
+    def __init__(self, output: Path, iterations: int, seed: int, console: Console) -> None:
         self.output = output
         self.console = console
-        iterations = 10 * max(1, round(minutes * ITERATIONS_PER_MINUTE / 10))
-        self.recipe = Recipe(output, iterations)
+        self.recipe = Recipe(output, iterations, seed)
         self.commands = Commands(ROOT, output, console, environment(output))
         self.begin = time.monotonic()
         self.step = 0
@@ -70,11 +66,12 @@ class Demo:
             "Prepare: text becomes tokens and metadata": self.prepare,
             "Plan: what the run will train on": self.plan,
             "Inspect: the first training sequence": self.inspect,
-            "Train with MeCo: 90 % with URLs, then 10 % without": self.train_meco,
-            "Train the baseline: the same without metadata": self.train_baseline,
+            "Train: MeCo (90 % with URLs, then 10 % without) and a baseline": self.train,
             "Compare the validation losses": self.compare,
-            "Export, and generate under different URLs": self.generate,
             "Draw both losses": self.plot,
+            "Export: before the cooldown, after it, and the baseline": self.export,
+            "Sample texts under every URL and under none": self.sample,
+            "Judge: do the texts look like the source that their URL names?": self.judge,
         }
         for self.step, (title, do) in enumerate(steps.items(), start=1):
             left, right = f"{self.step}/{len(steps)}  {title} ", f" {self.elapsed()}"
@@ -119,28 +116,21 @@ class Demo:
 
     # ---- Train ----
 
-    def train_meco(self) -> None:
-        """Train with metadata, then without."""
+    def train(self) -> None:
+        """Train with metadata, and beside it without, all else equal."""
         # A run must not find the checkpoints of an earlier call.
-        for name in ("meco", "baseline", "model"):
+        for name in ("meco", "baseline", "models", "samples"):
             shutil.rmtree(self.output / name, ignore_errors=True)
-        command = self.recipe.train("meco", TEMPLATE)
+        command, other = self.recipe.train("meco", TEMPLATE), self.recipe.train("baseline", "")
         self.commands.print(command)
-        self.follow(command, "meco", has_prefixes=True)
-
-    def train_baseline(self) -> None:
-        """Train without metadata, all else equal."""
-        command = self.recipe.train("baseline", "")
-        flags = changed(command, self.recipe.train("meco", TEMPLATE))
-        self.note("The command above with other values of these flags:")
-        self.note(broken(["...", *flags], self.console.width))
-        self.commands.keep(command)
-        self.follow(command, "baseline", has_prefixes=False)
-
-    def follow(self, command: Command, name: str, *, has_prefixes: bool) -> None:
-        """Run a training command behind a line of progress."""
-        with TrainingProgress(self.console, has_prefixes=has_prefixes) as progress:
-            self.logs[name] = self.commands.follow(command, self.log(name), progress.feed)
+        self.note("Beside it the baseline, with other values of these flags:")
+        self.note(broken(["...", *changed(other, command)], self.console.width))
+        self.commands.keep(other)
+        self.logs["baseline"] = self.commands.log_path(f"{self.log('baseline')}-output")
+        with self.commands.background(other, self.log("baseline"), self.logs["baseline"]):
+            with TrainingProgress(self.console, has_prefixes=True) as progress:
+                self.logs["meco"] = self.commands.follow(command, self.log("meco"), progress.feed)
+            self.note("waiting for the baseline")
 
     # ---- What came out ----
 
@@ -152,22 +142,42 @@ class Demo:
         results = {"validation": rows, "plan": plan}
         (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    def generate(self) -> None:
-        """Export the model and let it write under several URLs."""
-        self.show(self.recipe.export(), "export")
-        hosts = frequent_hosts(self.output / "data" / "corpus", 3)
-        self.show(self.recipe.generate(hosts, PROMPT), "generate")
-
     def plot(self) -> None:
         """Draw the losses."""
         self.show(self.recipe.plot(self.logs["meco"], self.logs["baseline"]), "plot")
+
+    def export(self) -> None:
+        """Export the three checkpoints that are compared."""
+        self.together(
+            {f"export-{run}-{at}": self.recipe.export(run, at) for run, at in self.models}
+        )
+
+    def sample(self) -> None:
+        """Let each of them write."""
+        hosts = collected_hosts(self.output / "held-out.jsonl")
+        commands = {
+            f"steer-{run}-{at}": self.recipe.steer(run, at, hosts) for run, at in self.models
+        }
+        self.together(commands)
+
+    def judge(self) -> None:
+        """Classify the texts and say what follows."""
+        self.show(self.recipe.judge(), "judge")
+
+    @property
+    def models(self) -> list[tuple[str, int]]:
+        """The checkpoints that are compared: run and iteration."""
+        end = self.recipe.iterations
+        return [("meco", end), ("meco", self.recipe.switch), ("baseline", end)]
 
     def say_goodbye(self) -> None:
         """Say where everything lies and what to try next."""
         places = {
             "losses.png": "the picture of both losses",
-            "results.json": "the table, and the plan behind it",
-            "model": "the trained model, for Hugging Face transformers",
+            "results.json": "the losses, and the plan behind them",
+            "steering.json": "the steering accuracies, with intervals",
+            "samples": "all generated texts",
+            "models": "the three models, for Hugging Face transformers",
             "meco, baseline": "checkpoints and TensorBoard files of the two runs",
             "logs": "what every command wrote; Megatron's own logs",
             "commands.sh": "every command of this demo in full, to copy from",
@@ -176,7 +186,9 @@ class Demo:
         for name, text in places.items():
             self.console.print(f"  {name:<16}{text}")
         first_of_cooldown = self.recipe.switch * BATCH_SIZE
+        hosts = collected_hosts(self.output / "held-out.jsonl")[:3]
         nexts = {
+            "the same prompt under three URLs": self.recipe.generate(hosts, PROMPT),
             "what a run on this machine would really use": self.recipe.doctor(),
             "both runs in the browser": self.recipe.tensorboard(),
             "the first sequence of the cooldown": self.recipe.inspect(first_of_cooldown),
@@ -192,6 +204,21 @@ class Demo:
         """Print a command, run it and show what it writes."""
         self.commands.print(command)
         self.commands.show(command, self.log(name), max_lines)
+
+    def together(self, commands: dict[str, Command]) -> None:
+        """Print commands, run them side by side and show what the first one writes.
+
+        Args:
+            commands: By the name of the log.
+        """
+        (name, command), *others = commands.items()
+        self.commands.print(command)
+        with ExitStack() as stack:
+            for other_name, other in others:
+                self.commands.print(other)
+                output = self.commands.log_path(f"{self.log(other_name)}-output")
+                stack.enter_context(self.commands.background(other, self.log(other_name), output))
+            self.commands.show(command, self.log(name))
 
     def is_there(self, name: str) -> bool:
         """Say whether something of an earlier call can be used again."""
@@ -220,12 +247,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "demo-output", metavar="DIR")
     parser.add_argument("--fresh", action="store_true", help="collect and prepare again")
     parser.add_argument(
-        "--minutes",
-        type=float,
-        default=DEFAULT_MINUTES,
+        "--iterations",
+        type=tens,
+        default=DEFAULT_ITERATIONS,
         metavar="N",
-        help="length of each training run, roughly, on two cores (default: %(default)s)",
+        help=f"training steps of {BATCH_SIZE * SEQUENCE_LENGTH:,} tokens in each run, a multiple "
+        "of 10 (default: %(default)s)",
     )
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="above 0")
     args = parser.parse_args()
     console = Console(highlight=False)
     # A closed terminal and a `kill` end the children as an interrupt does.
@@ -234,7 +263,7 @@ def main() -> int:
     try:
         output = args.output.absolute()
         open_output(output, fresh=args.fresh)
-        Demo(output, args.minutes, console).run()
+        Demo(output, args.iterations, args.seed, console).run()
     except CommandFailed as failure:
         report(console, failure)
         return 1
@@ -255,7 +284,8 @@ def open_output(output: Path, *, fresh: bool) -> None:
     """
     mark = output / ".made-by-demo"
     # Data that other scripts collected is not what these would collect.
-    scripts = [ROOT / HERE / name for name in ("collect_corpus.py", "train_tokenizer.py")]
+    names = ("collect_corpus.py", "registers.py", "train_tokenizer.py", "recipe.py")
+    scripts = [ROOT / HERE / name for name in names]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in scripts)).hexdigest()
     if output.is_dir() and any(output.iterdir()):
         if not mark.is_file():
@@ -284,7 +314,8 @@ def environment(output: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(cores or 1),
+        # Two runs share the cores.
+        "OMP_NUM_THREADS": str(max(1, (cores or 1) // 2)),
         # Waiting threads that spin make a step several times slower where others need the cores.
         "OMP_WAIT_POLICY": "passive",
         # The demo is about the CPU, on hosts with a GPU too.
@@ -298,11 +329,24 @@ def environment(output: Path) -> dict[str, str]:
     }
 
 
-def frequent_hosts(corpus: Path, number: int) -> list[str]:
-    """Return the hosts with the most documents, code hosts left out."""
-    urls = open_metadata(corpus)["url"].to_pylist()
-    hosts = Counter(urlsplit(url).netloc for url in urls if url)
-    return [host for host, _ in hosts.most_common() if host not in CODE_HOSTS][:number]
+def collected_hosts(held_out: Path) -> list[str]:
+    """Return the hosts that the corpus has, in the order of the registers."""
+    lines = held_out.read_text(encoding="utf-8").splitlines()
+    found = {urlsplit(json.loads(line)["url"]).netloc for line in lines}
+    return [register.host for register in REGISTERS if register.host in found]
+
+
+def tens(text: str) -> int:
+    """Return a number of iterations.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not a positive multiple of ten, so the switch would not
+            fall between two iterations.
+    """
+    number = int(text) if text.isdecimal() else 0
+    if number < 10 or number % 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of 10")
+    return number
 
 
 if __name__ == "__main__":

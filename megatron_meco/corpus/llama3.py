@@ -10,14 +10,12 @@ this project. Given up: the chat template, which pre-training has no use for.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_meco.corpus.outputs import check_local
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.whole_file import whole_folder
 
@@ -124,34 +122,3 @@ def _save(tokenizer: Any, folder: Path) -> None:
         # transformers 5 writes a class that transformers 4 does not know.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `meco tokenizer` to its parser."""
-    parser.add_argument("name", choices=["llama3"], help="which tokenizer to make")
-    parser.add_argument("folder", metavar="DIR", help="the folder to make")
-
-
-def run_tokenizer(args: argparse.Namespace) -> int:
-    """Run `meco tokenizer`.
-
-    Args:
-        args: The parsed arguments of `add_tokenizer_arguments`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        MeCoError: The folder cannot be made.
-    """
-    check_local(args.folder, "DIR")
-    folder = Path(args.folder)
-    ids = write_llama3_tokenizer(folder)
-    print(f"written: {folder}")
-    for token, number in ids.items():
-        print(f"  {token} {number}")
-    print(
-        "Use it with: --tokenizer-type HuggingFaceTokenizer --tokenizer-model "
-        f"{folder}\nIt falls under Meta's Llama 3 Community License."
-    )
-    return 0

@@ -1,9 +1,9 @@
 """`meco metadata PREFIX`: what the metadata of a corpus holds.
 
 For each field the share of documents that have it, the number of distinct values and the most
-frequent ones; for URLs the most frequent hosts with their share, which is what a template on
-`{url.host}` sees. One pass over each column; memory holds the distinct values. Given up: sketches
-for columns whose distinct values do not fit into memory.
+frequent ones; for URLs the most frequent hosts with their share of documents and of tokens, which
+is what a template on `{url.host}` sees. One pass over each column; memory holds the distinct
+values.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from megatron_meco.corpus.metadata import metadata_path, open_metadata
+from megatron_meco.corpus.index_file import check_index
+from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
 from megatron_meco.corpus.wording import counted
@@ -50,6 +53,9 @@ class FieldReport:
     most_frequent_hosts: list[tuple[str, float]] | None = None
     """Hosts and their share of all documents; None where the values are no URLs."""
 
+    tokens_of_hosts: list[float] | None = None
+    """The share of all tokens that documents of these hosts have; None without `.idx`."""
+
 
 def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]:
     """Look through the metadata of a corpus.
@@ -65,6 +71,7 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
         DataError: There is no metadata, or it cannot be read.
     """
     table = open_metadata(prefix)
+    tokens = _tokens(prefix)
     reports = []
     for name in table.column_names:
         column = table[name]
@@ -75,12 +82,39 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
             distinct=len(values),
             most_frequent=_shares(values, top, len(column)),
         )
-        if _holds_urls(name, column):
+        if holds_urls(name, column):
             hosts = _counts([pc.value_counts(host(chunk)) for chunk in column.chunks])
             report.hosts = len(hosts)
             report.most_frequent_hosts = _shares(hosts, top, len(column))
+            if tokens is not None:
+                sums = _tokens_of_hosts(column, tokens)
+                total = max(1, int(tokens.sum()))
+                report.tokens_of_hosts = [
+                    sums[name] / total for name, _ in report.most_frequent_hosts
+                ]
         reports.append(report)
     return table.num_rows, reports
+
+
+def _tokens(prefix: str) -> np.ndarray[Any, Any] | None:
+    """Tokens of each document, EOD included; None without an index."""
+    if not Path(f"{prefix}.idx").is_file():
+        return None
+    index = check_index(prefix)
+    check_row_count(prefix, index.num_documents)
+    return np.diff(index.bounds(0, index.num_documents))
+
+
+def _tokens_of_hosts(column: pa.ChunkedArray, tokens: np.ndarray[Any, Any]) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    row = 0
+    for chunk in column.chunks:
+        part = pa.table({"host": host(chunk), "tokens": tokens[row : row + len(chunk)]})
+        row += len(chunk)
+        found = part.group_by("host").aggregate([("tokens", "sum")]).to_pydict()
+        pairs = zip(found["host"], found["tokens_sum"], strict=True)
+        sums.update({name: number for name, number in pairs if name is not None})
+    return sums
 
 
 def _counts(parts: list[Any]) -> Counter[str]:
@@ -97,7 +131,8 @@ def _shares(counts: Counter[str], top: int, num_rows: int) -> list[tuple[str, fl
     return [(value, count / num_rows) for value, count in ordered[:top]]
 
 
-def _holds_urls(name: str, column: pa.ChunkedArray) -> bool:
+def holds_urls(name: str, column: pa.ChunkedArray) -> bool:
+    """Whether a column counts as one of URLs: by its name, or by most of its first values."""
     sample = column.drop_null().slice(0, _SAMPLED_VALUES)
     if len(sample) == 0:
         return False
@@ -148,14 +183,19 @@ def run_metadata(args: argparse.Namespace) -> int:
             _print_shares(console, report.most_frequent)
         else:
             console.print(counted(report.hosts, "distinct host"))
-            _print_shares(console, report.most_frequent_hosts)
+            _print_shares(console, report.most_frequent_hosts, report.tokens_of_hosts)
     return 0
 
 
-def _print_shares(console: Console, shares: list[tuple[str, float]]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True)
-    for value, share in shares:
-        table.add_row(f"{100 * share:.3f} %", value.replace("\n", " ")[:200])
+def _print_shares(
+    console: Console, shares: list[tuple[str, float]], tokens: list[float] | None = None
+) -> None:
+    table = Table(show_header=tokens is not None, box=None, pad_edge=False, header_style="")
+    table.add_column("documents", justify="right", no_wrap=True)
+    if tokens is not None:
+        table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("host", overflow="ellipsis", no_wrap=True)
+    for i, (value, share) in enumerate(shares):
+        more = [] if tokens is None else [f"{100 * tokens[i]:.3f} %"]
+        table.add_row(f"{100 * share:.3f} %", *more, value.replace("\n", " ")[:200])
     console.print(table)

@@ -1,16 +1,15 @@
-"""The command line of `meco prepare`: its flags, and the summary that it prints.
-
-Costs nothing beside what it starts. Given up: a machine-readable summary; `PREFIX.prepare.json` has
-everything that it says.
-"""
+"""The command line of `meco prepare`: its flags, and the summary that it prints."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from rich.table import Table
 from megatron_meco.corpus.executors import parse_options
 from megatron_meco.corpus.outputs import check_prefix
 from megatron_meco.corpus.prepare import EXECUTORS, PrepareConfig, PrepareReport, prepare
+from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
 from megatron_meco.corpus.tokenizer import TOKENIZER_TYPES
 from megatron_meco.corpus.wording import counted
@@ -74,6 +74,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     add("--strict", action="store_true", help="stop at the first line that is no document")
     add("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
     group = parser.add_argument_group("tokenizer settings, as in Megatron")
     group.add_argument("--vocab-size", type=int)
     group.add_argument("--vocab-file")
@@ -118,8 +119,16 @@ def run_prepare(args: argparse.Namespace) -> int:
     except MeCoError as error:
         print(f"meco prepare: {error}", file=sys.stderr)
         return 1
-    _print_summary(report, Path(args.output))
+    if args.json:
+        # Not `asdict` of the whole, which breaks a Counter.
+        print(json.dumps(vars(report), default=_plain))
+    else:
+        _print_summary(report, Path(args.output))
     return 0
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Rejected) else str(value)
 
 
 def _sentence_language(args: argparse.Namespace) -> str | None:

@@ -17,6 +17,7 @@ import re
 import stat
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -247,6 +248,44 @@ def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
     check_tokenizer(tokenizer)
     bos = _attribute(tokenizer, "bos")
     return bos if bos is not None and 0 <= bos < tokenizer.vocab_size else None
+
+
+def token_ids(tokenizer: MegatronTokenizerText, names: Iterable[str], where: str) -> dict[str, int]:
+    """Return the ids of tokens by their names in the vocabulary.
+
+    Args:
+        tokenizer: Megatron's tokenizer.
+        names: As the vocabulary spells them, such as `<|context_begin|>`.
+        where: The flag that names them, for the message.
+
+    Raises:
+        FlagError: The vocabulary lacks one; or it is no tokenizer of Megatron's.
+    """
+    check_tokenizer(tokenizer)
+    return {name: _token_id(tokenizer, name, where) for name in names}
+
+
+def _token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
+    found = None
+    # Libraries answer for a token that they lack with an error of some kind, with the name, or with
+    # the id of their unknown token.
+    with contextlib.suppress(Exception):
+        library = tokenizer._tokenizer
+        found = library.tokens_to_ids([name])[0]
+        if library.ids_to_tokens([found])[0] != name:
+            found = None
+    if not isinstance(found, int) or not 0 <= found < tokenizer.vocab_size:
+        raise unknown_token(name, where)
+    return found
+
+
+def unknown_token(name: str, where: str) -> FlagError:
+    """The refusal of a token that a vocabulary lacks."""
+    return FlagError(
+        f"the tokenizer has no token {name!r}",
+        where=where,
+        remedy="Add it to the tokenizer as a special token, or name one that it has.",
+    )
 
 
 def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:

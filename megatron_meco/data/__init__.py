@@ -1,7 +1,7 @@
 """From Megatron files to training samples.
 
-`template` renders a prefix from metadata, `prefix_table` tokenises each distinct one once,
-`packing` plans which documents make which pack, `phases` says which samples are conditioned,
-`dataset` puts them behind Megatron's dataset classes. Everything but `dataset` and `report` runs in
-a Python without torch and megatron.
+`template` renders a prefix from metadata, `prefix_table` tokenizes each distinct prefix once,
+`packing` plans the documents of each pack, `phases` computes the phase of each sample. `dataset` is
+one corpus in one phase as a Megatron dataset, `opened_corpus` checks the corpus that it opens, and
+`run_datasets` composes the datasets of a run. Only these three and `report` need torch or megatron.
 """

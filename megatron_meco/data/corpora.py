@@ -1,9 +1,9 @@
-"""Whether the corpora of a run are there, whole, and hold what its template asks for.
+"""Checks that the corpora of a run exist, are intact, and have the fields of its template.
 
-`check_corpora` looks at file names and at the footer of the metadata, so it costs milliseconds and
-can run before anything is built. `check_files` reads the whole index (see `corpus/index_file.py`)
-before Megatron maps it, once for each index: the data cache remembers it. What was given up:
-comparing the tokens with a checksum, which is what `meco verify` does.
+`check_corpora` reads file names and the footer of the metadata, which takes milliseconds, so it
+runs before anything is built. `check_files` reads the whole index (see `corpus/index_file.py`)
+before Megatron maps it, once for each index: the data cache records it. Only `meco verify` compares
+the tokens with a checksum.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from megatron_meco.errors import DataError
 
 KIND = "record of a check"
 _VERSION = 1
-"""Part of every record's name; raise it when more is checked."""
+"""Part of the name of every record; increase it when more is checked."""
 
 
 def check_corpora(prefixes: Iterable[str], template: Template | None) -> None:
-    """Refuse corpora that are not there, or that lack the fields of the template.
+    """Check that corpora exist and have the fields of the template.
 
     Args:
         prefixes: Paths without suffix.
-        template: What conditions their documents; None: nothing does.
+        template: Template of their prefixes; None: no prefixes.
 
     Raises:
-        DataError: For a missing file or field.
-        FlagError: For an unknown transform.
+        DataError: A file or field is missing.
+        FlagError: A transform is unknown.
     """
     for prefix in prefixes:
         for suffix in (".idx", ".bin"):
             if "://" not in prefix:
                 _check_there(prefix + suffix)
-        if template is not None and template.source:
+        if template is not None and template.placeholders:
             fields, _ = describe_metadata(prefix)
             template.check_fields(fields, str(metadata_path(prefix)))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
+from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,
     resolve_bos,
     resolve_eod,
     text_encoder,
+    token_ids,
 )
 from megatron_meco.data.fingerprint import file_identity, tokenizer_identity
 from megatron_meco.data.opened_corpus import (
@@ -41,7 +43,7 @@ from megatron_meco.data.opened_corpus import (
     check_files_of,
     check_opened,
 )
-from megatron_meco.data.packing import Plan, PlanRequest, load_plan
+from megatron_meco.data.packing import Plan, PlanCounts, PlanRequest, build_plan, load_plan
 from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
 from megatron_meco.data.template import Template
 from megatron_meco.errors import DataError, FlagError
@@ -280,7 +282,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         Each with document, body_begin, body_end, prefix (text or None), prefix_tokens, and
         alignment_tokens: the padding behind it.
 
-        Prefixes are decoded, so this is for people and tests, not for training.
+        Those without a prefix say why: `plain_because`, else None. Prefixes are decoded, so this is
+        for people and tests, not for training.
         """
         return [
             {
@@ -290,6 +293,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 "prefix": self._prefix_text(piece),
                 "prefix_tokens": piece.prefix_tokens,
                 "alignment_tokens": piece.padding,
+                "plain_because": self._why_plain(piece),
             }
             for piece in self._assembler.pieces(idx)
         ]
@@ -308,6 +312,34 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             return None
         tokens = self.prefixes.tokens_of(piece.prefix_id)[: piece.prefix_tokens]
         return str(self.config.tokenizer.detokenize(tokens.tolist()))
+
+    def _why_plain(self, piece: _core.Piece) -> str | None:
+        if piece.prefix_tokens:
+            return None
+        if self.config.phase == COOLDOWN:
+            return "the cooldown has no prefixes"
+        if not self.config.meco.template:
+            return "there is no template"
+        if self.config.hide_prefixes:
+            return "this view of the validation set hides prefixes"
+        if piece.body_begin and not self.config.meco.repeat_prefix:
+            return "it continues a document, and prefixes are not repeated"
+        assert self.prefixes is not None
+        if self.prefixes.prefix_ids[piece.document] >= 0:
+            return f"meco-plain-fraction {self.config.meco.plain_fraction:g} drew it"
+        # The table does not keep which of the two it is.
+        row = open_metadata(self.corpus_prefix).slice(piece.document, 1)
+        template = self.config.template
+        assert template is not None
+        lacking = [
+            placeholder.name
+            for placeholder in template.placeholders
+            if not template.values(placeholder, row, self.corpus_prefix)[0].is_valid
+        ]
+        if lacking:
+            return f"it has no {', no '.join(lacking)}"
+        cap = self.config.meco.prefix_cap(self.config.sequence_length)
+        return f"its prefix is longer than {cap:,} tokens (meco-max-prefix-tokens)"
 
     def _assemble(self, pack: int) -> _core.SampleArrays:
         try:
@@ -345,22 +377,41 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def _load_prefixes(self) -> PrefixTable | None:
         if self.config.phase == COOLDOWN or not self.config.meco.template:
             return None
-        tokenizer = self.config.tokenizer
+        tokenizer, template = self.config.tokenizer, self.config.template
         return load_prefix_table(
             self.corpus_prefix,
             self.numel_low_level_dataset(self.dataset),
-            self.config.template,
+            template,
             # The encoder is made when it is called: the table is usually in the cache.
             lambda texts: text_encoder(tokenizer).encode_batch(texts),
             tokenizer_identity(tokenizer),
             self.config.meco.prefix_cap(self.config.sequence_length),
             self._cache_folder,
+            token_ids=token_ids(tokenizer, template.tokens, template.flag),
+            seed=self.config.random_seed,
         )
 
-    def _load_plan(self) -> Plan:
+    @property
+    def num_documents(self) -> int:
+        """Documents that this dataset draws from: its phase's share of the split."""
+        begin, end = self._request().range
+        return end - begin
+
+    def counts_with(self, most_packs: int, **changes: Any) -> PlanCounts:
+        """What another plan of the same documents would hold; built in memory, cached nowhere.
+
+        Args:
+            most_packs: A larger plan is cut off there.
+            **changes: Fields of `PlanRequest`.
+        """
+        packs = min(len(self), most_packs)
+        request = replace(self._request(), num_packs=packs, **changes)
+        return build_plan(self._corpus, request, self.corpus_prefix).counts
+
+    def _request(self) -> PlanRequest:
         config = self.config
         share = config.document_share if self.index_split == Split.train else (0.0, 1.0)
-        request = PlanRequest(
+        return PlanRequest(
             strategy=config.meco.packing,
             capacity=config.sequence_length,
             max_documents=config.meco.documents_cap(config.sequence_length),
@@ -373,9 +424,11 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             repeat_prefix=config.meco.repeat_prefix,
             alignment=config.meco.pad_documents_to,
         )
+
+    def _load_plan(self) -> Plan:
         return load_plan(
             lambda: self._make_corpus(check_arrays_of(self.dataset)),
-            request,
+            self._request(),
             self._lengths_identity(),
             self._cache_folder,
             self.corpus_prefix,

@@ -1,10 +1,8 @@
-"""When a run is conditioned and when it cools down: pure functions of the sample index.
+"""The phase of each sample and iteration: conditioned, then cooldown.
 
-A run consumes samples 0, 1, 2, ... in order (Megatron's `single` sampler), so a phase that depends
-on the sample index alone switches inside the run at the same place whatever the world size, and a
-resumed run is in the phase it was in. `make_schedule` turns the flags into that index once, also
-under a batch size that grows in steps. What was given up: phases that depend on anything measured
-during training.
+A run consumes samples 0, 1, 2, ... in order (Megatron's `single` sampler), and the phase depends on
+the sample index alone. So the switch depends neither on world size nor on restarts.
+`make_schedule` computes its index from the flags, also for a batch size that grows in steps.
 """
 
 from __future__ import annotations
@@ -23,15 +21,15 @@ class BatchSize:
     """Megatron's global batch size, constant or growing in steps.
 
     Attributes:
-        steps: (first consumed sample, samples in a training step from there on), rising; the first
-            entry starts at 0.
+        steps: (first consumed sample, samples per training step from there on), in rising order;
+            the first entry starts at 0.
     """
 
     steps: tuple[tuple[int, int], ...]
 
     @classmethod
     def constant(cls, global_batch_size: int) -> BatchSize:
-        """The usual case, `--global-batch-size`."""
+        """A constant `--global-batch-size`."""
         return cls(((0, global_batch_size),))
 
     @classmethod
@@ -39,7 +37,7 @@ class BatchSize:
         """Read `--step-batch-size-schedule`: "0:768 250B:1536", thresholds in tokens.
 
         Raises:
-            FlagError: When it is not of that form, or does not rise from 0.
+            FlagError: It has another format, or does not rise from 0.
         """
         flag = "--step-batch-size-schedule"
         try:
@@ -77,9 +75,9 @@ class BatchSize:
         raise AssertionError("the last stretch is endless")
 
     def iterations_for(self, samples: int) -> int:
-        """Training steps of a run of `samples`, as Megatron counts them.
+        """Training steps of a run of `samples`, as in Megatron.
 
-        With a constant size the last, partial step is dropped; with a schedule it is taken whole.
+        With a constant size the last, partial step is dropped; with a schedule it is a full step.
         """
         if len(self.steps) == 1:
             return samples // self.steps[0][1]
@@ -105,7 +103,7 @@ class BatchSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Where a run switches.
+    """Length of a run and of its conditioned phase.
 
     Attributes:
         num_iterations: Steps of the whole run.
@@ -137,10 +135,10 @@ class Schedule:
         return CONDITIONED if iteration < self.switch_iteration else COOLDOWN
 
     def documents_held_out(self, config: MeCoConfig) -> float:
-        """Share of the training documents that is kept for the cooldown.
+        """Share of the training documents held out for the cooldown.
 
         Raises:
-            FlagError: When that leaves a phase without documents.
+            FlagError: A phase has samples and no documents.
         """
         num_cooldown = self.num_samples - self.switch_sample
         share = config.cooldown_documents

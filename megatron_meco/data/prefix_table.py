@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from megatron_meco.corpus.metadata import (
 from megatron_meco.data.array_file import load_or_build
 from megatron_meco.data.fingerprint import digest, file_identity
 from megatron_meco.data.progress import BuildProgress
-from megatron_meco.data.template import Placeholder, Template, frequent_values
+from megatron_meco.data.template import Draws, Placeholder, Template, Token, frequent_values
 from megatron_meco.errors import FlagError
 
 KIND = "prefix table"
@@ -79,6 +79,9 @@ def load_prefix_table(
     tokenizer_identity: Any,
     max_prefix_tokens: int,
     cache_folder: Path,
+    *,
+    token_ids: Mapping[str, int] | None = None,
+    seed: int = 0,
 ) -> PrefixTable:
     """Open the cached prefix table of a corpus, building it first if needed.
 
@@ -90,30 +93,48 @@ def load_prefix_table(
         tokenizer_identity: What names the tokenizer (JSON-serialisable).
         max_prefix_tokens: Longer prefixes are not used.
         cache_folder: Where the table is or will be.
+        token_ids: The ids of the template's special tokens, by name.
+        seed: Of the run; decides what the filters `keep` and `shuffled` do.
 
     Raises:
         DataError: When the metadata is missing, damaged, or does not fit the corpus; when the
             cached file is damaged.
         FlagError: When the template does not fit the metadata.
     """
-    check_row_count(corpus_prefix, num_documents)
     where = str(metadata_path(corpus_prefix))
-    fields, _ = describe_metadata(corpus_prefix)
-    template.check_fields(fields, where)
-    key = {
+    # Special tokens alone need no metadata.
+    needs_metadata = bool(template.placeholders)
+    if needs_metadata:
+        check_row_count(corpus_prefix, num_documents)
+        fields, _ = describe_metadata(corpus_prefix)
+        template.check_fields(fields, where)
+    key: dict[str, Any] = {
         "template": template.source,
         "tokenizer": tokenizer_identity,
-        "metadata": file_identity(where),
+        "metadata": file_identity(where) if needs_metadata else num_documents,
         "max_prefix_tokens": max_prefix_tokens,
     }
+    # Only where they matter, so that a cache of before them, or of another seed, is used.
+    if template.tokens:
+        key["token_ids"] = {name: (token_ids or {})[name] for name in template.tokens}
+    if template.is_seeded:
+        key["seed"] = seed
+    if template.has_groups:
+        key["groups"] = True  # earlier versions took [[ for text
     identity = digest(key)
     path = cache_folder / f"{identity}-prefixes.meco"
 
     def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         # Here and not at each opening: the key of a finished table names the file it was made from.
-        check_checksum(corpus_prefix, METADATA_SUFFIX)
-        metadata = open_metadata(corpus_prefix)
-        return _build(metadata, template, encode_batch, max_prefix_tokens, where)
+        if needs_metadata:
+            check_checksum(corpus_prefix, METADATA_SUFFIX)
+            metadata = open_metadata(corpus_prefix)
+        else:
+            metadata = pa.table({"": pa.nulls(num_documents, pa.string())})
+        draws = Draws(seed, metadata)
+        return _build(
+            metadata, template, encode_batch, token_ids or {}, max_prefix_tokens, where, draws
+        )
 
     file = load_or_build(path, KIND, build)
     file.check(prefix_ids=np.int32, prefix_tokens=np.int32, prefix_offsets=np.int64)
@@ -133,12 +154,24 @@ def _build(
     metadata: pa.Table,
     template: Template,
     encode_batch: EncodeBatch,
+    token_ids: Mapping[str, int],
     max_prefix_tokens: int,
     where: str,
+    draws: Draws,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    frequent = _count_frequent(metadata, template, where)
-    ids, texts = _number_prefixes(metadata, template, frequent, where)
-    tokens = _encode(texts, encode_batch)
+    frequent = _count_frequent(metadata, template, where, draws)
+    ids, rendered = _number_prefixes(metadata, template, frequent, where, draws)
+    segments = [template.segments(text) for text in rendered]
+    texts = [part for parts in segments for part in parts if isinstance(part, str)]
+    encoded = iter(_encode(texts, encode_batch, template.flag))
+    tokens = [
+        [
+            i
+            for part in parts
+            for i in ([token_ids[part.name]] if isinstance(part, Token) else next(encoded))
+        ]
+        for parts in segments
+    ]
     too_long = np.array([len(t) > max_prefix_tokens for t in tokens], dtype=bool)
     missing = ids < 0
     long_documents = np.zeros_like(missing)
@@ -158,7 +191,7 @@ def _build(
     return {"template": template.source, "counts": counts}, arrays
 
 
-def _encode(texts: list[str], encode_batch: EncodeBatch) -> list[list[int]]:
+def _encode(texts: list[str], encode_batch: EncodeBatch, flag: str) -> list[list[int]]:
     tokens: list[list[int]] = []
     for begin in range(0, len(texts), _TEXTS_PER_CALL):
         for text, ids in zip(
@@ -167,7 +200,7 @@ def _encode(texts: list[str], encode_batch: EncodeBatch) -> list[list[int]]:
             if ids is None:
                 raise FlagError(
                     f"the tokenizer cannot encode the prefix {text!r}",
-                    where="--meco-template",
+                    where=flag,
                     remedy="Use a tokenizer for text.",
                 )
             tokens.append(ids)
@@ -175,15 +208,19 @@ def _encode(texts: list[str], encode_batch: EncodeBatch) -> list[list[int]]:
 
 
 def _number_prefixes(
-    metadata: pa.Table, template: Template, frequent: dict[Placeholder, pa.Array], where: str
-) -> tuple[NDArray[np.int32], list[str]]:
+    metadata: pa.Table,
+    template: Template,
+    frequent: dict[Placeholder, pa.Array],
+    where: str,
+    draws: Draws,
+) -> tuple[NDArray[np.int32], list[str | bytes]]:
     """Number of each document's prefix (-1: none), and the distinct prefixes in that order."""
     ids = np.full(metadata.num_rows, -1, dtype=np.int32)
-    numbers: dict[str, int] = {}
+    numbers: dict[str | bytes, int] = {}
     row = 0
 
-    def render(batch: pa.RecordBatch) -> pa.DictionaryArray:
-        return template.render(batch, where, frequent).dictionary_encode()
+    def render(batch: pa.RecordBatch, begin: int) -> pa.DictionaryArray:
+        return template.render(batch, where, frequent, draws, begin).dictionary_encode()
 
     for encoded in _map_batches(render, metadata, template, where, f"prefixes of {where}"):
         lookup = [numbers.setdefault(text, len(numbers)) for text in encoded.dictionary.to_pylist()]
@@ -195,14 +232,14 @@ def _number_prefixes(
 
 
 def _count_frequent(
-    metadata: pa.Table, template: Template, where: str
+    metadata: pa.Table, template: Template, where: str, draws: Draws
 ) -> dict[Placeholder, pa.Array]:
     """The values to keep of each placeholder with a frequency filter."""
     placeholders = [p for p in template.placeholders if p.frequency_filters]
     counts: dict[Placeholder, Counter[str]] = {p: Counter() for p in placeholders}
 
-    def count(batch: pa.RecordBatch) -> list[list[dict[str, Any]]]:
-        columns = (template.values(p, batch, where).drop_null() for p in placeholders)
+    def count(batch: pa.RecordBatch, begin: int) -> list[list[dict[str, Any]]]:
+        columns = (template.values(p, batch, where, draws, begin).drop_null() for p in placeholders)
         return [pc.value_counts(column).to_pylist() for column in columns]
 
     if placeholders:
@@ -215,7 +252,7 @@ def _count_frequent(
 
 
 def _map_batches[T](
-    function: Callable[[pa.RecordBatch], T],
+    function: Callable[[pa.RecordBatch, int], T],
     metadata: pa.Table,
     template: Template,
     where: str,
@@ -223,15 +260,19 @@ def _map_batches[T](
 ) -> Iterator[T]:
     """Apply a function to the rows, a stretch at a time, on all cores; results in order.
 
-    Arrow's kernels let go of the interpreter, so threads help; a few stretches are in flight.
+    The function gets them with the number of the first. Arrow's kernels let go of the interpreter,
+    so threads help; a few stretches are in flight.
     """
-    columns = metadata.select(template.fields(metadata.schema.names, where))
+    columns = metadata.select(
+        template.fields(metadata.schema.names, where) or metadata.schema.names
+    )
     num_threads = len(os.sched_getaffinity(0))
     pending: deque[tuple[int, Future[T]]] = deque()
-    done = 0
+    begin = done = 0
     with ThreadPoolExecutor(num_threads) as pool, BuildProgress(label) as progress:
         for batch in columns.to_batches(max_chunksize=_ROWS_PER_BATCH):
-            pending.append((len(batch), pool.submit(function, batch)))
+            pending.append((len(batch), pool.submit(function, batch, begin)))
+            begin += len(batch)
             if len(pending) > 2 * num_threads:
                 num_rows, future = pending.popleft()
                 yield future.result()

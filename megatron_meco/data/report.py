@@ -1,6 +1,6 @@
-"""What the datasets of a run hold, as numbers: its plans, and one sample.
+"""Statistics of a run's plans, and the content of a sample.
 
-Works on the datasets of `build_datasets`. `meco plan`, `meco inspect` and the log of a run show it.
+For the datasets of `build_datasets`. `meco plan`, `meco inspect` and the log of a run show them.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ class Run:
 
 
 def plan_report(run: Run) -> dict[str, Any]:
-    """The numbers of a run's training plans, JSON-serialisable.
+    """Statistics of a run's training plans, JSON-serializable.
 
     Returns:
         `phases` ({conditioned, cooldown}), `total` (each with the counts of `PlanCounts`),
         `switch_iteration`, `switch_sample`, `num_iterations`, `num_samples`, `valid_packs`,
-        `test_packs`, `documents_without_value`, `documents_with_long_prefix`.
+        `test_packs`, and of the corpora of the conditioned phase, the documents of all splits:
+        `documents_of_conditioned_corpora`, `documents_without_value`, `documents_with_long_prefix`.
     """
     parts = {
-        CONDITIONED: _corpora(run.train.conditioned),
-        COOLDOWN: _corpora(run.train.cooldown),
+        CONDITIONED: corpora_of(run.train.conditioned),
+        COOLDOWN: corpora_of(run.train.cooldown),
     }
     counts = {
         phase: PlanCounts.total(corpus.plan.counts for corpus in corpora)
@@ -71,20 +72,21 @@ def plan_report(run: Run) -> dict[str, Any]:
         "total": _counts_json(PlanCounts.total(counts.values())),
         "valid_packs": 0 if run.valid is None else len(run.valid),
         "test_packs": 0 if run.test is None else len(run.test),
+        "documents_of_conditioned_corpora": sum(len(t.prefix_ids) for t in tables),
         "documents_without_value": sum(t.documents_without_value for t in tables),
         "documents_with_long_prefix": sum(t.documents_with_long_prefix for t in tables),
     }
 
 
 def most_documents(run: Run) -> int:
-    """Pieces in the largest pack of all plans of a run; 0 on a rank that holds no datasets."""
+    """Largest number of pieces in a pack of the run; 0 on a rank that holds no datasets."""
     splits = (run.train, run.valid, run.test)
-    plans = [corpus.plan for split in splits for corpus in _corpora(split)]
+    plans = [corpus.plan for split in splits for corpus in corpora_of(split)]
     return max((int(p.counts.documents_per_pack["max"]) for p in plans if len(p)), default=0)
 
 
 def summary_lines(report: dict[str, Any], sequence_length: int) -> list[str]:
-    """What a run is about to train on, for its log: one line a phase, and warnings."""
+    """Lines for the log of a run: its plan in one line per phase, and warnings."""
     lines = []
     for phase, c in report["phases"].items():
         if not c["packs"]:
@@ -109,7 +111,7 @@ def summary_lines(report: dict[str, Any], sequence_length: int) -> list[str]:
 
 
 def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
-    """One sample, JSON-serialisable, and the `MeCoGPTDataset` it comes from.
+    """One sample, JSON-serializable, and the `MeCoGPTDataset` it comes from.
 
     Returns:
         `sample`, `phase` ("conditioned", "cooldown", or the view of a validation pack: "plain"
@@ -139,16 +141,16 @@ def _counts_json(counts: PlanCounts) -> dict[str, Any]:
     return {name: getattr(counts, name) for name in _JSON_COUNTS}
 
 
-def _corpora(dataset: Any | None) -> list[Any]:
+def corpora_of(dataset: Any | None) -> list[Any]:
     """The `MeCoGPTDataset`s behind a split, a phase or a view: one, or those of blends."""
     if dataset is None:
         return []
     for name in ("parts", "datasets"):
         if hasattr(dataset, name):
-            return [corpus for part in getattr(dataset, name) for corpus in _corpora(part)]
+            return [corpus for part in getattr(dataset, name) for corpus in corpora_of(part)]
     return [dataset]
 
 
 def percent(part: int, whole: int) -> str:
-    """A share for readers, such as `0.12 %`; `-` of nothing."""
+    """A formatted share such as `0.12 %`; `-` if `whole` is 0."""
     return f"{100 * part / whole:.2f} %" if whole else "-"

@@ -1,7 +1,6 @@
-"""`meco doctor`: what is installed, what a run here will really use, what is wrong, how to mend it.
+"""`meco doctor`: what is installed, what a run here will use, what is wrong, and how to fix it.
 
-Facts (`facts`) are collected in processes of their own (`probes`), verdicts are a pure function of
-them (`verdicts`), and the command prints those (`command`). Costs the slowest import, a few
-seconds. What was given up: nothing is computed on the GPU, so a card that answers and then fails is
-not found.
+`facts` collects facts, heavy imports in separate processes (`probes`); `verdicts` judges them in a
+pure function; `command` prints the result. It takes as long as the slowest import, a few seconds.
+Nothing is computed on a GPU, so a card that answers and then fails is not found.
 """

@@ -1,8 +1,4 @@
-"""`meco doctor` as a command: the report as a table or as JSON, and the exit status.
-
-Costs what collecting the facts costs. What was given up: a choice of what to look at; a report is
-there to be pasted whole.
-"""
+"""The command `meco doctor`: the report as a table or as JSON, and the exit status."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     """Print the report.
 
     Returns:
-        0 where training can run, 1 where it cannot.
+        0 if training can run, 1 if not.
     """
     diagnosis = diagnose(collect_facts())
     if args.json:
@@ -42,11 +38,11 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def _print(diagnosis: Diagnosis) -> None:
     try:
+        # Late, because `meco doctor` must also run where this dependency is missing.
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        # What is missing is what this command is asked for.
         _print_plainly(diagnosis)
         return
     console = Console(highlight=False)

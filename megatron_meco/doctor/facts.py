@@ -1,10 +1,9 @@
-"""What there is on this host and in this environment, collected without a verdict.
+"""What is installed on this host and in this environment, without a verdict.
 
-Every heavy or fragile import (torch, Transformer Engine, apex, Megatron, the compiled extension) is
-tried in a process of its own, all at the same time: a broken library may print, hang or crash there
-and is one line of the facts here. Supported versions are read from this package's own metadata, so
-they are written down once. Costs the slowest import, a few seconds. What was given up: facts about
-other hosts; each node of a cluster has to be asked by itself.
+Every heavy or fragile import (torch, Transformer Engine, Apex, Megatron, the compiled extension)
+runs in its own process, all at the same time. A broken library may print, hang or crash there, and
+is one line of the facts here. Supported versions come from this package's own metadata. Only this
+host is examined: run it on each node of a cluster.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ DISTRIBUTION = "megatron-meco"
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the verdicts rest on.
+    """Input of the verdicts.
 
-    A probe's result holds "error" (and "error_type") where the import failed, and is empty where
-    the package is not there at all.
+    A probe's result has "error" and "error_type" if the import failed, and is empty if the package
+    is not installed.
 
     Attributes:
         python: Version of this Python.
         system: Name of the operating system.
-        requirements: Our own dependencies as (name, allowed versions, installed version or None).
+        requirements: Our dependencies as (name, allowed versions, installed version or None).
         torch: Version, CUDA build, devices, communication libraries.
-        megatron: Version, and whether `megatron.training` is there and can be imported.
+        megatron: Version, and whether `megatron.training` exists and can be imported.
         transformer_engine: Version, and whether its kernels load.
         apex: Version, and whether it is NVIDIA's.
         flash_attention: Version, and whether it loads.
@@ -61,7 +60,7 @@ class Facts:
 
 
 def collect_facts() -> Facts:
-    """Look at this host and this environment."""
+    """Collect the facts of this host and environment."""
     with ThreadPoolExecutor(max_workers=len(PROBES)) as pool:
         results = dict(zip(PROBES, pool.map(_run_probe, PROBES), strict=True))
     return Facts(
@@ -75,6 +74,7 @@ def collect_facts() -> Facts:
 
 def _own_requirements() -> list[tuple[str, str, str | None]]:
     try:
+        # Late, because `meco doctor` must also run where this dependency is missing.
         from packaging.requirements import Requirement
 
         lines = importlib.metadata.requires(DISTRIBUTION) or []
@@ -103,7 +103,7 @@ def _driver_version() -> str | None:
 
 def _run_probe(name: str) -> dict[str, Any]:
     code = f"from megatron_meco.doctor.probes import answer; answer({name!r})"
-    # The parent found this package; the child has to find the same one, from wherever it starts.
+    # The child must find the same package as the parent, whatever its working directory.
     own = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH", "")) if part)
     try:

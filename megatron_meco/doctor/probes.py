@@ -1,9 +1,8 @@
 """What runs inside a probe process: imports that may print, hang or crash, and what they show.
 
-`facts` starts one process for each entry of `PROBES` and reads its answer from the marked line of
-its output. Costs the import that is probed; this module itself imports nothing beyond Python's
-library. What was given up: what a probe learnt before it was killed by a signal or ran out of time;
-an exception keeps it.
+`facts` starts one process for each entry of `PROBES` and reads the marked line of its output. This
+module imports only Python's library. A probe that raises keeps what it learnt before; one that is
+killed or times out does not.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ def answer(name: str) -> None:
     try:
         for key, value in PROBES[name]():
             result[key] = value
-    # Anything may go wrong inside a broken library, and every way is a finding.
+    # A broken library may fail in any way, and each is a finding.
     except (Exception, SystemExit) as error:
         lines = str(error).strip().splitlines()
         result |= failure(lines[0] if lines else repr(error), type(error).__name__)
         if isinstance(error, ImportError):
             result["error_type"] = "ImportError"
     print(f"\n{RESULT_MARK}{json.dumps(result)}", flush=True)
-    # Some GPU libraries crash while they are torn down; everything is said by now.
+    # Some GPU libraries crash during teardown.
     os._exit(0)
 
 
 def failure(error: str, error_type: str) -> dict[str, Any]:
-    """Return how a probe without a result of its own is recorded."""
+    """Return the record of a probe that has no result."""
     return {"error": error, "error_type": error_type}
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, None where there is none."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -79,7 +78,7 @@ def _probe_torch() -> Items:
     if not torch.cuda.is_available():
         yield "no_gpu", _why_no_gpu(torch)
         if not _gpus_are_hidden():
-            # The very rule by which a training run tells a host without a GPU from a broken one.
+            # The same rule as in a training run.
             cpu = importlib.import_module("megatron_meco.training.cpu")
             yield "broken_gpu", cpu.looks_like_broken_gpu_setup()
         return
@@ -138,7 +137,7 @@ def _probe_transformer_engine() -> Items:
         return
     yield "version", installed_version("transformer-engine") or "unknown"
     importlib.import_module("transformer_engine.pytorch")
-    # The names that Megatron-Core imports before it decides for these kernels.
+    # Megatron-Core imports these names before it uses the kernels.
     optimizers = importlib.import_module("transformer_engine.pytorch.optimizers")
     yield "loads", hasattr(optimizers, "FusedAdam")
 
@@ -169,7 +168,7 @@ def _probe_extension() -> Items:
     core = importlib.import_module("megatron_meco._core")
     path = Path(core.__file__ or "")
     yield "path", str(path)
-    # Compilers leave their name in the file; nothing else knows what it was really built with.
+    # Compilers leave their name in the file; nothing else records it.
     names = re.findall(rb"(?:GCC: \([^)\0]*\) [\d.]+|clang version [\d.]+)", path.read_bytes())
     yield "compiler", names[0].decode("ascii", "replace") if names else "an unknown compiler"
     yield "self_test", _self_test(core)

@@ -1,7 +1,7 @@
-"""What the facts mean: whether training can run here, with what, and the remedy for each lack.
+"""What the facts mean: whether training can run here, with what, and a remedy for each problem.
 
-A pure function of `Facts`, so that every host that there is can be put before it in a test. Costs
-nothing. What was given up: the flags of a run, which may choose other kernels than those named.
+A pure function of `Facts`, so that tests can describe any host. The flags of a run may choose other
+kernels than those named here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Check:
     """One line of the report.
 
     Attributes:
-        name: What was looked at.
-        found: What was found.
-        verdict: "problem" alone keeps training from running.
-        remedy: What to do about it; empty where nothing is to be done.
+        name: The item checked.
+        found: The finding.
+        verdict: Only "problem" prevents training.
+        remedy: What to do about it; may be empty.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Diagnosis:
     """The report.
 
     Attributes:
-        can_train: True where no check is a problem.
-        device: "cuda" or "cpu": where a run started here trains.
+        can_train: True if no check is a problem.
+        device: "cuda" or "cpu", where a run started here trains.
         attention: The attention over packed documents that such a run uses.
         layers: Its norms and linear layers.
         optimizer: The optimizer kernels that such a run uses.
-        checks: One entry for each thing looked at.
+        checks: One entry per item.
         gpus: Name, capability and memory of each visible GPU.
     """
 
@@ -105,10 +105,11 @@ def _check_python(facts: Facts) -> Check:
 
 
 def _check_requirements(facts: Facts) -> list[Check]:
-    """Report our dependencies that are missing or outside of what is supported."""
+    """Report dependencies that are missing or have an unsupported version."""
     if not facts.requirements:
         remedy = "install it: `make venv`, or `pip install .` in this repository"
         return [Check(DISTRIBUTION, "not installed, only importable", "warning", remedy)]
+    # Late, because `meco doctor` must also run where this dependency is missing.
     from packaging.specifiers import SpecifierSet
 
     checks = []
@@ -141,7 +142,7 @@ def _check_megatron(facts: Facts) -> list[Check]:
     version = found["version"] + _supported(facts, "megatron-core")
     checks = [Check("megatron-core", version)]
     if "error" in found:
-        remedy = "mend what the import names, or start afresh: make clean venv"
+        remedy = "fix what the import names, or rebuild the environment: make clean venv"
         what = f"{version}; cannot be imported: {found['error']}"
         checks = [Check("megatron-core", what, "problem", remedy)]
     if not found.get("training"):

@@ -1,7 +1,6 @@
-"""What a sweep tries, and on which texts: lines of files, or what stood most often in a corpus.
+"""Candidate prefixes and the texts to score: lines of files, or the most frequent in a corpus.
 
-Counting a corpus costs one rendering of its metadata, batch by batch. What was given up: candidates
-that stand in neither.
+Counting a corpus renders its metadata once, batch by batch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import PrefixText, Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, parse_values
 from megatron_meco.untrusted.text_file import check_text, parse_json, read_lines
@@ -26,11 +25,11 @@ _ROWS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What the documents may be conditioned on.
+    """A prefix to try.
 
     Attributes:
-        name: As given, or as it stood in the corpus.
-        prefix: As rendered; empty: no metadata.
+        name: The line as given, or the prefix and its count in the corpus.
+        prefix: The rendered prefix; empty for no metadata.
     """
 
     name: str
@@ -38,21 +37,21 @@ class Candidate:
 
 
 def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> list[Candidate]:
-    """What stood most often before the documents of a corpus.
+    """Return the most frequent prefixes of a corpus.
 
     Args:
         data_path: The corpus, as in Megatron's `--data-path`.
         conditioning: Renders its metadata.
-        number: How many.
+        number: Most candidates to return.
 
     Raises:
-        DataError: When the corpus has no readable metadata, or lacks a field.
-        FlagError: When none of its documents has a prefix.
+        DataError: If the corpus has no readable metadata, or lacks a field.
+        FlagError: If none of its documents has a prefix.
     """
     table = open_metadata(data_path)
     template = Template.parse(conditioning.template)
     where = str(metadata_path(data_path))
-    counts: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[PrefixText] = collections.Counter()
     for batch in table.to_batches(_ROWS_AT_ONCE):
         # Frequency filters choose among these very values, so all of them are candidates.
         frequent = {
@@ -61,7 +60,8 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
             if p.frequency_filters
         }
         for entry in template.render(batch, where, frequent).drop_null().value_counts():
-            counts[entry["values"].as_py()] += entry["counts"].as_py()
+            prefix = PrefixText(template.segments(entry["values"].as_py()))
+            counts[prefix] += entry["counts"].as_py()
     ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
     if not ranked:
         raise FlagError(
@@ -76,44 +76,48 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
 
 
 def read_candidates(
-    path: Path, conditioning: Conditioning, tell: Callable[[str], None] = lambda line: None
+    path: Path,
+    conditioning: Conditioning,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    flag: str = "--candidates",
 ) -> list[Candidate]:
-    """Read candidates from a file, one in each line that is not blank.
+    """Read candidates from a file, one per line; blank lines are skipped.
 
-    A line is `FIELD=VALUE ...`, as behind `--metadata` on a command line and quoted as in a shell;
-    or a JSON object of fields and values; or, where the template has one field, the bare value.
+    A line is `FIELD=VALUE ...`, quoted as in a shell, or a JSON object of fields and values, or the
+    bare value if the template has one field.
 
     Args:
         path: The file.
         conditioning: Renders them.
-        tell: Told about lines that give a prefix which an earlier line gave.
+        tell: Called with a message about lines that repeat an earlier prefix.
+        flag: The flag that names the file, for messages.
 
     Returns:
-        A candidate for each prefix, by the first line that gave it.
+        One candidate per prefix, named after its first line.
 
     Raises:
-        FlagError: Names the line that cannot be read or rendered; or when the lines, several, give
-            one prefix alone.
+        FlagError: If a line cannot be read or rendered, or if several lines all give one prefix.
     """
     found: dict[str, tuple[int, str]] = {}
     repeated = []
-    for number, line in _filled_lines(path, "--candidates"):
-        where = f"--candidates {path}, line {number}"
+    for number, line in _filled_lines(path, flag):
+        where = f"{flag} {path}, line {number}"
         prefix = conditioning.render(_values(line, conditioning.columns, where), where)
         first, _ = found.setdefault(prefix, (number, line))
         if first != number:
             repeated.append(f"{number} as {first}")
     if repeated and len(found) == 1:
-        [prefix] = found
+        [only] = found
         raise FlagError(
-            f"every line gives the prefix {prefix!r}",
-            where=f"--candidates {path}",
-            remedy="Give values that differ in what the template shows of them.",
+            f"every line gives the prefix {only!r}",
+            where=f"{flag} {path}",
+            remedy="Give values that render to different prefixes.",
         )
     if repeated:
         more = f" and {len(repeated) - 5:,} more" if len(repeated) > 5 else ""
         tell(
-            f"--candidates {path}: lines that give the same prefix as an earlier one are scored "
+            f"{flag} {path}: lines that give the same prefix as an earlier one are scored "
             f"once: {', '.join(repeated[:5])}{more}"
         )
     return [Candidate(name=shown(name), prefix=prefix) for prefix, (_, name) in found.items()]
@@ -122,7 +126,7 @@ def read_candidates(
 def _values(line: str, fields: Sequence[str], where: str) -> dict[str, str]:
     if line.startswith("{"):
         return _json_values(line, where)
-    # What looks like a field's name and is none may be a mistyped one.
+    # What looks like a field's name may be a misspelled one.
     named = re.match(r"([^\W\d][\w.-]*)\s*=", line)
     if len(fields) == 1 and named is None:
         return {fields[0]: line}
@@ -157,7 +161,7 @@ def _no_candidate(what: str, fields: Sequence[str], where: str) -> FlagError:
 
 
 def _filled_lines(path: Path, flag: str) -> list[tuple[int, str]]:
-    """The lines of a file that hold something, with their numbers, stripped."""
+    """Return the non-blank lines of a file, stripped, with their numbers."""
     where = f"{flag} {path}"
 
     def refuse(reason: str) -> FlagError:
@@ -171,10 +175,10 @@ def _filled_lines(path: Path, flag: str) -> list[tuple[int, str]]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read texts: the lines of a file, or of a `.jsonl` the field `text` of each.
+    """Read texts: the lines of a file, or the field `text` of each line of a `.jsonl`.
 
     Raises:
-        FlagError: When it cannot be read, or holds none.
+        FlagError: If it cannot be read, or has no texts.
     """
     lines = _filled_lines(path, "--text")
     if path.suffix != ".jsonl":

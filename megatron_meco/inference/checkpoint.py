@@ -1,11 +1,10 @@
-"""Reading one iteration of a Megatron checkpoint (torch_dist), tensor by tensor.
+"""Reads one iteration of a Megatron checkpoint (torch_dist), tensor by tensor.
 
-The format stores each tensor under its global name and shape, in pieces; which pieces there are
-depends on the parallel layout of the run, and is resolved here as PyTorch does when it re-shards.
-No process group, no GPU and no Megatron: the objects of Megatron inside the run's state come back
-inert, and nothing that the folder pickles is run (`inert_pickle`, `checkpoint_index`). Costs the
-bytes of the tensors that are asked for, one layer at a time, and one read of the index. What was
-given up: formats other than torch_dist, and remote storage.
+The format stores each tensor under its global name and shape, in pieces. Which pieces there are
+depends on the parallel layout of the run; PyTorch's re-sharding code resolves them here. Needs no
+process group, GPU or Megatron: Megatron's objects inside the run's state come back inert, and
+nothing that the folder pickles is run (`untrusted/`). Memory holds the tensors that are asked for,
+one layer at a time. Reads local torch_dist folders only.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Checkpoint:
         iteration: Training steps that were finished.
 
     Raises:
-        CheckpointError: When the folder is not a readable torch_dist checkpoint.
+        CheckpointError: If the folder is not a readable torch_dist checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,10 +92,10 @@ class Checkpoint:
 
         Args:
             name: Megatron's name.
-            row: Index on the first dimension; None: the whole tensor.
+            row: Index on the first dimension, or None for the whole tensor.
 
         Raises:
-            CheckpointError: When its data is missing or damaged.
+            CheckpointError: If its data is missing or damaged.
         """
         entry = self._tensors[name]
         begin, size = [0] * len(entry.size), list(entry.size)
@@ -165,10 +164,10 @@ def find_iteration(load: Path, iteration: int | None = None) -> Path:
 
     Args:
         load: What Megatron's `--save` named, or the folder of one iteration itself.
-        iteration: The iteration; None: the latest one.
+        iteration: The iteration, or None for the latest.
 
     Raises:
-        CheckpointError: When there is none.
+        CheckpointError: If there is none.
     """
     if iteration is not None and not 0 <= iteration < 10**_MOST_DIGITS:
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""The prefix for one prompt: the run's own template, rendered from values that a user gives.
+"""The prefix for a prompt: the run's template, rendered from values that a user gives.
 
-`Conditioning` is what an exported model remembers of its template. It renders with the very code
-that rendered the documents, so `url=https://en.wikipedia.org/wiki/Llama` becomes the
-`URL: en.wikipedia.org` of training. Needs no torch. What was given up: telling whether a value was
-frequent enough to be kept by a `top=` or `min_documents=` filter; a given value is used as it is.
+`Conditioning` is what an exported model remembers of its template. It renders with the code that
+rendered the training documents, so `url=https://en.wikipedia.org/wiki/Llama` becomes the
+`URL: en.wikipedia.org` of training. Needs no torch. A given value counts as frequent enough for
+filters such as `top=` and `min_documents=`, whose corpus is not available here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_meco.data.template import TRANSFORMS, Template
+from megatron_meco.data.template import TRANSFORMS, PrefixText, Template
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.untrusted.text_file import check_text, read_json
 
@@ -44,8 +44,8 @@ class Conditioning:
 
         Args:
             template: The run's template.
-            known_columns: All columns of the run's metadata; None where they are not at hand, and
-                a known transform at the end of a placeholder's name is then taken for one.
+            known_columns: All columns of the run's metadata. If None, a known transform at the end
+                of a placeholder's name counts as a transform.
         """
         parsed = Template.parse(template)
         if known_columns is None:
@@ -54,15 +54,15 @@ class Conditioning:
 
     @classmethod
     def of_folder(cls, folder: Path, template: str | None = None) -> Conditioning:
-        """Read it from a model's folder, or take a template in its place.
+        """Read it from a model's folder, or use a template in its place.
 
         Args:
             folder: What `meco export` wrote; with a template, any Hugging Face folder.
-            template: Used instead of the model's own; None: the model's own.
+            template: Template in place of the model's own, or None.
 
         Raises:
-            FlagError: When the template cannot be read, or the folder says nothing of its training
-                and no template is given.
+            FlagError: If the template cannot be read, or if there is none and the folder does not
+                say how the model was trained.
         """
         if template is not None:
             check_text(template, "--template")
@@ -77,8 +77,8 @@ class Conditioning:
         """Read it from an exported `meco.json`.
 
         Raises:
-            MeCoError: When the template cannot be read, or asks for other fields.
-            Exception: KeyError, TypeError: the object is no such card.
+            MeCoError: If the template cannot be read, or uses other fields.
+            Exception: KeyError or TypeError if the object is not such a card.
         """
         template, fields = card["template"], card["fields"]
         if not isinstance(template, str) or not isinstance(fields, list):
@@ -89,16 +89,18 @@ class Conditioning:
         return cls(template, tuple(fields))
 
     def required(self) -> tuple[str, ...]:
-        """The fields that the template has no stand-in for."""
+        """Return the fields outside of optional groups that have no default in the template."""
         needed = set()
-        for placeholder in Template.parse(self.template).placeholders:
+        for placeholder in Template.parse(self.template).required_placeholders:
             if not any(name == "default" for name, _ in placeholder.filters):
                 one = Template(self.template, (placeholder,))
                 needed.update(one.fields(self.columns, _FLAG))
         return tuple(sorted(needed))
 
-    def render(self, values: Mapping[str, str], where: str = _FLAG) -> str:
+    def render(self, values: Mapping[str, str], where: str = _FLAG) -> PrefixText:
         """Render the prefix for given metadata.
+
+        What a run draws (`keep`, `shuffled`) is left out: the values are used as given.
 
         Args:
             values: One value for each field.
@@ -110,15 +112,16 @@ class Conditioning:
         """
         self._check(values, where)
         template = Template.parse(self.template)
-        row = pa.table({name: pa.array([values.get(name)], pa.string()) for name in self.columns})
+        columns = self.columns or ("",)  # a table without columns has no rows
+        row = pa.table({name: pa.array([values.get(name)], pa.string()) for name in columns})
         try:
-            # What the user gives counts as known; the corpus that could tell is not at hand.
+            # A given value counts as frequent: the corpus that decides is not available.
             frequent = {
                 placeholder: template.values(placeholder, row, where)
                 for placeholder in template.placeholders
                 if placeholder.frequency_filters
             }
-            text: str | None = template.render(row, where, frequent)[0].as_py()
+            text: str | bytes | None = template.render(row, where, frequent)[0].as_py()
         except (OverflowError, pa.ArrowException) as error:
             raise FlagError(
                 f"the template {self.template!r} cannot be filled ({error})",
@@ -132,7 +135,7 @@ class Conditioning:
                 remedy="Documents like that were trained without prefix: leave it out"
                 + (", or use `--metadata none`." if where == _FLAG else "."),
             )
-        return text
+        return PrefixText(template.segments(text))
 
     def _check(self, values: Mapping[str, str], where: str) -> None:
         if not self.template:
@@ -159,7 +162,7 @@ def parse_values(words: Iterable[str], where: str = _FLAG) -> dict[str, str]:
         where: Where they stand, for messages.
 
     Raises:
-        FlagError: For a word that is something else, or a field that is there twice.
+        FlagError: For a word of another form, or a repeated field.
     """
     given = list(words)
     found: dict[str, str] = {}
@@ -187,8 +190,7 @@ def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
         given: The words after each `--metadata`: `field=value` ..., or `none`.
 
     Returns:
-        Conditions to show; an empty one is plain generation. It comes first, always and once: what
-        metadata does is seen beside it.
+        Conditions to show. The empty one, plain generation, always comes first, once.
 
     Raises:
         FlagError: For a word that is neither.
@@ -207,7 +209,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Read the `meco.json` of an exported folder.
 
     Raises:
-        FlagError: When the folder is not one that `meco export` wrote.
+        FlagError: If `meco export` did not write the folder.
     """
     if not folder.is_dir():
         raise not_an_export(folder, "no such folder")
@@ -225,7 +227,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def not_an_export(folder: Path, reason: str) -> FlagError:
-    """The refusal of a folder that is no exported model."""
+    """Return the error for a folder that is not an exported model."""
     return FlagError(
         f"not a folder that `meco export` wrote: {reason}",
         where=f"--model {folder}",

@@ -1,10 +1,9 @@
-"""`meco eval`: which tasks, which metadata for each, and a table of what the metadata changes.
+"""`meco eval`: evaluates tasks without and with metadata, and prints what the metadata changes.
 
-The flags that the harness has keep its meanings and its names, with dashes in place of underscores:
-`--tasks`, `--num-fewshot`, `--limit`, `--include-path`, `--batch-size`, `--device`. Metadata is
-rendered, names are looked up and data is loaded before the first forward pass, so mistakes show
-early. What was given up: the harness's other flags; a prefix for them is one call away
-(`harness_model.MeCoLM`).
+Flags that lm-evaluation-harness has keep its names and meanings, with dashes for underscores:
+`--tasks`, `--num-fewshot`, `--limit`, `--include-path`, `--batch-size`, `--device`. Its other flags
+are not supported; for those, give `harness_model.MeCoLM` to the harness. Metadata is rendered, task
+names are looked up and data is loaded before the first forward pass, so mistakes show early.
 """
 
 from __future__ import annotations
@@ -12,19 +11,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.metadata
-import math
 import re
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_meco.errors import FlagError, MeCoError
-from megatron_meco.flag_range import MOST, check_range
+from megatron_meco.flag_range import MOST, SEED, check_range
+from megatron_meco.inference.candidates import read_candidates
 from megatron_meco.inference.conditioning import NO_METADATA, Conditioning, parse_values
+from megatron_meco.inference.eval_tables import of_paper, print_pairs, print_results, tell_cut
 from megatron_meco.inference.model_flags import (
+    DEFAULT,
     MOST_AT_ONCE,
     OWN_TASKS,
     SHOTS,
@@ -34,9 +36,11 @@ from megatron_meco.inference.model_flags import (
 from megatron_meco.inference.output_file import check_result_file, write_json
 from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
 from megatron_meco.untrusted.text_file import read_text
-from megatron_meco.wording import aligned, counted, shown
+from megatron_meco.wording import counted, shown
 
 if TYPE_CHECKING:
+    # Importing them loads torch.
+    from megatron_meco.inference.eval_pairs import Arm, Row, Wrong
     from megatron_meco.inference.harness_tasks import Evaluation, TaskResult
 
 _PAPER = "paper"
@@ -65,7 +69,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         _METADATA_FILE,
         type=Path,
         metavar="FILE",
-        help="YAML or JSON, {TASK: {FIELD: VALUE}}; goes before --metadata for the tasks it names",
+        help="YAML or JSON, {TASK: {FIELD: VALUE}}; overrides --metadata for the tasks it names",
     )
     add_spelled(
         parser,
@@ -73,13 +77,32 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         **SHOTS,
         nargs="+",
         metavar="N",
-        help="examples before each question; several numbers are evaluated one after the other. "
-        f"Default: as each task says; for `{_PAPER}` {' and '.join(map(str, PAPER_SHOTS))}",
+        help="few-shot examples per question; several numbers are evaluated in turn. "
+        f"Default: each task's own; for `{_PAPER}` {' and '.join(map(str, PAPER_SHOTS))}",
     )
-    add("--limit", type=float, metavar="N", help="documents of each task, or a share below 1")
+    add("--limit", type=float, metavar="N", help="documents per task, or a share below 1")
     add_spelled(parser, "--include-path", type=Path, metavar="DIR", help=OWN_TASKS)
     add_spelled(
         parser, "--batch-size", default="1", metavar="N", help="a number, or auto[:N]; default: 1"
+    )
+    add(
+        "--shuffled",
+        action="store_true",
+        help="also give each document the metadata of another one, and report right minus wrong: "
+        "the effect of what the metadata says",
+    )
+    add(
+        "--shuffled-from",
+        type=Path,
+        metavar="FILE",
+        help="the same with wrong metadata from this file, one per line as in `meco sweep-urls`",
+    )
+    add("--seed", **SEED, default=0, metavar="S", help=f"of --shuffled; {DEFAULT}")
+    add(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="evaluate this model too, and report --model minus it, paired by document",
     )
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
 
@@ -97,16 +120,12 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_result_file(args.output)
     conditioning = Conditioning.of_folder(args.model, args.template)
-    given = parse_values(args.metadata or []) if args.metadata != [NO_METADATA] else {}
-    # Rendered before anything heavy is loaded: most mistakes show here.
-    prefix = conditioning.render(given) if given else ""
-    per_task = _read_metadata_file(args.metadata_per_task)
-    prefixes = {
-        task: conditioning.render(values, f"{_METADATA_FILE} {args.metadata_per_task}: {task}")
-        for task, values in per_task.items()
-    }
+    # Rendered before the model loads, because most mistakes show here.
+    plan = _plan(args, conditioning)
+    _check_against(args, plan, conditioning)
 
     # Late, because torch takes seconds to load: wrong flags and metadata are answered before that.
+    from megatron_meco.inference.eval_pairs import check_pair
     from megatron_meco.inference.harness_tasks import open_evaluation
     from megatron_meco.inference.model import pick_device
     from megatron_meco.inference.model_folder import check_model
@@ -114,25 +133,14 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.device is not None:
         pick_device(args.device)
     check_model(args.model)
-    words = [task for word in args.tasks for task in word.split(",") if task]
-    words = list(dict.fromkeys(words))
-    if not words:
-        raise FlagError("names no task", where="--tasks", remedy="Name one, as in openbookqa.")
-    shots: tuple[int | None, ...] = tuple(args.num_fewshot or (None,))
-    if _PAPER in words:
-        words[words.index(_PAPER) : words.index(_PAPER) + 1] = [t.name for t in PAPER_TASKS]
-        shots = tuple(args.num_fewshot or PAPER_SHOTS)
-        if args.metadata is None:
-            urls = {task.name: conditioning.render({"url": task.url}) for task in PAPER_TASKS}
-            prefixes = urls | prefixes
-    evaluation = open_evaluation(words, args.include_path)
-    _check_tasks(list(per_task), evaluation)
-
-    results = _evaluate(args, evaluation, prefixes, prefix, shots)
-    average = _paper_average(results)
-    _print_table(results, average)
+    if args.against is not None:
+        check_pair(args.model, args.against)
+    evaluation = open_evaluation(plan.tasks, args.include_path)
+    _check_tasks(plan.named, evaluation)
+    _check_shuffled(args, plan, evaluation)
+    report = _evaluate_all(args, plan, evaluation)
     if args.output is not None:
-        write_json(args.output, _report(args, conditioning, results, average))
+        write_json(args.output, _about(args, conditioning) | report)
         print(f"written to {args.output}", file=sys.stderr)
     return 0
 
@@ -140,8 +148,113 @@ def run_eval(args: argparse.Namespace) -> int:
 # ---- Flags ----
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is evaluated.
+
+    Attributes:
+        tasks: Tasks, groups or tags as given.
+        shots: Numbers of examples; None is the task's own.
+        prefix: The prefix of every other task; empty without metadata.
+        prefixes: The prefixes of single tasks.
+        named: The tasks that `--metadata-per-task` names.
+        others: Wrong prefixes of `--shuffled-from`, or None.
+    """
+
+    tasks: list[str]
+    shots: tuple[int | None, ...]
+    prefix: str
+    prefixes: Mapping[str, str]
+    named: list[str]
+    others: list[str] | None
+
+    def prefix_of(self, name: str) -> str:
+        prefix: str = self.prefixes.get(name, self.prefix)
+        return prefix
+
+
+def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:
+    given = parse_values(args.metadata or []) if args.metadata != [NO_METADATA] else {}
+    per_task = _read_metadata_file(args.metadata_per_task)
+    prefix = conditioning.render(given) if given else ""
+    prefixes = {
+        task: conditioning.render(values, f"{_METADATA_FILE} {args.metadata_per_task}: {task}")
+        for task, values in per_task.items()
+    }
+    tasks = [task for word in args.tasks for task in word.split(",") if task]
+    tasks = list(dict.fromkeys(tasks))
+    if not tasks:
+        raise FlagError("names no task", where="--tasks", remedy="Give one, such as openbookqa.")
+    shots: tuple[int | None, ...] = tuple(args.num_fewshot or (None,))
+    if _PAPER in tasks:
+        at = tasks.index(_PAPER)
+        tasks[at : at + 1] = [task.name for task in PAPER_TASKS]
+        shots = tuple(args.num_fewshot or PAPER_SHOTS)
+        if args.metadata is None:
+            urls = {task.name: conditioning.render({"url": task.url}) for task in PAPER_TASKS}
+            prefixes = urls | prefixes
+    others = None
+    if args.shuffled_from is not None:
+        flag = "--shuffled-from"
+        found = read_candidates(args.shuffled_from, conditioning, _tell, flag=flag)
+        others = [candidate.prefix for candidate in found]
+    return _Plan(
+        tasks=tasks,
+        shots=shots,
+        prefix=prefix,
+        prefixes=prefixes,
+        named=list(per_task),
+        others=others,
+    )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _check_against(args: argparse.Namespace, plan: _Plan, conditioning: Conditioning) -> None:
+    """Refuse a model that would read other prefixes than `--model`."""
+    if args.against is None or args.template is not None or not (plan.prefix or plan.prefixes):
+        return
+    where = f"--against {args.against}"
+    remedy = (
+        "Give --template T to render the same prefix for both models, or --metadata none to "
+        "compare them without metadata."
+    )
+    try:
+        template = Conditioning.of_folder(args.against).template
+    except FlagError as error:
+        raise FlagError(error.what, where=where, remedy=remedy) from error
+    if template != conditioning.template:
+        what = f"has the template {template!r}" if template else "was trained without metadata"
+        raise FlagError(
+            f"{what}, and --model has {conditioning.template!r}", where=where, remedy=remedy
+        )
+
+
+def _check_shuffled(args: argparse.Namespace, plan: _Plan, evaluation: Evaluation) -> None:
+    """Refuse a control in which no document could get another prefix than its own."""
+    if not (args.shuffled or plan.others):
+        return
+    own = {plan.prefix_of(name) for name in evaluation.names} - {""}
+    flag = "--shuffled" if plan.others is None else f"--shuffled-from {args.shuffled_from}"
+    if not own:
+        raise FlagError(
+            "has no metadata to take away",
+            where=flag,
+            remedy="Add --metadata or --metadata-per-task, or drop the flag.",
+        )
+    if len(own) == 1 and own >= set(plan.others or own):
+        raise FlagError(
+            f"every document has the prefix {own.pop()!r}, so none has a wrong one",
+            where=flag,
+            remedy="Give other metadata with --shuffled-from FILE, or evaluate several tasks with "
+            "different metadata (--metadata-per-task).",
+        )
+
+
 def _check_flags(args: argparse.Namespace) -> None:
-    # ASCII digits: what else counts as one is no number to the harness.
+    # ASCII digits only: the harness does not read others.
     size = re.fullmatch(r"auto(?::([0-9]{1,5}))?|([0-9]{1,12})", args.batch_size)
     if size is None or (size[1] is not None and int(size[1]) < 1):
         remedy = "Give a number, auto, or auto:N with N 1 or more."
@@ -178,13 +291,13 @@ def _read_metadata_file(path: Path | None) -> dict[str, dict[str, str]]:
     return {str(task): values for task, values in content.items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is there twice, whose last value would count in silence."""
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc] # yaml has no types
+    """Refuses a repeated key, of which YAML silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(found) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is there twice")
+            raise yaml.constructor.ConstructorError(None, None, "a key is repeated")
         return found
 
 
@@ -202,113 +315,142 @@ def _check_tasks(named: list[str], evaluation: Evaluation) -> None:
 # ---- Work ----
 
 
-def _evaluate(
-    args: argparse.Namespace,
-    evaluation: Evaluation,
-    prefixes: dict[str, str],
-    prefix: str,
-    shots: tuple[int | None, ...],
-) -> list[TaskResult]:
+def _evaluate_all(args: argparse.Namespace, plan: _Plan, evaluation: Evaluation) -> dict[str, Any]:
+    """Evaluate one or two models, print the tables, and return the results for JSON."""
     # Late, as in `run_eval`.
-    from megatron_meco.inference.harness_model import load_harness_model
-    from megatron_meco.inference.harness_tasks import evaluate_task
-    from megatron_meco.inference.model import enough_memory
+    from megatron_meco.inference.eval_pairs import about_against, one_and_other
+    from megatron_meco.inference.harness_tasks import mean_of_independent
 
     print(f"loading the data of {counted(len(evaluation.names), 'task')}", file=sys.stderr)
     for name in evaluation.names:
         evaluation.load(name)
+    wrong: Wrong = {}
+    arm = _evaluate(args, args.model, plan, evaluation, wrong)
+    averages = {
+        shots: mean_of_independent(rows)
+        for shots, rows in of_paper(
+            (result.task, result.num_fewshot, row.metric, row)
+            for result in arm.results
+            for row in result.comparisons
+        ).items()
+    }
+    print_results(arm.results, averages)
+    report: dict[str, Any] = {
+        "results": [result.report() for result in arm.results],
+        "paper_average": averages,
+    }
+    if arm.shuffled:
+        report["shuffled"] = _compare_shuffled(args, arm)
+    if args.against is not None:
+        with about_against(args.against):
+            other = _evaluate(args, args.against, plan, evaluation, wrong)
+        _tell_unequal_cuts(arm, other)
+        rows = one_and_other(arm, other)
+        title = f"{args.model} minus {args.against}, on the same documents:"
+        means = _print_rows(title, ("model", "against"), rows)
+        report["against"] = {
+            "model": str(args.against),
+            "results": [result.report() for result in other.results],
+            "differences": [row.report("model", "against") for row in rows],
+            "paper_average": means,
+        }
+    return report
+
+
+def _evaluate(
+    args: argparse.Namespace, folder: Path, plan: _Plan, evaluation: Evaluation, wrong: Wrong
+) -> Arm:
+    """Evaluate a model under every condition.
+
+    Args:
+        args: The flags.
+        folder: The model.
+        plan: What to evaluate.
+        evaluation: Holds the tasks.
+        wrong: Wrong prefixes; filled if empty and asked for, so that a second model gets the same.
+
+    Returns:
+        Its answers.
+    """
+    # Late, as in `run_eval`.
+    from megatron_meco.inference.eval_pairs import Arm, deal_prefixes, evaluate_wrong
+    from megatron_meco.inference.harness_model import load_harness_model
+    from megatron_meco.inference.harness_tasks import evaluate_task
+    from megatron_meco.inference.model import enough_memory
+
     size = args.batch_size
     model = load_harness_model(
-        args.model, args.device, args.template, int(size) if size.isdecimal() else size
+        folder, args.device, args.template, int(size) if size.isdecimal() else size
     )
     results: list[TaskResult] = []
-    for name in evaluation.names:
-        for num_fewshot in shots:
-            chosen = prefixes.get(name, prefix)
-            with enough_memory("--batch-size", "Give a smaller one, or another --device."):
+    with enough_memory("--batch-size", "Give a smaller one, or another --device."):
+        for name in evaluation.names:
+            for num_fewshot in plan.shots:
                 done = evaluate_task(
-                    evaluation, model, name, chosen, num_fewshot=num_fewshot, limit=args.limit
+                    evaluation,
+                    model,
+                    name,
+                    plan.prefix_of(name),
+                    num_fewshot=num_fewshot,
+                    limit=args.limit,
                 )
-            # A task may fix its number of examples, whatever is asked for.
-            results += [result for result in done if result not in results]
-    return results
+                # A task may fix its number of examples and repeat its result.
+                results += [result for result in done if result not in results]
+        arm = Arm(results=results)
+        if args.shuffled or plan.others:
+            if not wrong:
+                wrong |= deal_prefixes(results, args.seed, plan.others)
+            arm = evaluate_wrong(evaluation, model, arm, wrong)
+    return arm
 
 
-def _paper_average(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
-    """Means over the paper's ten tasks, by number of examples, when all ten are there."""
+def _compare_shuffled(args: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     # Late, as in `run_eval`.
-    from megatron_meco.inference.harness_tasks import mean_of_independent
+    from megatron_meco.inference.eval_pairs import right_and_wrong
 
-    metric_of = {task.name: task.metric for task in PAPER_TASKS}
-    averages = {}
-    for shots in sorted({r.num_fewshot for r in results if r.num_fewshot is not None}):
-        rows = {}
-        for result in results:
-            # TruthfulQA has its examples in its question, and is the same in both.
-            if result.num_fewshot in (shots, 0) and result.task in metric_of:
-                [row] = [c for c in result.comparisons if c.metric == metric_of[result.task]]
-                if result.num_fewshot == shots or result.task not in rows:
-                    rows[result.task] = row
-        if rows.keys() == metric_of.keys():
-            averages[str(shots)] = mean_of_independent(list(rows.values()))
-    return averages
-
-
-# ---- What is shown ----
+    rows = right_and_wrong(arm)
+    source = "of another document" if args.shuffled_from is None else f"of {args.shuffled_from}"
+    title = f"right metadata minus that {source} (seed {args.seed}), on the same documents:"
+    means = _print_rows(title, ("right", "shuffled"), rows)
+    for (_, task), count in arm.num_cut.items():
+        tell_cut(task, "shuffled", count)
+    return {
+        "seed": args.seed,
+        "from": None if args.shuffled_from is None else str(args.shuffled_from),
+        "results": [row.report("right", "shuffled") for row in rows],
+        "paper_average": means,
+    }
 
 
-def _print_table(results: list[TaskResult], averages: dict[str, dict[str, float | None]]) -> None:
-    rows = [["task", "shots", "metric", "documents", "plain", "conditioned", "difference"]]
-    for result in results:
-        shots = "-" if result.num_fewshot is None else str(result.num_fewshot)
-        for one in result.comparisons:
-            rows.append(
-                [
-                    result.task,
-                    shots,
-                    one.metric,
-                    f"{one.num_documents:,}" if one.num_documents else "-",
-                    *_cells(asdict(one)),
-                ]
+def _print_rows(title: str, sides: tuple[str, str], rows: list[Row]) -> dict[str, Any]:
+    """Print rows with the averages of the paper's ten tasks, and return those for JSON."""
+    # Late, as in `run_eval`.
+    from megatron_meco.inference.eval_pairs import mean_of_pairs
+
+    means = {
+        f"{shots} {condition}".rstrip(): mean_of_pairs(pairs)
+        for condition in dict.fromkeys(row.condition for row in rows)
+        for shots, pairs in of_paper(
+            (row.task, row.num_fewshot, row.metric, row.pair)
+            for row in rows
+            if row.condition == condition
+        ).items()
+    }
+    print_pairs(title, *sides, rows, means)
+    return {name: asdict(mean) for name, mean in means.items()}
+
+
+def _tell_unequal_cuts(arm: Arm, other: Arm) -> None:
+    theirs = {(result.run, result.task): result.num_cut for result in other.results}
+    for result in arm.results:
+        if result.num_cut != theirs.get((result.run, result.task), result.num_cut):
+            _tell(
+                f"{result.task}: the two models cut different numbers of requests, so their "
+                "difference is partly one of context lengths"
             )
-    for shots, average in averages.items():
-        rows.append(["average of the paper's ten", shots, "", "", *_cells(average)])
-    print("\n".join(aligned(rows, 3)))
-    shown = {(r.task, r.prefix): r for r in results if r.prefix}
-    for task, prefix in shown:
-        print(f"{task} is conditioned on {prefix!r}")
-    for result in results:
-        for condition, count in result.num_cut.items():
-            if count:
-                what = "behind the prefix" if condition == "conditioned" else "from the left"
-                print(
-                    f"{result.task}, {condition}: {counted(count, 'request')} too long for the "
-                    f"model, cut {what}",
-                    file=sys.stderr,
-                )
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        _with_error(row["plain"], row["plain_stderr"]),
-        _with_error(row["conditioned"], row["conditioned_stderr"]),
-        _with_error(row["difference"], row["difference_stderr"], sign="+"),
-    ]
-
-
-def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    shown = f"{value:{sign}.4f}"
-    return shown if error is None or math.isnan(error) else f"{shown} ± {error:.4f}"
-
-
-def _report(
-    args: argparse.Namespace,
-    conditioning: Conditioning,
-    results: list[TaskResult],
-    averages: dict[str, dict[str, float | None]],
-) -> dict[str, Any]:
+def _about(args: argparse.Namespace, conditioning: Conditioning) -> dict[str, Any]:
     return {
         "model": str(args.model),
         "template": conditioning.template,
@@ -318,6 +460,4 @@ def _report(
             name: importlib.metadata.version(name)
             for name in ("megatron-meco", "lm-eval", "transformers", "torch")
         },
-        "results": [asdict(result) for result in results],
-        "paper_average": averages,
     }

@@ -2,9 +2,9 @@
 
 The folder is a plain `LlamaForCausalLM` with its tokenizer, which transformers 4 and 5, vLLM and
 others load without custom code, and a `meco.json` that says how the model was conditioned. Tensors
-are read one layer at a time and written shard by shard, so memory holds one shard (4 GB) at most;
-no GPU, no launch, no import of Megatron. The folder appears under its name when it is complete.
-What was given up: every architecture but Llama's, and tokenizers without a `tokenizer.json`.
+are read one layer at a time and written shard by shard, so memory holds at most one shard (4 GB).
+Needs no GPU, launcher or Megatron. The folder gets its name when it is complete. Only Llama's
+architecture and tokenizers with a `tokenizer.json` are supported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from megatron_meco.untrusted.text_file import check_text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "meco.json"
 _BYTES_PER_SHARD = 4_000_000_000
-# All that an export holds beside its weights.
+# Every file of an export except its weights.
 _FILES = {
     CARD,
     "README.md",
@@ -92,15 +92,15 @@ def export(
     Args:
         load: What the run's `--save` named.
         output: The folder to write.
-        iteration: Which checkpoint; None: the latest.
-        dtype: One of `DTYPES`; None: as it was trained.
-        tokenizer: The tokenizer's folder; None: the one that the run's flags name.
+        iteration: Iteration, or None for the latest.
+        dtype: One of `DTYPES`, or None for that of the training.
+        tokenizer: The tokenizer's folder, or None for the one in the run's flags.
         overwrite: Whether an earlier export may be replaced.
         bytes_per_shard: Largest safetensors file, unless one tensor alone is larger.
 
     Raises:
-        CheckpointError: When the checkpoint cannot be read, or is no Llama.
-        FlagError: When the output or the tokenizer cannot be used.
+        CheckpointError: If the checkpoint cannot be read, or is not a Llama.
+        FlagError: If the output or the tokenizer cannot be used.
     """
     _check_output(output, overwrite)
     checkpoint = Checkpoint(find_iteration(load, iteration))

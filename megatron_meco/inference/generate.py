@@ -55,26 +55,27 @@ def generate_text(
     Args:
         model: A `LlamaForCausalLM`, as `load_model` or transformers load it.
         tokenizer: Its tokenizer.
-        prefix_text: The rendered prefix (`Conditioning.render`); empty: plain generation.
+        prefix_text: The rendered prefix (`Conditioning.render`); empty for plain generation.
         prompt: The text to continue; may be empty.
-        max_new_tokens: Tokens to add at most.
-        temperature: 0: always the likeliest token.
+        max_new_tokens: Most tokens to add.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
         top_p: Share of the probability to sample from.
-        seed: Decides the samples; the generator of the caller is left as it was.
-        guidance: `g` in `plain + g * (conditioned - plain)`; None: the conditioned model alone.
-        streamer: Receives the tokens as they come, as transformers' `TextStreamer` does.
+        seed: Seed of the sampling. The caller's random state is restored.
+        guidance: `g` in `plain + g * (conditioned - plain)`, or None for the conditioned
+            model alone.
+        streamer: Receives the tokens as they are generated, like transformers' `TextStreamer`.
 
     Returns:
-        The new text alone.
+        The new text, without the prompt.
 
     Raises:
-        PromptError: When there is nothing to continue, or no room for it.
+        PromptError: If there are no tokens to continue, or no room for new ones.
     """
     ids = encode_prompt(model, tokenizer, prefix_text, prompt)
     check_room(model, ids, max_new_tokens)
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        # top_k is given because the default of transformers is not 0.
+        # top_k=0, because transformers' default is 50.
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     context = torch.tensor([ids], device=model.device)
     if guidance is not None:
@@ -116,12 +117,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="condition on these fields of the template, or `none`; repeat it to compare. What "
-        "the model says without metadata is always shown first.",
+        help="condition on these fields of the template, or `none`; repeat it to compare. "
+        "The text without metadata always comes first.",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue; may be empty")
-    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt in each line")
+    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt per line")
     add_sampling_arguments(parser, temperature=0.7, top_p=0.9, max_new_tokens=64, allow_greedy=True)
     add(
         "--seed",
@@ -129,7 +130,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0],
         metavar="S",
-        help="several give a text each; default: 0",
+        help="one text per seed; default: 0",
     )
     add(
         "--guidance",
@@ -138,7 +139,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         low=-_MOST_GUIDANCE,
         high=_MOST_GUIDANCE,
         metavar="G",
-        help="plain + G * (conditioned - plain); above 1 strengthens what the metadata does",
+        help="plain + G * (conditioned - plain); above 1 strengthens the effect of the metadata",
     )
 
 
@@ -154,7 +155,7 @@ def run_generate(args: argparse.Namespace) -> int:
     conditions = parse_metadata(args.metadata)
     _check_flags(args, conditions)
     prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)
-    # Rendered before anything heavy is loaded: most mistakes show here.
+    # Rendered before the model loads, because most mistakes show here.
     conditioning = Conditioning.of_folder(args.model, args.template)
     prefixes = [conditioning.render(values) if values else "" for values in conditions]
     transformers_logging.disable_progress_bar()
@@ -208,9 +209,9 @@ def _heading(values: dict[str, str], prefix: str, guidance: float | None) -> str
 def _check_flags(args: argparse.Namespace, conditions: list[dict[str, str]]) -> None:
     if args.guidance is not None and len(conditions) == 1:
         raise FlagError(
-            "has nothing to strengthen without metadata",
+            "has no effect without metadata",
             where="--guidance",
-            remedy="Give --metadata FIELD=VALUE, or drop the flag.",
+            remedy="Add --metadata FIELD=VALUE, or drop the flag.",
         )
     if args.prompt is not None:
         check_text(args.prompt, "--prompt")
@@ -218,9 +219,9 @@ def _check_flags(args: argparse.Namespace, conditions: list[dict[str, str]]) -> 
 
 def _read_prompts(path: Path) -> list[str]:
     where = f"--prompt-file {path}"
-    remedy = "Name a UTF-8 text file with one prompt in each line."
+    remedy = "Name a UTF-8 text file with one prompt per line."
     lines = read_lines(path, lambda reason: FlagError(reason, where=where, remedy=remedy))
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise FlagError("holds no prompts", where=where, remedy="Write one in each line.")
+        raise FlagError("has no prompts", where=where, remedy="Write one per line.")
     return prompts

@@ -1,20 +1,20 @@
 """A model for lm-evaluation-harness that reads metadata before each request.
 
-`MeCoLM` is the harness's own `HFLM` with a prefix that stands once, after BOS and before everything
-else (the few-shot examples too), for likelihoods and for generation, as in the paper's evaluation.
-Prefix and context are tokenised apart, as in training; so an empty context stays empty, where a
-prefix put into the text would be taken for the context and lose its line breaks to the answer.
-Without a prefix every request is `HFLM`'s, untouched.
+`MeCoLM` is the harness's `HFLM` with a prefix once, after BOS and before everything else, few-shot
+examples included, for likelihoods and for generation, as in the paper's evaluation. Prefix and
+context are tokenised apart, as in training. An empty context therefore stays empty; a prefix inside
+the text would count as context and lose its trailing line breaks to the continuation. Without a
+prefix every request is exactly `HFLM`'s.
 
-Where a request is longer than the model, `HFLM` cuts from the left, which would take BOS and prefix
-first. With a prefix the cut falls behind it: the oldest tokens of the context go. Cuts are counted.
-What was given up: rolling likelihoods (perplexity of whole documents), which the paper leaves
-without prefix, and which are refused with one; and caches of responses, whose keys know no prefix.
+`HFLM` cuts a request that is too long from the left, which would remove BOS and the prefix first.
+With a prefix, the oldest tokens of the context are cut instead. Cuts are counted. Rolling
+likelihoods (perplexity of whole documents) are refused with a prefix; the paper evaluates them
+without. Response caches are not supported: their keys do not include the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import not_an_export
+from megatron_meco.inference.harness_tasks import Document
 from megatron_meco.inference.model import check_finite, encode_text, finite_scores, load_model
 from megatron_meco.wording import one_line
 
@@ -33,17 +34,17 @@ _NAME = "meco"
 
 
 class RequestError(MeCoError):
-    """A request of a task that the model cannot answer."""
+    """A request that the model cannot answer."""
 
 
 @register_model(_NAME)
-class MeCoLM(HFLM):
+class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
     """`HFLM` with a prefix after BOS.
 
     Args:
         pretrained: A Hugging Face folder, or a loaded model.
-        prefix: The rendered prefix; empty: `HFLM` itself.
-        options: What `HFLM` takes. `add_bos_token` follows the model's configuration unless given.
+        prefix: The rendered prefix; empty for plain `HFLM`.
+        options: Arguments of `HFLM`. `add_bos_token` defaults to the model's configuration.
     """
 
     def __init__(self, pretrained: Any, prefix: str = "", **options: Any) -> None:
@@ -54,33 +55,67 @@ class MeCoLM(HFLM):
                 config = pretrained.config
             options["add_bos_token"] = config.bos_token_id is not None
         super().__init__(pretrained=pretrained, **options)
-        self._prefix_ids: list[int] = []
+        self._prefix, self._prefix_ids = "", list[int]()
+        self._by_document: Mapping[Document, str] = {}
         self.num_cut = 0
-        """Requests since `condition_on` whose context did not fit and was cut."""
+        """Number of requests since `condition_on` whose context was cut."""
         self.condition_on(prefix)
 
-    def condition_on(self, prefix: str) -> None:
-        """Set the prefix of the requests to come.
+    def condition_on(self, prefix: str, by_document: Mapping[Document, str] | None = None) -> None:
+        """Set the prefix of the following requests.
 
         Args:
-            prefix: The rendered prefix; empty: none.
+            prefix: The rendered prefix; may be empty.
+            by_document: Prefixes of single documents, in place of `prefix`.
         """
+        self._prefix, self._by_document = prefix, by_document or {}
         self._prefix_ids = encode_text(self.tokenizer, prefix)
         self.num_cut = 0
 
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, each behind the prefix of its document."""
+        return self._by_prefix(requests, super().loglikelihood, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate answers, each behind the prefix of its document."""
+        return self._by_prefix(requests, super().generate_until, disable_tqdm)
+
+    def _by_prefix[Answer](
+        self,
+        requests: list[Any],
+        answer: Callable[[list[Any], bool], list[Answer]],
+        disable_tqdm: bool,
+    ) -> list[Answer]:
+        if not self._by_document:
+            return answer(requests, disable_tqdm)
+        places: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            key = (request.task_name, request.doc_id)
+            places.setdefault(self._by_document.get(key, self._prefix), []).append(place)
+        answers: dict[int, Answer] = {}
+        for prefix, group in places.items():
+            self._prefix_ids = encode_text(self.tokenizer, prefix)
+            found = answer([requests[place] for place in group], disable_tqdm)
+            answers |= zip(group, found, strict=True)
+        self._prefix_ids = encode_text(self.tokenizer, self._prefix)
+        return [answers[place] for place in range(len(requests))]
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Measure whole documents, without prefix only.
+        """Score whole documents; without a prefix only.
 
         Raises:
-            RequestError: When there is a prefix.
+            RequestError: If there is a prefix.
         """
         if self._prefix_ids:
             raise RequestError(
-                "measures the likelihood of whole documents, which takes no prefix",
+                "scores whole documents, which takes no prefix",
                 where=f"task {requests[0].task_name!r}",
                 remedy="Leave it out, or evaluate it without metadata.",
             )
-        return super().loglikelihood_rolling(requests, disable_tqdm)
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return scores
 
     def tok_batch_encode(
         self,
@@ -93,18 +128,21 @@ class MeCoLM(HFLM):
 
         Args:
             strings: The contexts.
-            padding_side: Where shorter ones are filled up.
-            left_truncate_len: Tokens that there is room for; None: any number.
-            truncation: Whether the tokenizer's own limit cuts as well.
+            padding_side: Side on which shorter contexts are padded.
+            left_truncate_len: Most tokens of a context, or None for no limit.
+            truncation: Whether the tokenizer's own limit applies too.
 
         Returns:
-            Tokens and attention mask, int64, each [contexts, longest].
+            Tokens and attention mask, each int64 [contexts, longest].
         """
         rows = [self.tok_encode(string) for string in strings]
         room = left_truncate_len
         if not self._prefix_ids:
             self.num_cut += sum(room is not None and len(row) > room for row in rows)
-            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            plain: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(
+                strings, padding_side, left_truncate_len, truncation
+            )
+            return plain
         rows = [self._conditioned(row, room, is_empty=False) for row in rows]
         batch = self.tokenizer.pad(
             {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
@@ -131,7 +169,7 @@ class MeCoLM(HFLM):
                 len(context) + len(continuation) > longest for _, context, continuation in requests
             )
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **options)
-        # An impossible answer has minus infinity, which is a number here.
+        # An impossible answer scores minus infinity, which is valid.
         check_finite(torch.tensor([score for score, _ in found]).clamp(min=-1e30))
         return found
 
@@ -142,10 +180,10 @@ class MeCoLM(HFLM):
         return out
 
     def _conditioned(self, context: Sequence[int], room: int | None, is_empty: bool) -> list[int]:
-        """Put the prefix after BOS, and cut behind it what has no room."""
+        """Put the prefix after BOS, and cut the oldest context tokens that do not fit."""
         num_bos = self._num_bos()
         begin = [*context[:num_bos], *self._prefix_ids]
-        # Without BOS the harness lets EOS stand in for an empty context; the prefix does now.
+        # Without BOS the harness replaces an empty context by EOS; here the prefix replaces it.
         rest = [] if is_empty else list(context[num_bos:])
         if room is None or len(begin) + len(rest) <= room:
             return begin + rest

@@ -1,11 +1,10 @@
-"""Tasks of lm-evaluation-harness, without metadata and with it, and what it changes.
+"""Tasks of lm-evaluation-harness under several conditions, compared document by document.
 
 Tasks, few-shot examples, metrics and their errors are the harness's own; the model is its `HFLM`
-with a prefix after BOS (`harness`). Both conditions answer the same documents, so the error of
-their difference comes from the differences document by document: much smaller than what the two
-errors by themselves suggest. Costs two evaluations, with the model and the tasks loaded once. What
-was given up: several processes (one GPU, or the CPU), and errors of differences of metrics that
-are no means over documents (corpus BLEU, perplexity).
+with a prefix after BOS (`harness_model`). All conditions answer the same documents, so the standard
+error of a difference is computed from the paired differences per document, which is much smaller
+than the two separate errors suggest. Metrics that are not means over documents (corpus BLEU,
+perplexity) have no paired error. Runs in one process, on one GPU or the CPU.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import importlib.util
 import logging
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.inference.paired import mean_and_error
 from megatron_meco.wording import one_line
 
 
@@ -31,19 +31,27 @@ class TaskError(MeCoError):
     """A task that the harness does not know, or cannot load."""
 
 
+Document = tuple[str, int]
+"""A task of the harness, and the number of a document in it."""
+
+Scores = dict[str, dict[Document, float]]
+"""A value per document for each metric that is a mean over documents."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One metric of one task.
 
     Attributes:
-        metric: The harness's name, with the filter where it is not `none`.
-        num_documents: Documents behind it; 0 where the harness keeps no value for each.
+        metric: The harness's name, with its filter unless that is `none`.
+        num_documents: Number of documents; 0 if the metric is not a mean over them.
         plain: Without metadata.
-        plain_stderr: Its standard error; None: the harness has none.
-        conditioned: With metadata; None: there was none to condition on.
+        plain_stderr: Its standard error, or None if the harness has none.
+        conditioned: With metadata, or None without a prefix.
         conditioned_stderr: Its standard error.
         difference: Conditioned minus plain.
-        difference_stderr: Standard error of the paired difference; None: no mean over documents.
+        difference_stderr: Standard error of the paired difference, or None if the metric is not a
+            mean over documents.
     """
 
     metric: str
@@ -58,14 +66,16 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What came out for one task and one number of examples.
+    """The result of one task and one number of examples.
 
     Attributes:
-        task: Its name.
+        task: Name of the task, which may be part of a tag.
         num_fewshot: Examples before each question; None for a group whose tasks differ.
-        prefix: What the model was conditioned on; empty: nothing.
-        num_cut: Requests too long for the model, by condition.
+        prefix: The prefix; empty without metadata.
+        num_cut: Number of requests that were too long and cut, by condition.
         comparisons: Its metrics.
+        run: What was evaluated to get it.
+        scores: Values per document, by condition.
     """
 
     task: str
@@ -73,22 +83,37 @@ class TaskResult:
     prefix: str
     num_cut: dict[str, int]
     comparisons: list[Comparison] = field(default_factory=list)
+    # Not part of the result: a task that fixes its examples gives equal results for two runs.
+    run: Run | None = field(default=None, compare=False, repr=False)
+    scores: dict[str, Scores] = field(default_factory=dict, compare=False, repr=False)
+
+    def report(self) -> dict[str, Any]:
+        """Return the result for a JSON file, without what is kept for comparisons."""
+        row = asdict(replace(self, run=None, scores={}))
+        del row["run"], row["scores"]
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An evaluation of the harness.
+
+    Attributes:
+        name: The task, group or tag.
+        num_fewshot: Examples that were asked for, or None for the task's own number.
+        limit: Documents of each task (1 or more), or a share of them, or None for all.
+    """
+
+    name: str
+    num_fewshot: int | None = None
+    limit: float | None = None
 
 
 # ---- Numbers ----
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error; not a number from fewer than two values."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
 def mean_of_independent(rows: Sequence[Comparison]) -> dict[str, float | None]:
-    """The mean over tasks, each with the same weight, and its errors.
+    """Return the mean over tasks, each with the same weight, and its errors.
 
     Args:
         rows: One metric of each task; the tasks share no documents.
@@ -113,23 +138,19 @@ def compare(
     Args:
         name: The task or group.
         plain: What the harness returned without metadata, samples included.
-        conditioned: The same with metadata; None: not done.
+        conditioned: The same with metadata, or None.
     """
     found = []
-    for key, value in plain["results"][name].items():
-        metric, comma, rule = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        before = _values(name, plain, metric, rule, value)
+    for label, metric, rule in _metrics(name, plain):
+        value, before = _value_and_scores(name, plain, metric, rule)
         one = Comparison(
-            metric=metric if rule == "none" else f"{metric} ({rule})",
+            metric=label,
             num_documents=len(before),
-            plain=float(value),
+            plain=value,
             plain_stderr=_stderr(name, plain, metric, rule),
         )
         if conditioned is not None:
-            other = float(conditioned["results"][name][key])
-            after = _values(name, conditioned, metric, rule, other)
+            other, after = _value_and_scores(name, conditioned, metric, rule)
             error = None
             if before and before.keys() == after.keys():
                 error = mean_and_error([after[k] - before[k] for k in before])[1]
@@ -146,10 +167,32 @@ def compare(
     return found
 
 
-def _values(
-    name: str, results: Mapping[str, Any], metric: str, rule: str, reported: float
-) -> dict[tuple[str, int], float]:
-    """A value for each document, when the reported one is their mean; else nothing."""
+def scores_of(name: str, results: Mapping[str, Any]) -> Scores:
+    """Return the values per document of a task's metrics.
+
+    Args:
+        name: The task or group.
+        results: What the harness returned, samples included.
+    """
+    scores = {}
+    for label, metric, rule in _metrics(name, results):
+        scores[label] = _value_and_scores(name, results, metric, rule)[1]
+    return {label: values for label, values in scores.items() if values}
+
+
+def _metrics(name: str, results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield our label, the metric and the filter of each number of a task."""
+    for key, value in results["results"][name].items():
+        metric, comma, rule = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            yield metric if rule == "none" else f"{metric} ({rule})", metric, rule
+
+
+def _value_and_scores(
+    name: str, results: Mapping[str, Any], metric: str, rule: str
+) -> tuple[float, dict[Document, float]]:
+    """Return a metric and, if it is the mean over documents, their values; else no values."""
+    reported = float(results["results"][name][f"{metric},{rule}"])
     values = {
         (leaf, sample["doc_id"]): float(sample[metric])
         for leaf in _leaves(name, results)
@@ -159,8 +202,8 @@ def _values(
     if not values or not math.isclose(
         math.fsum(values.values()) / len(values), reported, rel_tol=1e-9, abs_tol=1e-12
     ):
-        return {}
-    return values
+        return reported, {}
+    return reported, values
 
 
 def _leaves(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -207,12 +250,12 @@ class Evaluation:
             )
         try:
             self._manager = TaskManager(include_path=str(include_path) if include_path else None)
-        # The files are the user's, and may fail in any way.
+        # The files are the user's and may fail in any way.
         except Exception as error:
             raise FlagError(
                 f"its tasks cannot be read ({one_line(error)})",
                 where=f"--include-path {include_path}",
-                remedy="Mend the YAML files in it.",
+                remedy="Correct the YAML files in it.",
             ) from error
         self.names = [name for task in tasks for name in self._match(task)]
 
@@ -226,11 +269,11 @@ class Evaluation:
             What the harness's `TaskManager.load` returns.
 
         Raises:
-            TaskError: When its definition or its data cannot be had.
+            TaskError: If its definition or its data cannot be loaded.
         """
         try:
             loaded: dict[str, Any] = self._manager.load([name])
-        # A task runs templates and functions of its author's.
+        # A task runs its author's templates and functions.
         except Exception as error:
             settings = getattr(self._manager.task_index.get(name), "cfg", None) or {}
             data_set = settings.get("dataset_path")
@@ -239,7 +282,7 @@ class Evaluation:
                 f"{of_data} cannot be loaded ({one_line(error)})",
                 where=f"task {name!r}",
                 remedy="A data set that is not in the cache of the `datasets` library is fetched "
-                "from its hub: run once with a network, or leave the task out.",
+                "from its hub: run once with network access, or leave the task out.",
             ) from error
         return loaded
 
@@ -253,21 +296,21 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Evaluate with the harness.
 
-        As its `simple_evaluate`, less what that does once for each call and not for each model: it
-        loads the tasks and spends seconds on describing the machine.
+        The harness's `simple_evaluate` without its work per call: loading the tasks, and seconds of
+        describing the machine.
 
         Args:
             model: A `MeCoLM`.
             loaded: What `load` returned, for this number of examples alone.
-            num_fewshot: Examples before each question; None: as the task says.
-            limit: Documents of each task (1 or more), or the share of them; None: all.
-            samples: Numbers of the documents of each task, instead of a limit; None: all.
+            num_fewshot: Examples before each question, or None for the task's own number.
+            limit: Documents of each task (1 or more), or a share of them, or None for all.
+            samples: Document numbers of each task in place of a limit, or None.
 
         Returns:
             What the harness's `evaluate` returns, samples included.
 
         Raises:
-            TaskError: When the harness refuses the task.
+            TaskError: If the harness refuses the task.
         """
         from lm_eval import evaluate
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -278,7 +321,7 @@ class Evaluation:
         set_torch_seed(DEFAULT_OTHER_SEED)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
-            # As the harness has it: a task whose definition says 0 keeps it.
+            # As in the harness: a task whose definition says 0 keeps 0.
             if own is None or (num_fewshot is not None and own != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -349,15 +392,15 @@ def evaluate_task(
         model: A `MeCoLM`.
         name: A task, a group or a tag.
         prefix: The rendered prefix; empty: without metadata only.
-        num_fewshot: Examples before each question; None: as the task says.
+        num_fewshot: Examples before each question, or None for the task's own number.
         limit: Documents of each task (1 or more), or the share of them.
 
     Returns:
         The result of a task or group, or that of each task under a tag.
 
     Raises:
-        TaskError: When its data cannot be had.
-        RequestError: When it cannot be answered with the prefix.
+        TaskError: If its data cannot be loaded.
+        RequestError: If a request cannot be answered with the prefix.
     """
     loaded = evaluation.load(name)
     cut, results = {}, {}
@@ -367,9 +410,6 @@ def evaluate_task(
             results[condition] = evaluation.run(model, loaded, num_fewshot, limit)
             cut[condition] = model.num_cut
     plain = results["plain"]
-    # A group without a figure of its own, and a tag, stand for their tasks.
-    has_own = any("," in key for key in plain["results"].get(name, {}))
-    shown = [name] if has_own else [key for key in plain["results"] if key in plain["samples"]]
     return [
         TaskResult(
             task=task,
@@ -377,9 +417,38 @@ def evaluate_task(
             prefix=prefix,
             num_cut=cut,
             comparisons=compare(task, plain, results.get("conditioned")),
+            run=Run(name=name, num_fewshot=num_fewshot, limit=limit),
+            scores={condition: scores_of(task, found) for condition, found in results.items()},
         )
-        for task in shown
+        for task in _reported(name, plain)
     ]
+
+
+def evaluate_shuffled(
+    evaluation: Evaluation, model: Any, run: Run, wrong: Mapping[Document, str]
+) -> tuple[dict[str, Scores], int]:
+    """Repeat an evaluation, each document behind the prefix of another one.
+
+    Args:
+        evaluation: Holds the task.
+        model: A `MeCoLM`.
+        run: What to repeat.
+        wrong: The prefix of each document. Others have none.
+
+    Returns:
+        The values per document of each task, and the number of requests that were cut.
+    """
+    model.condition_on("", wrong)
+    loaded = evaluation.load(run.name)
+    results = evaluation.run(model, loaded, run.num_fewshot, run.limit)
+    return {task: scores_of(task, results) for task in _reported(run.name, results)}, model.num_cut
+
+
+def _reported(name: str, results: Mapping[str, Any]) -> list[str]:
+    """A tag, or a group without an aggregate, is reported as its tasks."""
+    if any("," in key for key in results["results"].get(name, {})):
+        return [name]
+    return [key for key in results["results"] if key in results["samples"]]
 
 
 def _shots(name: str, results: Mapping[str, Any]) -> int | None:

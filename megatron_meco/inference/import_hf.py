@@ -1,11 +1,10 @@
-"""`meco import`: a Hugging Face Llama to a checkpoint that Megatron's training starts from.
+"""`meco import`: a Hugging Face Llama to a checkpoint from which Megatron trains on.
 
-The other way of `meco export`, bit by bit, for going on with MeCo from a model that exists. What is
-written is a `release` checkpoint in Megatron's torch_dist format: weights and the flags that they
-need, no optimizer state, iteration 0. `--load` reads it in any tensor- and pipeline-parallel
-layout, since the format is cut up anew when it is read. No GPU, no launch, no import of Megatron;
-memory holds the model once. Tokens that Megatron adds as padding begin as zeros. What was given up:
-every architecture but Llama's, scaled RoPE, quantised weights, and weights outside safetensors.
+The bit-exact inverse of `meco export`, for continuing an existing model with MeCo. Writes a
+`release` checkpoint in Megatron's torch_dist format: weights and the flags that they need, no
+optimizer state, iteration 0. `--load` reads it in any tensor- and pipeline-parallel layout. Needs
+no GPU, launcher or Megatron; memory holds the model once. Padding tokens that Megatron adds begin
+as zeros. Only Llama's architecture with plain RoPE and unquantised safetensors is supported.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.llama import Sizes, Weight, join_parts, megatron_shapes
@@ -45,7 +46,7 @@ from megatron_meco.wording import first_line
 _TRACKER = "latest_checkpointed_iteration.txt"
 # Megatron's default of --make-vocab-size-divisible-by.
 _VOCAB_STEP = 128
-# What layers keep beside their weights: nothing, but Megatron asks for it. The first four are in
+# Extra state of layers: empty, but Megatron expects the entries. The first four are in
 # every layer, the others with Transformer Engine.
 _LAYER_STATES = (
     "self_attention.linear_qkv",
@@ -89,11 +90,11 @@ def import_hf(model: Path, output: Path, *, tokenizer: Path | None = None) -> Im
     Args:
         model: A folder with `config.json` and safetensors files.
         output: The folder to write, for `--load`.
-        tokenizer: The tokenizer's folder, noted in the checkpoint; None: the model's own.
+        tokenizer: The tokenizer's folder, noted in the checkpoint; None for the model's own.
 
     Raises:
-        LlamaImportError: When the model is no plain Llama, or its files are damaged.
-        FlagError: When the output or the tokenizer cannot be used.
+        LlamaImportError: If the model is not a plain Llama, or its files are damaged.
+        FlagError: If the output or the tokenizer cannot be used.
     """
     check_new_folder(output)
 
@@ -266,7 +267,7 @@ def _run_args(
 
 
 def state_names(num_layers: int) -> list[str]:
-    """Names of what modules may keep beside their weights: FP8 scales, say. Here it is empty."""
+    """Return the names of extra state that modules may have, such as FP8 scales; here empty."""
     layers = [
         f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
         for name in _LAYER_STATES
@@ -281,17 +282,17 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], args: Namespace) -> N
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     state["common_state/shard_0_1"] = [common]
     with warnings.catch_warnings():
-        # It says that no process group is there, which is the point.
+        # It warns that there is no process group, which is intended.
         warnings.simplefilter("ignore")
         try:
-            dcp.save(
+            save(
                 state,
-                storage_writer=dcp.FileSystemWriter(folder),
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+                storage_writer=FileSystemWriter(folder),
+                planner=DefaultSavePlanner(flatten_state_dict=False),
                 no_dist=True,
             )
         except CheckpointException as error:
-            # What PyTorch makes of a full disk: an exception for each rank, of one.
+            # PyTorch wraps an error such as a full disk, one per rank; there is one rank.
             [(cause, _)] = error.failures.values()
             raise OSError(first_line(cause)) from error
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

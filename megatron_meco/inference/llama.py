@@ -1,10 +1,9 @@
-"""Megatron's GPT model as Hugging Face's Llama: which tensor goes where, and what cannot go at all.
+"""Megatron's GPT model as Hugging Face's Llama: which tensor goes where, and what cannot be mapped.
 
-The two are the same function when the run used RMSNorm, RoPE over the whole head, SwiGLU and no
-biases; `check_architecture` refuses everything else by the flag that asked for it, and
-`plan_weights` refuses tensors whose names it does not know, so nothing is ever left out silently.
-Costs nothing; the tensors are read by the caller. What was given up: every architecture but
-Llama's.
+The two are the same function if the run used RMSNorm, RoPE over the whole head, SwiGLU and no
+biases. `check_architecture` refuses everything else and names the flag that asked for it;
+`plan_weights` refuses tensors with unknown names, so no tensor is silently left out. The caller
+reads the tensors.
 """
 
 from __future__ import annotations

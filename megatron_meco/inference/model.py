@@ -22,6 +22,8 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from megatron_meco.corpus.tokenizer import unknown_token
+from megatron_meco.data.template import PrefixText
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.inference.conditioning import Conditioning, not_an_export
 from megatron_meco.inference.model_folder import check_model
@@ -34,7 +36,7 @@ class PromptError(MeCoError):
 
 
 class ModelError(MeCoError):
-    """A model that computes nothing."""
+    """A model whose outputs are not numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,13 @@ def load_model(
 
     Args:
         folder: The folder.
-        device: Where to; None: the first GPU, or the CPU.
-        template: Instead of the one it was trained with; None: that one.
-        own_sampling: Whether penalties and the like in a `generation_config.json` of other origin
-            are kept; else nothing but the callers' options decides how to sample.
+        device: Device, or None for the first GPU or the CPU.
+        template: Template in place of the model's own, or None.
+        own_sampling: Whether to keep penalties and other settings of a foreign
+            `generation_config.json`. Otherwise only the caller's options decide how to sample.
 
     Raises:
-        FlagError: When it is no such folder, or the device or the template cannot be used.
+        FlagError: If the folder, the device or the template cannot be used.
     """
     conditioning = Conditioning.of_folder(folder, template)
 
@@ -78,7 +80,7 @@ def load_model(
 
     check_model(folder)
     device = pick_device(device)
-    # Code that lies in the folder is never run; weights are never unpickled.
+    # Never run code from the folder, and never unpickle weights.
     options = {"local_files_only": True, "trust_remote_code": False}
     with enough_memory(f"--model {folder}", "Give a --device with more memory."):
         try:
@@ -88,7 +90,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        # What a library of others says about files of others may be anything.
+        # A library may raise anything for files that it did not write.
         except Exception as error:
             raise refuse(one_line(error)) from error
         _check_loaded(model, tokenizer, told, refuse)
@@ -99,7 +101,7 @@ def load_model(
 
 
 def _check_loaded(model: Any, tokenizer: Any, told: dict[str, Any], refuse: Refuse) -> None:
-    """Refuse what transformers only warns of: weights that it made up or had no place for."""
+    """Refuse what transformers only warns of: missing weights, which it draws, and extra ones."""
     for key, what in (
         ("missing_keys", "it has no tensor"),
         ("mismatched_keys", "its model has another shape for tensor"),
@@ -118,19 +120,19 @@ def _check_loaded(model: Any, tokenizer: Any, told: dict[str, Any], refuse: Refu
 
 @contextlib.contextmanager
 def enough_memory(where: str, remedy: str) -> Iterator[None]:
-    """Turn a lack of memory inside the block into a refusal.
+    """Turn running out of memory inside the block into a `FlagError`.
 
     Args:
-        where: The flag that asks for so much.
-        remedy: What to do.
+        where: The flag that decides how much is needed.
+        remedy: What to change.
 
     Raises:
-        FlagError: When memory ran out.
+        FlagError: If memory ran out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch says it in a class of its own for GPUs alone.
+        # PyTorch has an exception class for GPUs only.
         is_cpu = "not enough memory" in str(error) or "can't allocate memory" in str(error)
         if not is_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
@@ -141,14 +143,14 @@ def pick_device(device: str | None) -> str:
     """Check a device, or pick the first GPU, or the CPU.
 
     Raises:
-        FlagError: When torch does not have the device.
+        FlagError: If torch does not have the device.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # A number comes back: the device `meta` has none.
+        # `.item()` fails on the device `meta`, which holds no numbers.
         torch.zeros(1, device=device).item()
-    # Backends that are not there raise whatever they like.
+    # Missing backends raise all kinds of exceptions.
     except Exception as error:
         raise FlagError(
             f"cannot be used ({first_line(error)})",
@@ -159,35 +161,35 @@ def pick_device(device: str | None) -> str:
 
 
 class _FiniteScores(LogitsProcessor):  # type: ignore[misc]
-    """Refuses what a broken model computes: the likeliest of tokens that are NaN is the first."""
+    """Refuses NaN, from which greedy decoding would silently pick token 0."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Single tokens may be ruled out with minus infinity.
+        # Minus infinity is valid for single tokens.
         check_finite(scores.amax(-1))
         return scores
 
 
 def check_finite(scores: torch.Tensor) -> None:
-    """Refuse what a broken model computes.
+    """Refuse scores of a broken model.
 
     Raises:
-        ModelError: When any score is NaN or infinite.
+        ModelError: If any score is NaN or infinite.
     """
     if not scores.isfinite().all():
         raise ModelError(
             "computes NaN or infinity",
             where="--model",
-            remedy="Its weights are broken: name another one.",
+            remedy="Its weights are broken: use another model.",
         )
 
 
 def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> list[int]:
-    """Tokenise a prompt as a training document begins.
+    """Tokenise a prompt like the beginning of a training document.
 
     Args:
         model: The model; its configuration says whether documents begin with BOS.
         tokenizer: Its tokenizer.
-        prefix_text: The rendered prefix; empty: none.
+        prefix_text: The rendered prefix; may be empty.
         prompt: What follows.
 
     Returns:
@@ -199,20 +201,45 @@ def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> 
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise text as in training: no tokens of the tokenizer's own, and text stays text."""
+    """Tokenise text as in training: no added tokens, and no text is read as a special token.
+
+    Args:
+        tokenizer: Of transformers.
+        text: The text. In a `PrefixText` each special token is one id, and the texts between are
+            tokenised apart.
+
+    Raises:
+        FlagError: The tokenizer lacks a special token of the template.
+    """
     if not text:
         return []
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if isinstance(text, PrefixText) and text.segments != (str(text),):
+        ids: list[int] = []
+        for part in text.segments:
+            if isinstance(part, str):
+                ids += encode_text(tokenizer, part)
+            else:
+                ids.append(_token_id(tokenizer, part.name))
+        return ids
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids
 
 
+def _token_id(tokenizer: Any, name: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(name)
+    # For a token that is not there it gives the id of its unknown token.
+    if found is None or tokenizer.convert_ids_to_tokens(found) != name:
+        raise unknown_token(name, "the model's template")
+    return int(found)
+
+
 def finite_scores() -> LogitsProcessorList:
-    """For `generate`: refuses the scores of a broken model (`ModelError`)."""
+    """Return a processor for `generate` that raises `ModelError` for NaN or infinite scores."""
     return LogitsProcessorList([_FiniteScores()])
 
 
 def end_tokens(model: Any) -> list[int]:
-    """The tokens that end a text: one, or several in models of other origin, or none."""
+    """Return the tokens that end a text; foreign models may have several, or none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = model.config.eos_token_id
@@ -220,15 +247,15 @@ def end_tokens(model: Any) -> list[int]:
 
 
 def check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
-    """Refuse what the model cannot continue.
+    """Refuse a prompt that the model cannot continue.
 
     Args:
         model: The model.
-        ids: What stands before the new tokens.
-        max_new_tokens: How many there may be.
+        ids: Tokens before the new ones.
+        max_new_tokens: Most new tokens.
 
     Raises:
-        PromptError: When there is nothing to continue, or no room for it.
+        PromptError: If there are no tokens to continue, or no room for new ones.
     """
     if not ids:
         raise PromptError(

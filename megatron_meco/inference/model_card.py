@@ -1,8 +1,7 @@
 """What an exported folder says of its training: `meco.json` for programs, `README.md` for people.
 
-Both are made from the flags that the checkpoint carries, so they need neither the corpus nor the
-launch script; the run's own fingerprint, contents of its corpora among it, is copied. What was
-given up: numbers that the checkpoint does not hold, such as losses.
+Both come from the flags in the checkpoint, so they need neither the corpus nor the launch script.
+The run's fingerprint, which includes its corpora, is copied.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
     Args:
         args: The run's flags.
         iteration: Training steps that were finished.
-        bos: Token before each document; None: documents had none.
+        bos: Token before each document, or None.
         eos: Token after each document.
 
     Returns:
@@ -161,6 +160,8 @@ def _conditioning_lines(card: dict[str, Any]) -> list[str]:
     if conditioning.columns == ("url",):
         prefix = conditioning.render({"url": _EXAMPLE_URL})
         lines += [f"    url={_EXAMPLE_URL}  ->  {prefix!r}", ""]
+    if not conditioning.columns:
+        return [*lines, f"    {conditioning.render({})!r}", ""]
     given = " ".join(f"{shown(name)}=..." for name in conditioning.columns)
     return [
         *lines,

@@ -1,10 +1,10 @@
-"""A Hugging Face folder before anything loads it: its configuration and the headers of its weights.
+"""Checks a Hugging Face folder before anything loads it: configuration and headers of weights.
 
-Sizes in `config.json` are held against the tensors that are really there, so nothing is allocated
-on the word of a number in a text file. Weights are read from safetensors alone: the other formats
-are pickles. Links are followed, since the hub's own cache is made of them; a name inside a file
-never leads out of the folder. Costs one read of each header. What was given up: checking the shapes
-of architectures other than Llama's, which transformers does when it loads them.
+Sizes in `config.json` are compared with the tensors in the files, so no number in a text file
+decides how much memory is allocated. Only safetensors are read: the other formats are pickles.
+Symbolic links are followed, because the hub's cache consists of them; a file name inside a file
+never leads out of the folder. Shapes are checked for Llama only; transformers checks the others
+when it loads them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
 _CODE = "custom_generate"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# As in transformers, which computes it anew.
+# Computed by transformers.
 _BUFFERS = ("rotary_emb.inv_freq",)
 # By safetensors' names.
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -57,10 +57,10 @@ def read_config(folder: Path, refuse: Refuse) -> dict[str, Any]:
 
     Args:
         folder: The model.
-        refuse: Makes what is raised where it cannot be read.
+        refuse: Makes the error to raise from the reason.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`.
     """
     path = folder / CONFIG
     config = read_json(path, lambda reason: refuse(f"no readable {CONFIG} ({reason})"))
@@ -74,13 +74,13 @@ def read_weights(folder: Path, refuse: Refuse) -> dict[str, Stored]:
 
     Args:
         folder: The model.
-        refuse: Makes what is raised where they cannot be read.
+        refuse: Makes the error to raise from the reason.
 
     Returns:
-        Each tensor by its name, without buffers that a model computes.
+        The tensors by name, without buffers that transformers computes.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`.
     """
     listed = _listed(folder, refuse)
     if listed is None:
@@ -111,7 +111,7 @@ def read_weights(folder: Path, refuse: Refuse) -> dict[str, Stored]:
 
 
 def _listed(folder: Path, refuse: Refuse) -> dict[str, str] | None:
-    """The index: a file for each tensor; None where there is none."""
+    """Return the index, the file of each tensor, or None if there is none."""
     path = folder / _INDEX
     if not path.is_file():
         return None
@@ -147,10 +147,10 @@ def _damaged(refuse: Refuse, reason: str) -> MeCoError:
 
 
 def check_layers(config: Mapping[str, Any], weights: Mapping[str, Stored], refuse: Refuse) -> None:
-    """Refuse more layers than there are tensors: each is built before a tensor is looked for.
+    """Refuse more layers than tensors: transformers builds each layer before it loads tensors.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`.
     """
     limits = dict.fromkeys(_LAYERS, len(weights)) | dict.fromkeys(_EXPERTS, _MOST_EXPERTS)
     for name, most in limits.items():
@@ -162,14 +162,14 @@ def check_layers(config: Mapping[str, Any], weights: Mapping[str, Stored], refus
 
 
 def llama_sizes(config: Mapping[str, Any], refuse: Refuse) -> Sizes:
-    """The sizes of a Llama, checked.
+    """Return the sizes of a Llama, checked.
 
     Args:
         config: Its `config.json`.
-        refuse: Makes what is raised for a missing or impossible size.
+        refuse: Makes the error to raise from the reason.
 
     Raises:
-        MeCoError: What `refuse` made.
+        MeCoError: From `refuse`.
     """
     heads = _size(config, "num_attention_heads", refuse)
     hidden = _size(config, "hidden_size", refuse)
@@ -210,17 +210,17 @@ def check_llama(sizes: Sizes, weights: Mapping[str, Stored], refuse: Refuse) -> 
     Args:
         sizes: From `llama_sizes`, with layers that `check_layers` has seen.
         weights: From `read_weights`.
-        refuse: Makes what is raised.
+        refuse: Makes the error to raise from the reason.
 
     Returns:
-        The tensors, in the order of their layers.
+        The tensors, in layer order.
 
     Raises:
-        MeCoError: What `refuse` made, for an unknown, a missing or a misshapen tensor.
+        MeCoError: From `refuse`, for an unknown, a missing or a misshapen tensor.
     """
     planned = plan_weights(megatron_shapes(sizes), sizes, "")
     needed = {weight.name for weight in planned}
-    # A tied output layer is written by some tools, and is the embedding.
+    # Some tools write a tied output layer, which equals the embedding.
     unknown = sorted(weights.keys() - needed - {"lm_head.weight"})
     missing = sorted(needed - weights.keys())
     for what, names in (("unknown tensor", unknown), ("no tensor", missing)):
@@ -259,11 +259,11 @@ def check_model(folder: Path) -> None:
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise refuse("it has no tokenizer")
     if (folder / _ADAPTER).exists():
-        # Its weights would be those of another folder, which it names.
+        # Its weights belong to another folder, which it names.
         raise refuse(f"it is an adapter ({_ADAPTER}); merge it into its model first")
     if (folder / _CODE).exists():
-        # Some versions of transformers run what lies there, whatever they are told of trust.
-        raise refuse(f"it brings code of its own ({_CODE})")
+        # Some versions of transformers run it even with trust_remote_code=False.
+        raise refuse(f"it contains code ({_CODE})")
     config = read_config(folder, refuse)
     _check_kernels(config, refuse)
     weights = read_weights(folder, refuse)
@@ -275,7 +275,7 @@ def check_model(folder: Path) -> None:
 
 
 def _check_kernels(config: Any, refuse: Refuse) -> None:
-    """A configuration may name kernels on the hub, which are code that is fetched and run."""
+    """Refuse kernels of the hub, which are code that transformers downloads and runs."""
     if isinstance(config, dict):
         for name, value in config.items():
             if "implementation" in name and isinstance(value, str) and "/" in value:
@@ -286,7 +286,7 @@ def _check_kernels(config: Any, refuse: Refuse) -> None:
 def finite_number(
     config: Mapping[str, Any], name: str, default: float, refuse: Refuse, *, zero: bool = False
 ) -> Any:
-    """A number above 0 (or 0, where allowed), as it stands in the configuration."""
+    """Return a number of the configuration that must be above 0, or 0 if `zero` allows it."""
     value = config.get(name, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not is_finite(value) or value < 0 or (value == 0 and not zero):

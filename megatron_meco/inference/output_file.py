@@ -1,7 +1,7 @@
-"""Files and folders of results that appear whole or not at all, and replace nothing else.
+"""Atomic files and folders of results, which replace only earlier results.
 
-Whether a name may be written is checked before hours of work, not after. Costs one rename. What was
-given up: results larger than memory.
+Whether a name can be written is checked before hours of work, not after. Results are held in
+memory.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _RESULTS = "results"
 
 
 def check_result_file(path: Path, flag: str = "--output") -> None:
-    """Refuse a file that could not be written at the end, or that holds something else.
+    """Refuse a file that cannot be written, or that holds something else.
 
     Args:
-        path: The file. One that `write_json` wrote with `results` in it may be replaced.
-        flag: The flag that named it, for the message.
+        path: The file. An earlier result, JSON with `results` in it, may be replaced.
+        flag: The flag, for the message.
 
     Raises:
-        FlagError: When its folder does not exist or may not be written, or it is there already and
-            is no earlier result.
+        FlagError: If its folder does not exist or is not writable, or if it exists and is not an
+            earlier result.
     """
     where = f"{flag} {path}"
     folder = path.absolute().parent
@@ -51,10 +51,10 @@ def _is_result(path: Path) -> bool:
 
 
 def check_new_folder(output: Path) -> None:
-    """Refuse a folder that is there already and holds anything.
+    """Refuse a folder that exists and is not empty.
 
     Raises:
-        FlagError: When it is no empty and no new folder.
+        FlagError: If it is neither new nor empty.
     """
     where = f"--output {output}"
     try:
@@ -65,15 +65,15 @@ def check_new_folder(output: Path) -> None:
 
 
 def write_json(path: Path, value: Any, flag: str = "--output") -> None:
-    """Write an object as JSON, in place of any earlier file of that name.
+    """Write an object as JSON, replacing an earlier file.
 
     Args:
         path: The file.
         value: A JSON-serialisable object.
-        flag: The flag that named the file, for the message.
+        flag: The flag, for the message.
 
     Raises:
-        FlagError: When it cannot be written.
+        FlagError: If it cannot be written.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole_file(path, lambda reason: _unwritable(f"{flag} {path}", reason)) as file:

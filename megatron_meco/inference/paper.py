@@ -1,10 +1,10 @@
-"""The paper's evaluation as settings: its ten tasks, the URL it gave each, its toxicity protocol.
+"""The paper's evaluation as settings: its ten tasks with their URLs, and its toxicity protocol.
 
 Tasks and URLs are those of table 11 in "Metadata Conditioning Accelerates Language Model
-Pre-training" (arXiv 2501.01956), the protocol that of its section 4.2. The URLs were chosen by the
-authors without trial, and need not exist. What was given up: the paper scored with OLMES, which
-takes the better of multiple choice and cloze and has curated examples for few-shot; here each
-task is lm-evaluation-harness's own, so figures are close to the paper's and not equal to them.
+Pre-training" (arXiv 2501.01956), the protocol that of section 4.2. The authors chose the URLs
+without trying others; they need not exist. The paper scored with OLMES, which takes the better of
+multiple choice and cloze and has curated few-shot examples. Here each task is
+lm-evaluation-harness's own, so results are close to the paper's but not equal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The flags that a checkpoint carries, as far as an export reads them: there, and of their kind.
+"""The flags in a checkpoint that an export reads: checks that they exist and have the right type.
 
-A checkpoint may come from anyone and from any version of Megatron, so what its flags hold is not
-taken on trust: a size that is a text, or a rate that is NaN, is one refusal here and no failure
-somewhere inside. Costs nothing. What was given up: flags that nobody reads.
+A checkpoint may come from anyone and from any version of Megatron. A size that is a string or a
+rate that is NaN is one clear error here, not a failure later. Flags that nothing reads are ignored.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ _NEEDED: dict[str, Check] = {
     "train_samples": _or_none(_whole(0)),
     "data_path": _or_none(_texts),
 }
-# Read where they are there.
+# Optional.
 _OPTIONAL: dict[str, Check] = {
     "num_query_groups": _or_none(_whole(1)),
     "params_dtype": _dtype,

@@ -1,9 +1,9 @@
-"""Many samples from one beginning, on disk: in batches, appended as they come, resumed exactly.
+"""Many samples from one prompt on disk: appended batch by batch, and resumed exactly.
 
-Every sample begins with the same `[BOS] + prefix`, so a batch has no padding. Each batch has a seed
-of its own, made from the run's seed, the condition and its number: what a run writes does not
-depend on where it was interrupted. The settings lie beside the samples, and a resumption with other
-ones is refused. What was given up: samples that do not depend on the batch size.
+Every sample begins with the same `[BOS] + prefix`, so a batch has no padding. Each batch has its
+own seed, derived from the run's seed, the prefix and the batch number, so the samples do not depend
+on interruptions. They do depend on the batch size. The settings are stored with the samples; a
+resumption with other settings is refused.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class SampleSettings:
 
     Attributes:
         model: The model's folder.
-        prefixes: The rendered prefixes; an empty one is BOS alone.
-        num_samples: Of each prefix.
-        batch_size: Samples that are made at the same time.
-        temperature: Of the sampling.
+        prefixes: The rendered prefixes; the empty one is BOS alone.
+        num_samples: Number of samples per prefix.
+        batch_size: Samples generated at once.
+        temperature: Sampling temperature.
         top_p: Share of the probability to sample from.
-        min_new_tokens: No sample ends before.
-        max_new_tokens: Every sample ends here.
+        min_new_tokens: Fewest tokens of a sample.
+        max_new_tokens: Most tokens of a sample.
         seed: Decides the samples.
     """
 
@@ -74,15 +74,15 @@ def sample(
     Args:
         loaded: The model.
         settings: What to sample.
-        folder: Where to; `generations.jsonl` and `settings.json`.
-        progress: Told how many samples there are, of how many.
+        folder: Folder for `generations.jsonl` and `settings.json`.
+        progress: Called with the number of samples so far and in total.
 
     Returns:
         The texts of each prefix.
 
     Raises:
-        FlagError: When the folder holds samples of other settings, or cannot be written.
-        PromptError: When there is nothing to begin with, or no room for the new tokens.
+        FlagError: If the folder holds samples of other settings, or cannot be written.
+        PromptError: If there is nothing to begin with, or no room for the new tokens.
     """
     contexts = {}
     for prefix in settings.prefixes:
@@ -184,7 +184,7 @@ def _check_settings(folder: Path, settings: SampleSettings) -> None:
 
 
 def _read_whole_batches(path: Path, settings: SampleSettings) -> dict[str, list[str]]:
-    """Read what is there, and cut off the batch that an interruption left unfinished."""
+    """Read the existing samples, and cut off a batch that an interruption left incomplete."""
     done: dict[str, list[str]] = {prefix: [] for prefix in settings.prefixes}
     if not os.path.lexists(path):
         return done
@@ -244,7 +244,7 @@ def _append(path: Path, entries: Iterable[dict[str, Any]]) -> None:
         raise FlagError(
             f"cannot be written ({error})",
             where=f"--output {path.parent}",
-            remedy="Make space, and repeat the command: it goes on where it stopped.",
+            remedy="Free some space and repeat the command: it continues where it stopped.",
         ) from error
 
 

@@ -1,10 +1,9 @@
-"""`meco steer`: what metadata does to what a model says by itself, scored.
+"""`meco steer`: what metadata does to what a model says unprompted, scored.
 
-The paper's protocol for toxicity (section 4.2): 4,096 samples from BOS alone and from the metadata
-alone, temperature 0.7, top-p 0.9, 10 to 128 tokens, each scored by a classifier. The scorer is the
-user's: Detoxify's "unbiased" model, which the paper used, where it is installed, or any Python
-function from texts to numbers. Means come with bootstrap confidence intervals. What was given up: a
-scorer of our own, whose judgement would stand for more than it is.
+The paper's toxicity protocol (section 4.2): 4,096 samples from BOS alone and from the metadata
+alone, temperature 0.7, top-p 0.9, 10 to 128 tokens, each scored by a classifier. The scorer is
+Detoxify's "unbiased" model, which the paper used, if it is installed, or any Python function from
+texts to numbers. Means have bootstrap confidence intervals.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _THRESHOLD = 0.5
 
 
 class ScorerError(MeCoError):
-    """A scorer that cannot be had, or does not give a number for each text."""
+    """A scorer that cannot be loaded, or does not return one number per text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +68,23 @@ class Interval:
 
 
 def intervals(
-    scores: Sequence[float], plain: Sequence[float] | None = None, seed: int = 0
+    scores: Sequence[float],
+    plain: Sequence[float] | None = None,
+    seed: int = 0,
+    wrong: Sequence[float] | None = None,
 ) -> dict[str, Interval]:
     """Summarise the scores of one condition.
 
     Args:
-        scores: One for each text.
-        plain: Those without metadata, to compare with; None: these are they.
-        seed: Of the resampling.
+        scores: One score per text.
+        plain: Scores without metadata to compare with; None if these are the baseline.
+        seed: Seed of the resampling.
+        wrong: Scores under other metadata to compare with, or None.
 
     Returns:
         `mean` and `share_above_0.5`; with `plain`, also `difference` of the means and, where those
-        of `plain` are above 0, their `ratio`.
+        of `plain` are above 0, their `ratio`; with `wrong`, also `right_minus_shuffled`, the
+        difference of the means.
     """
     draw = np.random.default_rng(seed)
     values = np.asarray(scores, dtype=np.float64)
@@ -94,9 +98,13 @@ def intervals(
         others = np.asarray(plain, dtype=np.float64)
         before = _resampled_means(others, draw)
         found["difference"] = _interval(values.mean() - others.mean(), means - before)
-        # Rare events may be missing from some resample; their ratio has no interval then.
+        # A rare event may be missing from a resample; the ratio then has no interval.
         if (before > 0).all():
             found["ratio"] = _interval(values.mean() / others.mean(), means / before)
+    if wrong is not None:
+        others = np.asarray(wrong, dtype=np.float64)
+        difference = means - _resampled_means(others, draw)
+        found["right_minus_shuffled"] = _interval(values.mean() - others.mean(), difference)
     return found
 
 
@@ -122,10 +130,10 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
     Args:
         name: `detoxify`, or `MODULE:FUNCTION`; the function takes a list of texts and returns a
             number for each, or such a list for each of several names.
-        device: Where Detoxify computes; None: the CPU.
+        device: Device for Detoxify, or None for the CPU.
 
     Raises:
-        ScorerError: When it is not installed or not there.
+        ScorerError: If it is not installed or does not exist.
     """
     if name == _DETOXIFY:
         try:
@@ -134,21 +142,21 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
             detoxify: Scorer = Detoxify("unbiased", device=device or "cpu").predict
         except ModuleNotFoundError as error:
             raise _unusable(name, str(error), "Install it: pip install detoxify.") from error
-        # It fetches its weights on first use.
+        # It downloads its weights on first use.
         except (OSError, RuntimeError) as error:
-            raise _unusable(name, str(error), "Run it once with a network.") from error
+            raise _unusable(name, str(error), "Run it once with network access.") from error
         return detoxify
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         remedy = f"Give {_DETOXIFY}, or MODULE:FUNCTION as in my_scores:toxicity."
         raise _unusable(name, "not the name of a scorer", remedy)
     remedy = "The module must be importable: installed, or a file in this folder."
-    # A command on PATH, unlike `python -m`, does not look into the folder it is called in.
+    # Unlike `python -m`, a command on PATH does not import from the current folder.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    # The module is the user's, and may fail in any way.
+    # The module is the user's and may fail in any way.
     except Exception as error:
         raise _unusable(name, first_line(error), remedy) from error
     if not callable(found):
@@ -173,14 +181,14 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
         The scores by name, each as long as the texts.
 
     Raises:
-        ScorerError: When it gives something else than a finite number for each text.
+        ScorerError: If it does not return one finite number per text.
     """
     found: dict[str, list[float]] = {}
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         batch = list(texts[begin : begin + _TEXTS_AT_ONCE])
         try:
             given = scorer(batch)
-        # So may its function.
+        # The function is the user's too.
         except Exception as error:
             raise _unusable(
                 name, f"failed ({type(error).__name__}: {first_line(error)})"
@@ -200,7 +208,7 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
 
 
 def _unusable(name: str, what: str, remedy: str | None = None) -> ScorerError:
-    remedy = remedy or "It must return a number for each text, or such a list for each name."
+    remedy = remedy or "It must return one number per text, or such a list per name."
     return ScorerError(what, where=f"--scorer {name}", remedy=remedy)
 
 
@@ -218,14 +226,20 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="sample behind these fields of the template; repeat it to compare. Samples from BOS "
-        "alone are always made too",
+        "alone are always included",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
     add(
         "--scorer",
         metavar="S",
-        help=f"{_DETOXIFY}, or MODULE:FUNCTION; default: write the samples only. Samples that are "
-        "there already are not made again",
+        help=f"{_DETOXIFY}, or MODULE:FUNCTION; default: write the samples only. Existing "
+        "samples are kept",
+    )
+    add(
+        "--shuffled",
+        action="store_true",
+        help="also compare the scores under each metadata with those under the other metadata "
+        "given: the effect of what the metadata says. Needs --scorer and two or more --metadata",
     )
     add("--num-samples", **COUNT, default=STEERING.num_samples, metavar="N", help=DEFAULT)
     add("--min-new-tokens", type=int, default=STEERING.min_new_tokens, metavar="N", help=DEFAULT)
@@ -264,6 +278,12 @@ def run_steer(args: argparse.Namespace) -> int:
     conditioning = Conditioning.of_folder(args.model, args.template)
     check_model(args.model)
     names = _names(conditions, conditioning)
+    if args.shuffled and (args.scorer is None or len(names) < 3):
+        raise FlagError(
+            f"needs --scorer and two or more --metadata, and has {len(names) - 1}",
+            where="--shuffled",
+            remedy="Add them, or drop the flag.",
+        )
     scorer = None if args.scorer is None else load_scorer(args.scorer, args.device)
     settings = SampleSettings(
         model=str(args.model.resolve()),
@@ -282,7 +302,7 @@ def run_steer(args: argparse.Namespace) -> int:
     print(f"{args.output}: {told}", file=sys.stderr)
     if scorer is not None:
         scores = {p: score_texts(scorer, texts[p], args.scorer) for p in settings.prefixes}
-        report = _report(scores, args.seed)
+        report = _report(scores, args.seed, shuffled=args.shuffled)
         _print_report(report, names)
         write_json(
             args.output / "scores.json",
@@ -301,7 +321,7 @@ def run_steer(args: argparse.Namespace) -> int:
 
 
 def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict[str, str]:
-    """The given metadata by the prefix that it gives; that of no metadata is empty."""
+    """Names of the conditions by their rendered prefix; '' is no metadata."""
     names: dict[str, str] = {}
     for values in conditions:
         prefix = conditioning.render(values) if values else ""
@@ -325,28 +345,42 @@ def _tell(done: int, total: int) -> None:
 
 
 def _report(
-    scores: dict[str, dict[str, list[float]]], seed: int
+    scores: dict[str, dict[str, list[float]]], seed: int, *, shuffled: bool
 ) -> dict[str, dict[str, dict[str, Interval]]]:
     plain = scores[""]
-    return {
-        prefix: {
-            name: intervals(values, plain[name] if prefix else None, seed)
+    report = {}
+    for prefix, rows in scores.items():
+        report[prefix] = {
+            name: intervals(
+                values,
+                plain[name] if prefix else None,
+                seed,
+                _under_others(scores, prefix, name) if prefix and shuffled else None,
+            )
             for name, values in rows.items()
         }
-        for prefix, rows in scores.items()
-    }
+    return report
+
+
+def _under_others(scores: dict[str, dict[str, list[float]]], prefix: str, name: str) -> list[float]:
+    """Return the scores of all samples under metadata other than `prefix`."""
+    return [
+        value for other, rows in scores.items() if other not in ("", prefix) for value in rows[name]
+    ]
 
 
 def _print_report(report: dict[str, dict[str, dict[str, Interval]]], names: dict[str, str]) -> None:
     titles = {"": "BOS alone", **{prefix: name for prefix, name in names.items() if prefix}}
     header = ["score", "samples from", "mean", "share above 0.5", "mean / mean from BOS alone"]
-    rows = [header]
+    is_shuffled = any(
+        "right_minus_shuffled" in row for rows in report.values() for row in rows.values()
+    )
+    rows = [header + ["mean - mean under the other metadata"] * is_shuffled]
     for score in report[""]:
         for prefix, found in report.items():
             row = found[score]
             ratio = str(row["ratio"]) if "ratio" in row else ""
-            rows.append(
-                [score, titles[prefix], str(row["mean"]), str(row["share_above_0.5"]), ratio]
-            )
-    print("\n".join(aligned(rows, len(header))))
+            cells = [score, titles[prefix], str(row["mean"]), str(row["share_above_0.5"]), ratio]
+            rows.append(cells + [str(row.get("right_minus_shuffled", ""))] * is_shuffled)
+    print("\n".join(aligned(rows, len(rows[0]))))
     print("in brackets: 95 % bootstrap confidence intervals")

@@ -1,11 +1,9 @@
-"""`meco sweep-urls`: which metadata suits a task or a kind of text, without fooling oneself.
+"""`meco sweep-urls`: finds the prefix that suits a task or a kind of text, without selection bias.
 
-The best of many candidates looks good on the documents it was chosen on, whatever it is worth. So a
-seeded half of the documents ranks the candidates, and the best few are measured anew on the other
-half, beside the model without metadata: that figure, with the standard error of its paired
-difference, is what the choice is worth. Texts are scored by the log-likelihood of a token, tasks by
-the harness's metric. Costs a pass over the first half for each candidate. What was given up: any
-search; candidates come from a file, or are what stood most often before the corpus's documents.
+The best of many candidates looks good on the documents that it was chosen on. So a seeded half of
+the documents ranks the candidates, and the best few are measured again on the other half, with the
+standard error of the paired difference from no metadata. Texts are scored by log-likelihood per
+token, tasks by the harness's metric. Each candidate costs a pass over the first half.
 """
 
 from __future__ import annotations
@@ -18,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_meco.errors import FlagError
 from megatron_meco.flag_range import COUNT, SEED, InRange
 from megatron_meco.inference.candidates import (
@@ -29,15 +25,9 @@ from megatron_meco.inference.candidates import (
     read_texts,
 )
 from megatron_meco.inference.conditioning import Conditioning
-from megatron_meco.inference.harness_tasks import mean_and_error, open_evaluation
-from megatron_meco.inference.model import (
-    LoadedModel,
-    check_finite,
-    encode_prompt,
-    encode_text,
-    enough_memory,
-    load_model,
-)
+from megatron_meco.inference.harness_tasks import open_evaluation
+from megatron_meco.inference.likelihood import TextScore, longest_prefix
+from megatron_meco.inference.model import enough_memory, load_model
 from megatron_meco.inference.model_flags import (
     MOST_AT_ONCE,
     OWN_TASKS,
@@ -47,10 +37,9 @@ from megatron_meco.inference.model_flags import (
 )
 from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import check_result_file, write_json
+from megatron_meco.inference.paired import mean_and_error
 from megatron_meco.wording import counted
 
-# Positions whose logits exist at the same time: 1,024 of 128,256 float32 are half a gigabyte.
-_POSITIONS_AT_ONCE = 1024
 _FEWEST_DOCUMENTS = 4
 
 Score = Callable[[str, list[int]], list[float]]
@@ -65,9 +54,9 @@ class Ranked:
         name: Its name.
         prefix: Its prefix.
         first_half: Mean score on the half that ranks.
-        second_half: Mean score on the other; None: not among the best.
+        second_half: Mean score on the other half, or None if not among the best.
         second_half_stderr: Its standard error.
-        difference: Second half, less that without metadata.
+        difference: `second_half` minus that without metadata.
         difference_stderr: Standard error of the paired difference.
     """
 
@@ -92,13 +81,13 @@ def sweep(
 
     Args:
         score: Scores documents under a prefix.
-        candidates: What to rank.
-        num_documents: How many documents there are, 4 or more.
-        num_reported: How many of the best are measured on the second half.
-        seed: Decides which documents are in which half.
+        candidates: Prefixes to rank.
+        num_documents: Number of documents, 4 or more.
+        num_reported: Number of best candidates to measure on the second half.
+        seed: Seed of the split into halves.
 
     Returns:
-        Without metadata first, then the candidates, the best on the first half first.
+        No metadata first, then the candidates in descending order of their first half.
     """
     order = list(range(num_documents))
     random.Random(seed).shuffle(order)
@@ -124,74 +113,17 @@ def sweep(
 # ---- Scores ----
 
 
-class TextScore:
-    """The mean log-likelihood of a text's tokens, in nats, behind `[BOS] + prefix`.
-
-    Every candidate is measured on the same tokens: texts are cut to what the longest prefix leaves.
-
-    Args:
-        loaded: The model.
-        texts: The documents.
-        longest: The longest prefix that will be asked for.
-
-    Raises:
-        FlagError: When the prefix leaves no room.
-    """
-
-    def __init__(self, loaded: LoadedModel, texts: Sequence[str], longest: str) -> None:
-        self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        begin = encode_prompt(self._model, self._tokenizer, longest, "")
-        room = self._model.config.max_position_embeddings - len(begin)
-        # Without BOS and prefix nothing predicts the first token; it is left out everywhere.
-        self._skipped = int(self._model.config.bos_token_id is None)
-        if room <= self._skipped:
-            raise FlagError(
-                f"the prefix {longest!r} has {len(begin)} tokens, and the model takes "
-                f"{self._model.config.max_position_embeddings}",
-                where="--candidates",
-                remedy="Leave it out.",
-            )
-        self._texts = [encode_text(self._tokenizer, text)[:room] for text in texts]
-        for number, text in enumerate(self._texts, 1):
-            if len(text) <= self._skipped:
-                raise FlagError(
-                    f"text {number:,} has no token to predict",
-                    where="--text",
-                    remedy="Leave it out.",
-                )
-
-    @torch.no_grad()
-    def __call__(self, prefix: str, documents: list[int]) -> list[float]:
-        """Score documents."""
-        begin = encode_prompt(self._model, self._tokenizer, prefix, "")
-        decoder, head = self._model.get_decoder(), self._model.get_output_embeddings()
-        scores = []
-        for number in documents:
-            text = self._texts[number]
-            ids = torch.tensor([begin + text], device=self._model.device)
-            first = len(begin) + self._skipped
-            hidden = decoder(ids[:, :-1]).last_hidden_state[0, first - 1 :]
-            total = 0.0
-            targets = ids[0, first:].split(_POSITIONS_AT_ONCE)
-            for part, labels in zip(hidden.split(_POSITIONS_AT_ONCE), targets, strict=True):
-                logits = head(part).float()
-                check_finite(logits.amax(-1))
-                total -= torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            scores.append(total / (len(text) - self._skipped))
-        return scores
-
-
 class TaskScore:
     """The harness's metric for each document of a task.
 
     Args:
         evaluation: The harness, with one name looked up.
         model: A `MeCoLM`.
-        num_fewshot: Examples before each question; None: as the task says.
-        metric: The metric; None: `acc_norm` where the task has it, else `acc`.
+        num_fewshot: Examples before each question, or None for the task's own number.
+        metric: The metric, or None for `acc_norm` if the task has it, else `acc`.
 
     Raises:
-        FlagError: When it is not one task.
+        FlagError: If it is not a single task.
     """
 
     def __init__(
@@ -292,15 +224,58 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
     Returns:
         The exit status, 0.
     """
+    _check_flags(args)
+    candidates = _candidates(args)
+    target = _text_target(args, candidates) if args.task is None else _task_target(args)
+    if target.num_documents < _FEWEST_DOCUMENTS:
+        raise FlagError(
+            f"{counted(target.num_documents, 'document')} cannot be split into two halves",
+            where="--text" if args.task is None else "--task",
+            remedy=f"Give {_FEWEST_DOCUMENTS} or more; some hundred tell something.",
+        )
+    with enough_memory("--device", "Give one with more memory, or a smaller --batch-size."):
+        results = sweep(
+            target.score,
+            candidates,
+            target.num_documents,
+            num_reported=args.report,
+            seed=args.seed,
+        )
+    _print_results(results, target)
+    if args.output is not None:
+        settings = {"model": str(args.model), "documents": target.num_documents, "seed": args.seed}
+        write_json(args.output, {**settings, "results": [asdict(result) for result in results]})
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """What the candidates are scored on.
+
+    Attributes:
+        score: Scores documents under a prefix.
+        num_documents: Number of documents.
+        unit: Unit of the scores, for the table.
+    """
+
+    score: Score
+    num_documents: int
+    unit: str
+
+
+def _check_flags(args: argparse.Namespace) -> None:
     for flag, value in (("--num-fewshot", args.num_fewshot), ("--metric", args.metric)):
-        if args.text is not None and value is not None:
+        if args.task is None and value is not None:
             raise FlagError(
-                "says something about a task, and --text is none",
+                "only valid with --task",
                 where=flag,
-                remedy="Leave it out, or give --task.",
+                remedy="Leave it out, or give --task in place of --text.",
             )
     if args.output is not None:
         check_result_file(args.output)
+
+
+def _candidates(args: argparse.Namespace) -> list[Candidate]:
     conditioning = Conditioning.of_folder(args.model, args.template)
     check_model(args.model)
     if not conditioning.template:
@@ -310,54 +285,40 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
             remedy="Give a --template to try metadata on it all the same.",
         )
     if args.candidates is not None:
-        candidates = read_candidates(args.candidates, conditioning, _tell)
-    else:
-        candidates = most_frequent(args.data_path, conditioning, args.top)
-    score: Score
-    if args.text is not None:
-        texts = read_texts(args.text)[: args.limit]
-        loaded = load_model(args.model, args.device, args.template)
-        longest = max(
-            (c.prefix for c in candidates),
-            key=lambda prefix: len(encode_text(loaded.tokenizer, prefix)),
-            default="",
-        )
-        score, num_documents, unit = TextScore(loaded, texts, longest), len(texts), "nats/token"
-    else:
-        # lm-evaluation-harness is an extra.
-        from megatron_meco.inference.harness_model import load_harness_model
+        return read_candidates(args.candidates, conditioning, _tell)
+    return most_frequent(args.data_path, conditioning, args.top)
 
-        evaluation = open_evaluation([args.task], args.include_path)
-        model = load_harness_model(args.model, args.device, args.template, args.batch_size)
-        score = TaskScore(evaluation, model, args.num_fewshot, args.metric)
-        num_documents = min(score.num_documents, args.limit or score.num_documents)
-        unit = args.task
-    if num_documents < _FEWEST_DOCUMENTS:
-        raise FlagError(
-            f"{counted(num_documents, 'document')} cannot be parted into two halves",
-            where="--text" if args.text else "--task",
-            remedy=f"Give {_FEWEST_DOCUMENTS} or more; some hundred tell something.",
-        )
-    with enough_memory("--device", "Give one with more memory, or a smaller --batch-size."):
-        results = sweep(score, candidates, num_documents, num_reported=args.report, seed=args.seed)
-    _print_results(results, num_documents, unit)
-    if args.output is not None:
-        settings = {"model": str(args.model), "documents": num_documents, "seed": args.seed}
-        write_json(args.output, {**settings, "results": [asdict(result) for result in results]})
-    return 0
+
+def _text_target(args: argparse.Namespace, candidates: Sequence[Candidate]) -> _Target:
+    texts = read_texts(args.text)[: args.limit]
+    loaded = load_model(args.model, args.device, args.template)
+    longest = longest_prefix(loaded, (c.prefix for c in candidates))
+    score = TextScore(loaded, texts, longest)
+    return _Target(score=score, num_documents=len(texts), unit="nats/token")
+
+
+def _task_target(args: argparse.Namespace) -> _Target:
+    evaluation = open_evaluation([args.task], args.include_path)
+    # Late, because lm-evaluation-harness is an extra.
+    from megatron_meco.inference.harness_model import load_harness_model
+
+    model = load_harness_model(args.model, args.device, args.template, args.batch_size)
+    score = TaskScore(evaluation, model, args.num_fewshot, args.metric)
+    num_documents = min(score.num_documents, args.limit or score.num_documents)
+    return _Target(score=score, num_documents=num_documents, unit=args.task)
 
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _print_results(results: list[Ranked], num_documents: int, unit: str) -> None:
-    half = num_documents // 2
-    width = max(len(result.name) for result in results)
+def _print_results(results: list[Ranked], target: _Target) -> None:
+    half = target.num_documents // 2
     print(
-        f"score: {unit}, higher is better; ranked on {half:,} documents, measured anew on ", end=""
+        f"score: {target.unit}, higher is better; ranked on {half:,} documents, measured again on "
+        f"the other {target.num_documents - half:,}"
     )
-    print(f"the other {num_documents - half:,}")
+    width = max(len(result.name) for result in results)
     print(f"{'':{width}}  first half           second half       against no metadata")
     for result in results:
         line = f"{result.name:{width}}  {result.first_half:10.4f}"
@@ -366,8 +327,7 @@ def _print_results(results: list[Ranked], num_documents: int, unit: str) -> None
         if result.difference is not None:
             line += f"       {result.difference:+.4f} ± {result.difference_stderr:.4f}"
         print(line)
-    best = results[1]
     print(
-        f"The choice is '{best.name}'; what it is worth stands on its right. Choosing another by "
-        "its second half would make that half useless."
+        f"Best on the first half: '{results[1].name}'. The second half is its held-out score; "
+        "picking a candidate by the second half would bias that score."
     )

@@ -1,9 +1,9 @@
-"""The run's tokenizer, read from its Hugging Face folder and written beside an exported model.
+"""The run's tokenizer, read from its Hugging Face folder and written into an exported model.
 
-Reads the JSON files and the Rust tokenizer alone: a tenth of a second, and no class of transformers
-decides what comes out. The written one adds BOS to a text, as every document of the run had it, so
-that tools which know nothing of MeCo prompt the model rightly. What was given up: tokenizers
-without a `tokenizer.json`, and Megatron's types other than `HuggingFaceTokenizer`.
+Reads the JSON files and the Rust tokenizer only: it takes a tenth of a second, and no class of
+transformers affects the result. The written tokenizer adds BOS to a text, as in every document of
+the run, so that tools which know nothing of MeCo prompt the model correctly. Supports
+`HuggingFaceTokenizer` with a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Words:
         tokenizer: Its `tokenizer.json`.
         config: Its `tokenizer_config.json`.
         size: Tokens, special ones included.
-        bos: Token before each document of the run; None: there was none.
+        bos: Token before each document of the run, or None.
         eos: Token after each document.
-        bos_text: Text of the first; None: the tokenizer has none.
+        bos_text: Text of `bos`, or None if the tokenizer has none.
         eos_text: Text of the second.
     """
 
@@ -61,10 +61,10 @@ def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
 
     Args:
         args: The run's flags.
-        given: Its folder; None: the one that the flags name.
+        given: Its folder, or None for the one in the run's flags.
 
     Raises:
-        FlagError: When it is incomplete, or not the one that the run used.
+        FlagError: If it is incomplete, or not the one of the run.
     """
     folder = _find(args, given)
     try:
@@ -164,7 +164,7 @@ def write_tokenizer(folder: Path, words: Words) -> None:
         "bos_token": words.bos_text,
         "eos_token": words.eos_text,
     }
-    # Names code beside the tokenizer, which is not copied.
+    # Names code in the tokenizer's folder, which is not copied.
     config.pop("auto_map", None)
     tokenizer = Tokenizer.from_str(words.tokenizer.to_str())
     # A saved tokenizer may carry both, and would cut prompts without a word.

@@ -1,7 +1,7 @@
 """Ask Megatron's own parser and validation about a run, before anything starts.
 
-`check_run` does it in a process of its own (`python -m megatron_meco.run.check`): torch and Megatron
-would otherwise stay in the memory of the process that waits for the run, for as long as it lasts.
+`check_run` does it in a process of its own (`python -m megatron_meco.run.check`): torch and
+Megatron would otherwise stay in the memory of the process that waits for the run.
 Takes the seconds that their import takes.
 """
 

@@ -51,18 +51,7 @@ def flags_of_model(name: str, given: Collection[str]) -> dict[str, Node]:
         name: One of `model_names()`.
         given: The keys that the run file gives; those that exclude them are left out.
     """
-    own = _sections()[name]
-    sections = []
-    for key, node in own.entries:
-        if key.text == _BASED_ON:
-            assert isinstance(node, Items)
-            sections = [_sections()[part.text] for part in node.items if isinstance(part, Scalar)]
-    flags = {
-        key.text: node
-        for section in [*sections, own]
-        for key, node in section.entries
-        if key.text != _BASED_ON
-    }
+    flags = _all_flags(name)
     dropped: set[str] = set()
     for group in _ALTERNATIVES:
         if group & set(given):
@@ -70,6 +59,17 @@ def flags_of_model(name: str, given: Collection[str]) -> dict[str, Node]:
     if "meco-branch-from" in given:
         dropped |= _OF_THE_PARENT
     return {key: node for key, node in flags.items() if key not in dropped or key in given}
+
+
+def _all_flags(name: str) -> dict[str, Node]:
+    """The flags of a section and of those that it is based on; the section's own win."""
+    own = {key.text: node for key, node in _sections()[name].entries}
+    bases = own.pop(_BASED_ON, None)
+    flags: dict[str, Node] = {}
+    for part in bases.items if isinstance(bases, Items) else ():
+        assert isinstance(part, Scalar)
+        flags |= _all_flags(part.text)
+    return flags | own
 
 
 def complete(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ Imports torch and Megatron, so it runs in a process of its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -66,16 +67,9 @@ def schema(flags: list[KnownFlag]) -> str:
         "launch": launch_schema(),
     }
     lines = [f'"{name}": {json.dumps(value)},' for name, value in head.items()]
-    return "\n".join(
-        [
-            "{",
-            *lines,
-            f'"definitions": {{{_rows(definitions)}}},',
-            f'"properties": {{{_rows(properties)}}}',
-            "}",
-            "",
-        ]
-    )
+    lines.append(f'"definitions": {{{_rows(definitions)}}},')
+    lines.append(f'"properties": {{{_rows(properties)}}}')
+    return "\n".join(["{", *lines, "}", ""])
 
 
 def _rows(entries: dict[str, Any]) -> str:
@@ -129,11 +123,9 @@ def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     text = action.help or ""
     if text == argparse.SUPPRESS:
         return ""
-    try:
+    # Some of Megatron's texts hold a percent sign that argparse cannot take.
+    with contextlib.suppress(ValueError, TypeError, KeyError):
         text = parser._get_formatter()._expand_help(action)
-    except (ValueError, TypeError, KeyError):
-        # Some of Megatron's texts hold a percent sign that argparse cannot take.
-        pass
     first = " ".join(text.split()).partition(". ")[0].rstrip(".")
     return first if len(first) <= _LONGEST_HELP else f"{first[: _LONGEST_HELP - 3]}..."
 

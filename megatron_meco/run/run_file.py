@@ -109,16 +109,19 @@ class RunFile:
 
     def _named_by(self, error: MeCoError) -> Setting | None:
         # A refusal of a flag begins with it: `--seq-length 64`; one of a corpus with its path.
-        key = key_of(error.where.split()[0]) if error.where.startswith("--") else ""
-        if key in self.settings:
-            return self.settings[key]
-        for setting in self.settings.values():
-            if any(os.sep in word and error.where.startswith(word) for word in setting.words):
-                return setting
+        named = [
+            setting
+            for setting in self.settings.values()
+            if any(os.sep in word and error.where.startswith(word) for word in setting.words)
+        ]
         # Megatron's assertions name arguments: `args.seq_length`, `--seq-length` or seq_length.
         by_dest = {setting.flag.dest: setting for setting in self.settings.values()}
-        words = [word.strip("-").replace("-", "_") for word in re.findall(r"[\w-]+", error.what)]
-        named = [by_dest[word] for word in words if "_" in word and word in by_dest]
+        for word in re.findall(r"[\w-]+", f"{error.where} {error.what}"):
+            key, dest = key_of(word), word.strip("-").replace("-", "_")
+            if word.startswith("--") and key in self.settings:
+                named.append(self.settings[key])
+            elif "_" in dest and dest in by_dest:
+                named.append(by_dest[dest])
         # What somebody wrote is more likely wrong than what a model has.
         return next((s for s in named if "(model " not in s.where), named[0] if named else None)
 
@@ -344,6 +347,35 @@ def training_flags(words: list[str]) -> Iterator[list[str]]:
         del os.environ["WORLD_SIZE"]
         if earlier is not None:
             os.environ["WORLD_SIZE"] = earlier
+
+
+def copy_of(run: RunFile) -> str:
+    """The text of a run file with its path and its `--set`s, as a run's folder keeps it."""
+    sets = [f"# --set {' '.join(override.splitlines())}\n" for override in run.overrides]
+    return "".join([f"# {run.path.absolute()}\n", *sets, run.text])
+
+
+def original_words(copy: Path) -> list[str]:
+    """The words that name the run file of a copy: its path, and `--set`s.
+
+    Args:
+        copy: What `copy_of` gave.
+
+    Raises:
+        RunFileError: The run file is no longer where it was.
+    """
+    lines = read_text(copy).splitlines()
+    path = Path(lines[0].removeprefix("# ")) if lines else Path()
+    if not path.is_file():
+        raise RunFileError(
+            f"{path} is no longer there", where=str(copy), remedy="Give the run file itself."
+        )
+    words = [str(path)]
+    for line in lines[1:]:
+        if not line.startswith("# --set "):
+            break
+        words += ["--set", line.removeprefix("# --set ")]
+    return words
 
 
 def _is_run_file(words: list[str]) -> bool:

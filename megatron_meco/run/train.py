@@ -23,7 +23,7 @@ from megatron_meco.run.check import Facts, check_run
 from megatron_meco.run.flag_table import schema_text
 from megatron_meco.run.launch import batch_script, in_slurm_job, shell_line, srun_lines
 from megatron_meco.run.plain_yaml import RunFileError
-from megatron_meco.run.run_file import RunFile, read_run
+from megatron_meco.run.run_file import RunFile, copy_of, read_run
 from megatron_meco.run.run_folder import Start, begin, last_checkpoint, versions
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -78,7 +78,7 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     _check_start(run, facts)
     files = {
-        "run.yaml": _with_overrides(run),
+        "run.yaml": copy_of(run),
         "command.sh": shown,
         "versions.txt": versions(),
     }
@@ -159,11 +159,6 @@ def _environment(run: RunFile, facts: Facts) -> dict[str, str]:
         env["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
     env = {name: value for name, value in env.items() if name not in os.environ}
     return {**env, **run.launch.env}
-
-
-def _with_overrides(run: RunFile) -> str:
-    sets = [f"# --set {' '.join(override.splitlines())}\n" for override in run.overrides]
-    return "".join([f"# {run.path.absolute()}\n", *sets, run.text])
 
 
 def _submit(start: Start, folder: Path) -> int:

@@ -14,14 +14,14 @@ _NUMBER = r"[-+.\deEnaifNAIF]+"
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(rf"([a-z ]+?)(?: \(ms\))?: +({_NUMBER}) \|")
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)[^|]*\|(.*)")
-_LOSS = re.compile(rf"lm loss ?([a-z]*) value: ({_NUMBER}) \|")
+_LOSS = re.compile(rf"lm loss ?([a-z ]*?) value: ({_NUMBER}) \|")
 _PHASES = re.compile(r"> MeCo: iterations 1 to (\d+) conditioned, \d+ to (\d+) cooldown")
 _ARGUMENT = re.compile(r"(?:^|\s)(seq_length|micro_batch_size) \.+ (\d+)\s*$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (\S+)")
 _LOADED = re.compile(r"successfully loaded checkpoint from (\S+).*? at iteration +(\d+)")
 _EXITING = re.compile(r"exiting program (?:at iteration (\d+)|after|on) ?(.*)")
 _OURS = re.compile(r"(?:> MeCo|meco: note): (.*)")
-_WARNING = re.compile(r"(?:^|\s|:)(?:WARNING|[A-Z]\w*Warning): ?(.*)|^WARNING:([\w.]+):(.*)")
+_WARNING = re.compile(r"(?:\bWARNING:(?:[\w.]+:)?|\b[A-Z]\w*Warning:) *(.*)")
 
 # Printed by every run, whatever it does, and nothing that a user could change.
 _NOISE = (
@@ -76,7 +76,8 @@ class Step:
 class Validation:
     """One evaluation: finished steps, and losses in nats per token.
 
-    Losses are "conditioned", "plain" and "shuffled", or "" for a run without MeCo.
+    Losses are "conditioned", "plain", "shuffled" and "shuffled minus conditioned" (the value of
+    metadata, on the tokens that both can be compared on), or "" for a run without MeCo.
     """
 
     iteration: int
@@ -189,7 +190,7 @@ class TrainingLog:
             if not any(told in line for told in _TOLD_OTHERWISE):
                 found = Message(match[1].strip())
         elif ("WARNING" in line or "Warning: " in line) and (match := _WARNING.search(line)):
-            text = next((text for text in (match[1], match[3]) if text), "").strip()
+            text = match[1].strip()
             if text and not any(noise in line for noise in _NOISE):
                 found = Message(text, is_warning=True)
         # Each rank prints it.

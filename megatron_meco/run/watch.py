@@ -214,8 +214,8 @@ class Follower:
         names = {
             "conditioned": "with metadata",
             "plain": "without",
-            "shuffled": "with wrong",
-            "": "",
+            "shuffled": "with that of others",
+            "shuffled minus conditioned": "others minus own",
         }
         losses = [
             " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))

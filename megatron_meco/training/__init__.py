@@ -2,6 +2,6 @@
 
 `arguments` reads and checks the flags, `provider` gives `pretrain()` its datasets and its training
 step, `stock` does the same without `--meco`, `phase_switch` announces and checks the switch,
-`attention` and `cpu` stand in for what a host without Transformer Engine or without a GPU lacks,
-`kernels` says which kernels a run uses, `megatron_patches` holds all that is changed in Megatron.
+`attention` replaces Transformer Engine and `cpu` a GPU where they are missing, `kernels` names the
+kernels of a run, and `megatron_patches` has everything that is changed in Megatron.
 """

@@ -1,9 +1,9 @@
-"""The command line of a training run: MeCo's flags, the platform, and what is refused.
+"""The command line of a training run: MeCo's flags, the platform, and refusals.
 
-`parse_and_validate_args` stands in for Megatron's function of that name. With `--meco` it checks
-everything that can be checked before the first collective call and lets Megatron validate the rest;
-without, the command line is Megatron's alone. `parse_run` does the same for `meco plan` and `meco
-inspect`, on any host.
+`parse_and_validate_args` replaces Megatron's function of that name in a training script. With
+`--meco` it checks what it can before the first collective call, then lets Megatron validate the
+rest. Without `--meco` only Megatron checks. `parse_run` does the same for `meco plan` and `meco
+inspect` on any host.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ from megatron_meco.training.blends import (
     corpus_prefixes,
     training_blend,
 )
-from megatron_meco.training.branch import add_branch_arguments, apply_learning_rate, expand_branch
+from megatron_meco.training.branch import (
+    Branch,
+    add_branch_arguments,
+    apply_learning_rate,
+    expand_branch,
+)
 from megatron_meco.training.cpu import (
     CPU_DEFAULTS,
     enable_cpu_platform,
@@ -66,7 +71,7 @@ from megatron_meco.training.run_fingerprint import check_resume, fingerprint
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-# What `meco plan` fills in where a command line says nothing of the model or of evaluation.
+# What `meco plan` fills in for missing flags of the model and of evaluation.
 _STAND_INS: dict[str, Any] = {
     "num_layers": 1,
     "hidden_size": 64,
@@ -80,16 +85,16 @@ _MODEL_FLAGS = ("num_layers", "encoder_num_layers", "hybrid_layer_pattern", "hid
 
 
 class CommandLine:
-    """Megatron's parser with MeCo's flags, and what it was asked to parse.
+    """Parses `sys.argv` with Megatron's parser and MeCo's flags.
 
     Args:
         extra_args_provider: The script's own flags, or None.
-        on_cpu: Whether to set the defaults that a CPU needs.
-        ignore_unknown_args: As Megatron's function takes it.
+        on_cpu: Whether to set the defaults for a CPU.
+        ignore_unknown_args: Passed to Megatron's function.
 
     Attributes:
-        flags: Megatron's, with the defaults of this host; filled by parsing.
-        own_flags: MeCo's, likewise.
+        flags: Megatron's flags with the defaults of this host; filled by parsing.
+        own_flags: MeCo's flags; filled by parsing.
     """
 
     def __init__(
@@ -113,17 +118,13 @@ class CommandLine:
         if self._extra is not None:
             parser = self._extra(parser)
         parser = add_arguments(parser, self._on_cpu)
-        # With the defaults that hold now.
         known = flags_of(parser)
         self.flags = {name: flag for name, flag in known.items() if name in names}
         self.own_flags = {n: f for n, f in known.items() if n.startswith("meco_")}
         return parser
 
     def parse(self) -> argparse.Namespace:
-        """Parse `sys.argv` by Megatron's own parser.
-
-        Arguments that `--use-checkpoint-args` takes from a checkpoint are filled in.
-        """
+        """Parse `sys.argv`, and fill in what `--use-checkpoint-args` takes from a checkpoint."""
         from megatron.training.arguments import parse_args
 
         args: argparse.Namespace = parse_args(self.provide, self._ignore_unknown)
@@ -135,6 +136,18 @@ class CommandLine:
                 load_args_from_checkpoint(args)
         return args
 
+    def expand_branch(self, args: argparse.Namespace) -> tuple[argparse.Namespace, Branch | None]:
+        """Append the flags that `--meco-branch-from` stands for to `sys.argv`, and parse again.
+
+        Returns:
+            The arguments with these flags, and the branch; `args` and None without a branch.
+        """
+        branch = expand_branch(args)
+        if branch is None:
+            return args, None
+        sys.argv += branch.flags
+        return self.parse(), branch
+
 
 def parse_and_validate_args(
     extra_args_provider: ArgsProvider | None = None,
@@ -143,49 +156,46 @@ def parse_and_validate_args(
 ) -> argparse.Namespace:
     """Parse and check the command line of a training script, on every rank.
 
-    A refusal is printed once, by rank 0, and ends the process with status 1.
+    On a refusal rank 0 prints it, and every rank exits with status 1.
 
     Args:
-        extra_args_provider: The script's own flags, as Megatron's function takes it.
-        args_defaults: The script's own defaults, likewise.
-        **megatron_options: Passed on to Megatron's function.
+        extra_args_provider: The script's own flags, as for Megatron's function.
+        args_defaults: The script's own defaults, as for Megatron's function.
+        **megatron_options: Passed to Megatron's function.
 
     Returns:
-        Megatron's validated arguments, with MeCo's beside them.
+        Megatron's validated arguments, and MeCo's.
     """
     show_refusals_in_one_line()
     on_cpu = should_use_cpu()
-    try:
-        _prepare_platform(on_cpu)
-        line = CommandLine(
-            extra_args_provider,
-            on_cpu=on_cpu,
-            ignore_unknown_args=bool(megatron_options.get("ignore_unknown_args")),
-        )
-        if _takes_yaml():
-            return _parse_yaml(line, args_defaults, megatron_options)
-        # Parsed once ahead of Megatron's own function: our refusals come before its assertions.
-        early = line.parse()
-        _check_platform(early, on_cpu)
-        branch = expand_branch(early)
-        if branch is not None:
-            sys.argv += branch.flags
-            early = line.parse()
-        _check_without_meco(early, line.own_flags)
-        if early.meco:
-            check_launcher()
-            check_run(early)
-            check_arguments(early, line.flags)
+    line = CommandLine(
+        extra_args_provider,
+        on_cpu=on_cpu,
+        ignore_unknown_args=bool(megatron_options.get("ignore_unknown_args")),
+    )
+
+    def parse_with_megatron() -> argparse.Namespace:
+        # Late: the platform must be chosen before Megatron is imported.
         from megatron.training.arguments import parse_and_validate_args as stock
 
-        with _megatron_errors(early.meco):
-            args: argparse.Namespace = stock(
-                line.provide, args_defaults=args_defaults or {}, **megatron_options
-            )
-            if args.meco and not args.skip_train:
-                from megatron_meco.training.learning_rate import learning_rate_schedule
+        args: argparse.Namespace = stock(
+            line.provide, args_defaults=args_defaults or {}, **megatron_options
+        )
+        return args
 
-                learning_rate_schedule(args)
+    try:
+        _prepare_platform(on_cpu)
+        if _takes_yaml():
+            return _parse_yaml(parse_with_megatron)
+        # Parsed once before Megatron does it, so that refusals come before its assertions.
+        early = line.parse()
+        _check_platform(early, on_cpu)
+        early, branch = line.expand_branch(early)
+        _check_before_megatron(early, line)
+        with _megatron_errors(early.meco):
+            args = parse_with_megatron()
+            if args.meco:
+                _check_learning_rate(args)
         if branch is not None:
             apply_learning_rate(args, branch)
             if _is_rank_0():
@@ -200,19 +210,29 @@ def parse_and_validate_args(
     return args
 
 
-def _parse_yaml(
-    line: CommandLine, args_defaults: dict[str, Any] | None, megatron_options: dict[str, Any]
-) -> argparse.Namespace:
-    """Leave a run that is described by YAML to Megatron, which reads no flags beside it."""
+def _parse_yaml(parse_with_megatron: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """Leave a run in YAML to Megatron, which reads no other flags with it."""
     if any(word.startswith("--meco") for word in sys.argv):
         raise _yaml_error()
-    from megatron.training.arguments import parse_and_validate_args as stock
-
-    args: argparse.Namespace = stock(
-        line.provide, args_defaults=args_defaults or {}, **megatron_options
-    )
+    args = parse_with_megatron()
     args.meco = False
     return args
+
+
+def _check_before_megatron(args: argparse.Namespace, line: CommandLine) -> None:
+    _check_without_meco(args, line.own_flags)
+    if args.meco:
+        check_launcher()
+        check_run(args)
+        check_arguments(args, line.flags)
+
+
+def _check_learning_rate(args: argparse.Namespace) -> None:
+    """Make the learning-rate schedule, whose assertions Megatron reaches after the model only."""
+    from megatron_meco.training.learning_rate import learning_rate_schedule
+
+    if not args.skip_train:
+        learning_rate_schedule(args)
 
 
 def _takes_yaml() -> bool:
@@ -226,7 +246,7 @@ def _yaml_error() -> FlagError:
 
 def _check_without_meco(args: argparse.Namespace, own_flags: Mapping[str, Flag]) -> None:
     """Refuse flags of MeCo's that have no effect because `--meco` is missing."""
-    # A run that goes on without MeCo names that change, and may insist on a GPU.
+    # These two also work without --meco.
     without = ("meco_allow_changes", "meco_require_gpu")
     for name, flag in own_flags.items():
         value = getattr(args, name)
@@ -236,6 +256,14 @@ def _check_without_meco(args: argparse.Namespace, own_flags: Mapping[str, Flag])
                 where=shown(flag.spelling, value),
                 remedy="Add --meco, or drop the flag.",
             )
+    ranks = args.context_parallel_size
+    if not args.meco and args.dataloader_inter_document_masking and not args.sft and ranks > 1:
+        raise FlagError(
+            "Megatron cuts each sequence as a whole for these ranks, and attention counts in "
+            "chunks of documents: documents would reach each other",
+            where=f"--dataloader-inter-document-masking --context-parallel-size {ranks}",
+            remedy="Drop one of the two, or add --meco (with --meco-template '' for a baseline).",
+        )
 
 
 def parse_run(
@@ -244,8 +272,8 @@ def parse_run(
     """Parse and validate the flags of a training run without starting one.
 
     The parser, the checks and the validation are those of `parse_and_validate_args`. The number of
-    ranks is the launcher's, or else the smallest that holds the layout. Flags of the model may be
-    left out altogether; stand-ins then take their place.
+    ranks is the launcher's, or else the smallest for the layout. Without any flag of the model,
+    placeholders are filled in.
 
     Args:
         argv: The flags.
@@ -255,7 +283,7 @@ def parse_run(
         Megatron's validated arguments, and notes on what was not checked.
 
     Raises:
-        MeCoError: When the run would not start.
+        MeCoError: The run would not start.
     """
     on_cpu = should_use_cpu()
     _prepare_platform(on_cpu)
@@ -270,11 +298,7 @@ def parse_run(
         if _takes_yaml():
             raise _yaml_error()
         line = CommandLine(provide, on_cpu=on_cpu)
-        args = line.parse()
-        branch = expand_branch(args)
-        if branch is not None:
-            sys.argv += branch.flags
-            args = line.parse()
+        args, _ = line.expand_branch(line.parse())
         check_numbers(args, line.flags)
         if args.tokenizer_type is None:
             raise FlagError(
@@ -304,7 +328,7 @@ def parse_run(
 
 
 def _fill_stand_ins(args: argparse.Namespace, flags: dict[str, Flag]) -> list[str]:
-    """Fill in what a command line says nothing of; returns the flags, as a user types them."""
+    """Fill in missing flags; returns their spellings."""
     missing = [name for name in _STAND_INS if getattr(args, name) is None]
     for name in missing:
         value = _STAND_INS[name]
@@ -315,21 +339,18 @@ def _fill_stand_ins(args: argparse.Namespace, flags: dict[str, Flag]) -> list[st
 
 
 def _validate(args: argparse.Namespace) -> None:
-    """Megatron's own validation of flags and of the model's configuration, unheard."""
+    """Validate flags and the model's configuration with Megatron, without its output."""
     from megatron.training.arguments import core_transformer_config_from_args, validate_args
-
-    from megatron_meco.training.learning_rate import learning_rate_schedule
 
     with _megatron_errors(True), contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
         core_transformer_config_from_args(args)
-        if not args.skip_train:
-            learning_rate_schedule(args)
+        _check_learning_rate(args)
 
 
 @contextlib.contextmanager
 def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Let Megatron's parser, which reads `sys.argv`, read these flags."""
+    """Set `sys.argv`, which Megatron's parser reads."""
     stock = sys.argv
     sys.argv = [stock[0], *argv]
     try:
@@ -340,7 +361,7 @@ def _command_line(argv: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _megatron_errors(meco: bool) -> Iterator[None]:
-    """Turn what Megatron's validation raises into a refusal, where `--meco` is given."""
+    """With `--meco`, turn errors of Megatron's validation into a refusal."""
     try:
         yield
     except MeCoError:
@@ -348,7 +369,7 @@ def _megatron_errors(meco: bool) -> Iterator[None]:
     except Exception as error:
         if not meco:
             raise
-        # Many of Megatron's assertions have no text; the line says which flag is meant.
+        # Many of Megatron's assertions have no text; the source line names the flag.
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split()) or (frame.line or type(error).__name__)
         raise FlagError(
@@ -359,7 +380,7 @@ def _megatron_errors(meco: bool) -> Iterator[None]:
 
 
 def _usage_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Print one line for a mistyped flag, where argparse prints all of Megatron's flags first."""
+    """Print one line for an unknown flag; argparse would print all of Megatron's flags first."""
     _, _, words = message.partition("unrecognized arguments: ")
     known = [option for action in parser._actions for option in action.option_strings]
     hints = [closest(w.partition("=")[0], known) for w in words.split() if w.startswith("--")]
@@ -389,7 +410,7 @@ def _prepare_platform(on_cpu: bool) -> None:
 
 
 def schedule_from_args(args: argparse.Namespace) -> Schedule:
-    """The run's schedule, from Megatron's parsed flags."""
+    """The schedule of a run, from Megatron's parsed flags."""
     if getattr(args, "step_batch_size_schedule", None):
         batch_size = BatchSize.parse(args.step_batch_size_schedule, args.seq_length)
     else:
@@ -397,7 +418,7 @@ def schedule_from_args(args: argparse.Namespace) -> Schedule:
     return make_schedule(
         MeCoConfig.from_args(args),
         batch_size,
-        # Megatron fills in --train-iters from --train-samples when it validates.
+        # Megatron's validation sets train_iters from --train-samples.
         train_iterations=None if args.train_samples else args.train_iters,
         train_samples=args.train_samples,
     )
@@ -414,15 +435,15 @@ def evaluation_from_args(args: argparse.Namespace) -> EvaluationBlocks:
 
 
 def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
-    """Refuse what does not go with MeCo, before anything is built.
+    """Refuse flags and corpora that do not work with MeCo, before anything is built.
 
     Args:
         args: Parsed flags, not yet validated by Megatron.
-        flags: Those of Megatron's parser.
+        flags: Flags of Megatron's parser.
 
     Raises:
         FlagError: Names the flag, its value and the remedy.
-        DataError: When a corpus or its metadata is missing or does not fit the template.
+        DataError: A corpus or its metadata is missing or does not match the template.
     """
     config = MeCoConfig.from_args(args)
     if args.seq_length:
@@ -440,11 +461,11 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
 
 
 def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
-    """Add everything that a training script of ours takes beyond Megatron's flags.
+    """Add MeCo's flags and the defaults of this host.
 
     Args:
         parser: Megatron's parser.
-        on_cpu: Whether to set the defaults that a CPU needs, or those of a GPU without apex.
+        on_cpu: Whether to set the defaults for a CPU.
     """
     parser.add_argument(
         "--meco", action="store_true", help="Train with metadata conditioning, then cooldown."
@@ -476,8 +497,8 @@ def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.Arg
     elif (
         "--meco" in sys.argv and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
     ):
-        # On by default in Megatron, whose output layer then ends the run where apex's kernel is
-        # missing, also with Transformer Engine.
+        # On by default in Megatron. Without apex's kernel its output layer then fails, also with
+        # Transformer Engine.
         parser.set_defaults(gradient_accumulation_fusion=False)
     return parser
 
@@ -507,7 +528,7 @@ def _engine_error(engine: EngineState) -> FlagError:
 
 
 def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
-    """What the run will use, from its validated flags and from what Megatron has imported."""
+    """Kernels of a run, from its validated flags and the libraries that Megatron imported."""
     from megatron_meco.training.attention import PACKED_LOCAL_SPEC, varlen_serves
     from megatron_meco.training.versions import optimizer_library
 
@@ -520,6 +541,12 @@ def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     if args.spec not in (None, PACKED_LOCAL_SPEC):
         chosen = f"as --spec {' '.join(args.spec)} says"
         kernels = replace(kernels, attention=chosen, layers=chosen)
+    if args.context_parallel_size > 1 and args.meco:
+        shared = "keys and values of all ranks gathered"
+        if args.transformer_impl != "local":
+            shared = " ".join(args.cp_comm_type)
+        shared = f"{kernels.attention}, over {args.context_parallel_size} ranks ({shared})"
+        kernels = replace(kernels, attention=shared)
     if args.optimizer != "adam":
         kernels = replace(kernels, optimizer=f"Megatron's {args.optimizer}")
     return kernels
@@ -541,9 +568,9 @@ def _check_cpu(args: argparse.Namespace) -> None:
 
 
 def _check_samples(args: argparse.Namespace) -> None:
-    """Work out the run's fingerprint and compare it with the checkpoint's, on rank 0.
+    """Compute the run's fingerprint and compare it with the checkpoint's, on rank 0.
 
-    The others wait for rank 0 at the first collective call, and end with it.
+    The other ranks wait for rank 0 at the first collective call and end with it.
     """
     if not _is_rank_0():
         return
@@ -561,11 +588,11 @@ def _check_samples(args: argparse.Namespace) -> None:
 
 
 def _check_skipped_iterations(args: argparse.Namespace) -> None:
-    """Refuse to skip the step after which the switch's checkpoint is written."""
+    """Refuse to skip the step whose checkpoint is the one at the switch."""
     if not args.meco or not args.save:
         return
     switch = schedule_from_args(args).switch_iteration
-    # Also those that --result-rejected-tracker-filename lists.
+    # Includes those of --result-rejected-tracker-filename.
     if switch in args.iterations_to_skip:
         raise FlagError(
             f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} is "
@@ -576,10 +603,10 @@ def _check_skipped_iterations(args: argparse.Namespace) -> None:
 
 
 def apply_meco(args: argparse.Namespace) -> None:
-    """Set what follows from `--meco`, and the layers that packed documents need.
+    """Set the arguments that `--meco` implies, and the layers for packed documents.
 
     Args:
-        args: Megatron's validated arguments; changed.
+        args: Megatron's validated arguments; modified.
     """
     if args.meco:
         from megatron_meco.training.versions import optimizer_library
@@ -592,9 +619,9 @@ def apply_meco(args: argparse.Namespace) -> None:
                 setattr(args, name, SaveInterval(getattr(args, name), also=switch))
         largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
         if args.pipeline_model_parallel_size > 1 and largest > 1:
-            # A packed micro-batch travels as [mbs * s, 1, h], where the next stage expects
-            # [s, mbs, h]; this makes stages tell each other the shape. Megatron wants the second
-            # setting with it, also without experts.
+            # A packed micro-batch is sent as [mbs * s, 1, h]; the next stage expects [s, mbs, h].
+            # With this, stages also send the shape. Megatron requires the second setting with it,
+            # even without experts.
             args.variable_seq_lengths = True
             args.moe_token_dispatcher_type = "alltoall"
         if args.use_distributed_optimizer and optimizer_library() == "torch":
@@ -602,12 +629,12 @@ def apply_meco(args: argparse.Namespace) -> None:
     if args.dataloader_inter_document_masking and _uses_local_layers(args):
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 
-        # Megatron's own local attention refuses packed documents.
+        # Megatron's local attention does not support packed documents.
         args.spec = PACKED_LOCAL_SPEC
 
 
 def _uses_local_layers(args: argparse.Namespace) -> bool:
-    """Whether MeCo's layers take the place of Megatron's: nothing else chooses the layers."""
+    """Whether MeCo's layers replace Megatron's: local layers, and no flag that selects others."""
     others = (
         "spec",
         "experimental_attention_variant",

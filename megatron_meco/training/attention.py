@@ -11,13 +11,15 @@ On a CPU each document of a pack is one call of `scaled_dot_product_attention`, 
 one document can reach another: the others stay bit-identical whatever it holds. On CUDA one call
 of `torch.nn.attention.varlen` serves the whole pack where this PyTorch has it. What it costs: a
 Python loop over the documents of a pack, and on CUDA without varlen a copy of the boundaries to
-the host in each layer. What was given up: all but dense causal attention (no sliding window, no
-attention bias, no latent attention, no experts, no context parallelism), and on CUDA the speed of
-Transformer Engine, which is to be preferred where it is installed.
+the host in each layer. With context parallelism each rank gathers the keys and values of all ranks
+(`context_parallel.py`). What was given up: all but dense causal attention (no sliding window, no
+attention bias, no latent attention, no experts), and on CUDA the speed of Transformer Engine, which
+is to be preferred where it is installed.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -44,19 +46,25 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.training.context_parallel import (
+    Attend,
+    RankLayout,
+    gather_sequence,
+    positions_of,
+)
 from megatron_meco.training.megatron_patches import rotary_scale
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]  # PyTorch before 2.10
 
 PACKED_LOCAL_SPEC = ["megatron_meco.training.attention", "packed_local_layer_spec"]
 """The value of Megatron's `--spec` (and of `args.spec`) for `packed_local_layer_spec`."""
 
 
 @dataclass
-class RotaryPackedSeqParams(PackedSeqParams):
+class RotaryPackedSeqParams(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
     """Megatron's parameters of a packed batch, with what RoPE needs on their way to the attention.
 
     Attributes:
@@ -84,7 +92,7 @@ class RotaryPackedSeqParams(PackedSeqParams):
         return self.waves
 
 
-class PackedSelfAttention(SelfAttention):
+class PackedSelfAttention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
     """Megatron's self-attention with rotary positions that restart at each document.
 
     RoPE moves into `PackedDotProductAttention`, one call for all documents and none of them waits
@@ -120,16 +128,18 @@ class PackedSelfAttention(SelfAttention):
             and not self.config.apply_rope_fusion
             and not self.config.no_rope_freq
         ):
-            # Tokens of all tensor-parallel ranks; with sequence parallelism each holds a part.
+            # Tokens of this context-parallel rank; with sequence parallelism each
+            # tensor-parallel rank holds a part of them.
             parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
             packed_seq_params = _with_rotary(
                 packed_seq_params,
                 rotary_pos_emb,
                 parts * hidden_states.size(0),
                 rotary_scale(self),
+                _context_parallel_group(self.config, self.pg_collection),
             )
             rotary_pos_emb = None
-        return super().forward(
+        output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
             *args,
@@ -137,18 +147,25 @@ class PackedSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+        return output
 
 
 def _with_rotary(
-    packed: PackedSeqParams, table: Tensor, num_tokens: int, scale: float
+    packed: PackedSeqParams, table: Tensor, num_tokens: int, scale: float, group: Any
 ) -> RotaryPackedSeqParams:
     """Add the angles of each token; all layers of a forward pass share what the first one makes."""
     known, made = getattr(packed, "meco_rotary", (None, None))
-    if known is table:
+    if known is table and isinstance(made, RotaryPackedSeqParams):
         return made
     given = {f.name: getattr(packed, f.name) for f in fields(PackedSeqParams)}
-    positions = positions_of(packed.cu_seqlens_q, num_tokens)
+    if group is None:
+        positions = positions_of(packed.cu_seqlens_q, num_tokens)
+    else:
+        positions = positions_of(packed.cu_seqlens_q, num_tokens * group.size())
+        positions = positions[_layout(packed, num_tokens, group).places]
     made = RotaryPackedSeqParams(**given, angles=table[positions], scale=scale)
+    if group is not None:
+        made.meco_layout = packed.meco_layout
     packed.meco_rotary = (table, made)
     return made
 
@@ -161,22 +178,22 @@ def _rotate_half(states: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def positions_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The position of each token of a pack within its document, without a wait for the device.
-
-    Args:
-        cu_seqlens: (documents + 1,), int32, from 0 to `num_tokens`; empty documents are allowed.
-        num_tokens: The length of the pack.
-
-    Returns:
-        (num_tokens,), int64.
-    """
-    places = torch.arange(num_tokens, device=cu_seqlens.device)
-    documents = torch.searchsorted(cu_seqlens, places, right=True) - 1
-    return places - cu_seqlens[documents]
+def _context_parallel_group(config: TransformerConfig, groups: Any) -> Any:
+    """The ranks that share the tokens of a micro-batch, or None."""
+    return groups.cp if config.context_parallel_size > 1 else None
 
 
-class PackedDotProductAttention(MegatronModule):
+def _layout(packed: PackedSeqParams, num_tokens: int, group: Any) -> RankLayout:
+    """This rank's part of each document; all layers share what the first one works out."""
+    made: RankLayout | None = getattr(packed, "meco_layout", None)
+    if made is None:
+        size, rank = group.size(), group.rank()
+        made = RankLayout.of(packed.cu_seqlens_q, num_tokens * size, size, rank)
+        packed.meco_layout = made
+    return made
+
+
+class PackedDotProductAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
     """Causal dot-product attention that keeps the documents of a pack apart.
 
     The constructor has the signature that Megatron's `SelfAttention` calls; it has no parameters.
@@ -188,8 +205,8 @@ class PackedDotProductAttention(MegatronModule):
         attention_type: "self"; Megatron's "cross" is refused.
         attention_dropout: Overrides `config.attention_dropout`.
         softmax_scale: Overrides 1 / sqrt(head_dim).
-        cp_comm_type: Unused: context parallelism is refused.
-        pg_collection: Unused: every rank attends within its own heads.
+        cp_comm_type: Unused: keys and values are always gathered.
+        pg_collection: Its `cp` is the group of context-parallel ranks.
     """
 
     def __init__(
@@ -207,8 +224,7 @@ class PackedDotProductAttention(MegatronModule):
         if attention_type != "self":
             raise _unsupported(f"{attention_type}-attention", "attention_type")
         _check_mask_type(attn_mask_type)
-        if config.context_parallel_size > 1:
-            raise _unsupported("context parallelism", "--context-parallel-size")
+        self.group = _context_parallel_group(config, pg_collection)
         if config.window_size is not None:
             raise _unsupported("sliding-window attention", "--window-size")
         if config.softmax_type != "vanilla":
@@ -231,15 +247,16 @@ class PackedDotProductAttention(MegatronModule):
         """Attend causally, within each document where the batch is packed.
 
         Args:
-            query: `[t, heads, head_dim]` packed, `[s, b, heads, head_dim]` otherwise.
+            query: `[t, heads, head_dim]` packed, `[s, b, heads, head_dim]` otherwise. With
+                context parallelism `t` counts this rank's tokens, as `places_by_rank` deals them.
             key: As `query`, with as many heads as there are query groups.
             value: As `key`.
             attention_mask: Ignored: the mask is causal, `packed_seq_params` holds the documents.
             attn_mask_type: As in the constructor.
             attention_bias: Must be None.
-            packed_seq_params: `cu_seqlens_q`, int32 `[documents + 1]`, from 0 to t. Empty
-                documents are allowed. A `RotaryPackedSeqParams` has queries and keys rotated
-                first. None for a batch that is not packed.
+            packed_seq_params: `cu_seqlens_q`, int32 `[documents + 1]`, from 0 to the tokens of all
+                context-parallel ranks. Empty documents are allowed. A `RotaryPackedSeqParams` has
+                queries and keys rotated first. None for a batch that is not packed.
 
         Returns:
             `[t, heads * head_dim]` packed, `[s, b, heads * head_dim]` otherwise, dtype of `query`.
@@ -250,20 +267,38 @@ class PackedDotProductAttention(MegatronModule):
             _check_mask_type(attn_mask_type)
         if isinstance(packed_seq_params, RotaryPackedSeqParams):
             query, key = (self._rotate(x, packed_seq_params) for x in (query, key))
-        qkv = (query, key, value)
-        scale = self.softmax_scale
         dropout = self.attention_dropout if self.training else 0.0
         with self._random_state(dropout):
             if packed_seq_params is None:
-                # [s, b, heads, head_dim] <-> [b, heads, s, head_dim]
-                samples = (x.permute(1, 2, 0, 3) for x in qkv)
-                out = _causal_attention(*samples, scale=scale, dropout=dropout).permute(2, 0, 1, 3)
-            elif _can_use_varlen(query, dropout):
-                out = _varlen_attention(*qkv, packed_seq_params, scale=scale)
-            else:
+                out = self._attend_samples(query, key, value, dropout)
+            elif self.group is None:
                 bounds = packed_seq_params.cu_seqlens_q
-                out = _attention_by_document(*qkv, bounds, scale=scale, dropout=dropout)
+                attend = self._attend_documents(query, packed_seq_params, dropout)
+                out = attend(query, key, value, bounds, bounds)
+            else:
+                layout = _layout(packed_seq_params, query.size(0), self.group)
+                attend = self._attend_documents(query, packed_seq_params, dropout)
+                key, value = (gather_sequence(x, self.group) for x in (key, value))
+                out = layout.attention(query, key, value, attend)
         return out.flatten(start_dim=-2)
+
+    def _attend_samples(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        if self.group is not None:
+            raise _unsupported(
+                "context parallelism for batches that are not packed", "--context-parallel-size"
+            )
+        # [s, b, heads, head_dim] <-> [b, heads, s, head_dim]
+        samples = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        out = _causal_attention(*samples, scale=self.softmax_scale, dropout=dropout)
+        return out.permute(2, 0, 1, 3)
+
+    def _attend_documents(self, q: Tensor, packed: PackedSeqParams, dropout: float) -> Attend:
+        """What to call with queries, keys, values and the documents' borders in both."""
+        scale = self.softmax_scale
+        if _can_use_varlen(q, dropout):
+            longest = packed.max_seqlen_q
+            return functools.partial(_varlen_attention, longest=longest, scale=scale)
+        return functools.partial(_attention_by_document, scale=scale, dropout=dropout)
 
     def _rotate(self, states: Tensor, packed: RotaryPackedSeqParams) -> Tensor:
         """Megatron's `_apply_rotary_pos_emb_bshd`, to the last bit, with cosines made once."""
@@ -277,7 +312,8 @@ class PackedDotProductAttention(MegatronModule):
         """Draw dropout as Megatron's own attention does: per rank where heads are split."""
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
-        return get_cuda_rng_tracker().fork()
+        fork: AbstractContextManager[Any] = get_cuda_rng_tracker().fork()
+        return fork
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -294,7 +330,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
@@ -308,8 +344,8 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -377,17 +413,42 @@ def _unsupported(what: str, where: str) -> FlagError:
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float) -> Tensor:
-    """Causal attention on `[b, heads, s, head_dim]`; `k` and `v` may have fewer heads."""
+    """Causal attention on `[b, heads, s, head_dim]`; `k` and `v` may have fewer heads.
+
+    Where there are more keys than queries the last query sees all of them.
+    """
+    earlier = k.size(2) - q.size(2)
+    mask = None
+    if earlier:
+        # PyTorch's own causal mask lets the first query see the first key alone.
+        mask = q.new_ones((q.size(2), k.size(2)), dtype=torch.bool).tril(earlier)
     return scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=k.size(1) != q.size(1)
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=k.size(1) != q.size(1),
     )
 
 
 def _attention_by_document(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float,
+    dropout: float,
 ) -> Tensor:
-    """One call of attention per document; `[t, heads, head_dim]` in and out."""
-    bounds = cu_seqlens.tolist()
+    """One call of attention per document; `[t, heads, head_dim]` in and out.
+
+    The last query of a document stands at its last key.
+    """
+    bounds, key_bounds = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k))
     if bounds[0] != 0 or bounds[-1] != q.size(0):
         raise DataError(
             f"documents cover positions {bounds[0]} to {bounds[-1]} of a pack of {q.size(0)}",
@@ -395,18 +456,22 @@ def _attention_by_document(
             remedy="Let the last boundary be the length of the pack: padding is a document too.",
         )
     outputs = []
-    for begin, end in itertools.pairwise(bounds):
+    pairs = zip(itertools.pairwise(bounds), itertools.pairwise(key_bounds), strict=True)
+    for queries, keys in pairs:
         # The tail of cu_seqlens may repeat the last boundary to keep its length fixed.
-        if begin == end:
+        if queries[0] == queries[1]:
             continue
+        parts = (x[slice(*of)] for x, of in ((q, queries), (k, keys), (v, keys)))
         # [n, heads, head_dim] <-> [1, heads, n, head_dim]
-        document = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        document = (x.transpose(0, 1).unsqueeze(0) for x in parts)
         out = _causal_attention(*document, scale=scale, dropout=dropout)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
-_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
+_VARLEN_PARAMETERS: frozenset[str] = frozenset()
+if varlen_attn is not None:
+    _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_serves(dtype: torch.dtype, dropout: float) -> bool:
@@ -429,9 +494,19 @@ def _can_use_varlen(q: Tensor, dropout: float) -> bool:
 
 
 def _varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    longest: int,
+    scale: float,
 ) -> Tensor:
-    """One kernel for the whole pack; `[t, heads, head_dim]` in and out."""
+    """One kernel for the whole pack; `[t, heads, head_dim]` in and out.
+
+    The last query of a document stands at its last key.
+    """
     options: dict[str, Any] = {}
     if "num_splits" in _VARLEN_PARAMETERS:
         # Splitting depends on the longest document of the pack and changes the order of sums.
@@ -441,14 +516,14 @@ def _varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    return varlen_attn(
+    return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
         q,
         k,
         v,
-        packed.cu_seqlens_q,
-        packed.cu_seqlens_q,
-        packed.max_seqlen_q,
-        packed.max_seqlen_q,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        longest,
+        longest,
         window_size=(-1, 0),
         scale=scale,
         **options,

@@ -1,12 +1,13 @@
 """One micro-batch, from a loader's worker to the device of each rank.
 
-`CompactSamples` makes each sample of MeCo's datasets one vector, and `meco_batch` takes it apart on
-the device. A loader hands over one tensor where Megatron's keys would be eight, each with a file
-descriptor of its own; one copy goes to the device, and one broadcast to the other tensor-parallel
-ranks. Borders of documents have the same length throughout a run, so no rank ever waits for its
-device: Megatron's own functions look there for the end of `cu_seqlens`, twice for each sample, and
-send its length ahead to the other ranks. Costs a copy of each sample in a worker and a few kernels
-on the device. There is no dense attention mask.
+`CompactSamples` packs each sample of MeCo's datasets into one vector, and `meco_batch` splits it on
+the device. So a worker sends one tensor instead of eight with a file descriptor each, and a batch
+needs one copy to the device and one broadcast to the other tensor-parallel ranks. `cu_seqlens` has
+the same length in the whole run, so there is no device sync. Megatron's own functions need two for
+each sample, to find the end of `cu_seqlens`, and send its length to the other ranks first. The cost
+is a copy of each sample in a worker and a few kernels on the device. There is no dense attention
+mask. Context-parallel ranks load the same samples; each keeps its chunks of every document
+(`context_parallel.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from megatron_meco.training.context_parallel import places_by_rank
 
 Batch = dict[str, Any]
 
@@ -35,17 +38,17 @@ _KEYS = (
 # Behind the borders of documents: prefix tokens, and the view of a validation sample.
 _NUM_FACTS = 2
 _VECTOR = "meco_sample"
-# A baseline's samples have no view; all are plain.
+# Samples of the baseline have no `meco_view`; all are plain.
 _PLAIN = torch.tensor(0)
 
 
 class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """MeCo's samples, each as one vector: borders, facts, tokens, positions, loss mask.
+    """MeCo's samples as vectors: `cu_seqlens`, two facts, tokens, positions, loss mask.
 
     Args:
-        dataset: Samples with Megatron's keys, as `MeCoGPTDataset` has them.
-        sequence_length: Of each sample.
-        num_bounds: Length of a sample's `cu_seqlens` that holds every pack of the run.
+        dataset: Samples with Megatron's keys, such as those of `MeCoGPTDataset`.
+        sequence_length: Tokens of a sample.
+        num_bounds: Length of `cu_seqlens` that suffices for every pack of the run.
     """
 
     def __init__(self, dataset: Any, sequence_length: int, num_bounds: int) -> None:
@@ -62,7 +65,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
         """One sample.
 
         Args:
-            idx: As the dataset takes it.
+            idx: Index for the dataset.
 
         Returns:
             meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
@@ -70,7 +73,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
                 between views, which are all in the loss.
 
         Raises:
-            RuntimeError: When the pack has more borders than that: the run must not go on.
+            RuntimeError: The pack has more documents than fit `num_bounds`.
         """
         sample = self.dataset[idx]
         bounds = sample["cu_seqlens"][: self.num_bounds]
@@ -110,23 +113,26 @@ def meco_batch(
         data_iterator: Gives batches on tensor-parallel rank 0; not used elsewhere.
         vp_stage: Virtual pipeline stage, or None.
         training: Whether this is a training step.
-        num_bounds: That of the samples.
+        num_bounds: As for `CompactSamples`.
         check: Called with the number of prefix tokens, on tensor-parallel rank 0.
 
     Returns:
-        tokens, position_ids, labels: (1, micro-batch * sequence), int64; None at a pipeline stage
-            that needs none of these and no loss mask.
+        tokens, position_ids, labels: (1, micro-batch * sequence / context-parallel ranks), int64;
+            None at a pipeline stage that needs none of these and no loss mask.
         loss_mask: Likewise, float32.
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
         compared: In evaluation, as the loss mask but bool: labels compared between views.
         facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
         The rest of Megatron's keys: None.
+
+    Raises:
+        RuntimeError: When a document does not divide into chunks for the context-parallel ranks.
     """
     size = int(args.micro_batch_size if training else args.eval_micro_batch_size)
     length = args.seq_length
     head = num_bounds + _NUM_FACTS
-    # Stages in the middle need the borders alone.
+    # Middle pipeline stages need `cu_seqlens` only.
     edge = is_first_or_last_pipeline_stage(vp_stage)
     width = head + 3 * length + 1 if edge else head
     vectors: torch.Tensor | None = None
@@ -135,20 +141,43 @@ def meco_batch(
         vectors = next(data_iterator)[_VECTOR]
         assert vectors.shape == (size, head + 3 * length + 1), "other samples than begin_run's"
         check(int(vectors[:, num_bounds].sum()))
+        # Still on the host.
+        _check_chunks(vectors[:, :num_bounds], mpu.get_context_parallel_world_size())
     vectors = _on_all_ranks(vectors, (size, width))
     batch: Batch = dict.fromkeys(_KEYS)
     batch["cu_seqlens"] = _merge(vectors[:, :num_bounds], length)
     batch["facts"] = vectors[:, num_bounds:head].T
     if edge:
-        tokens, position_ids, loss_mask = vectors[:, head:].split([length + 1, length, length], 1)
+        columns = vectors[:, head:]
+        tokens, position_ids, loss_mask = torch.split(columns, [length + 1, length, length], dim=1)
         batch["tokens"] = tokens[:, :-1].long().view(1, -1)
         batch["labels"] = tokens[:, 1:].long().view(1, -1)
         batch["position_ids"] = position_ids.long().view(1, -1)
         batch["loss_mask"] = loss_mask.view(torch.float32).reshape(1, -1)
+        if mpu.get_context_parallel_world_size() > 1:
+            _keep_own_part(batch, size * length)
         if not training:
             batch["compared"] = batch["loss_mask"] > 1
             batch["loss_mask"] = batch["loss_mask"].clamp(max=1)
     return batch
+
+
+def _check_chunks(bounds: torch.Tensor, num_ranks: int) -> None:
+    """Refuse documents that do not divide into two chunks for each context-parallel rank."""
+    if num_ranks > 1 and bool((bounds % (2 * num_ranks)).any()):
+        raise RuntimeError(
+            f"a document of a pack is no multiple of {2 * num_ranks} tokens, twice the "
+            "--context-parallel-size: ranks would mix the tokens of different documents"
+        )
+
+
+def _keep_own_part(batch: Batch, num_tokens: int) -> None:
+    """Leave the tokens of this context-parallel rank: the same number of each sample."""
+    num_ranks = mpu.get_context_parallel_world_size()
+    places = places_by_rank(batch["cu_seqlens"], num_tokens, num_ranks)
+    own = places[mpu.get_context_parallel_rank()]
+    for key in ("tokens", "labels", "position_ids", "loss_mask"):
+        batch[key] = batch[key][:, own]
 
 
 def _merge(bounds: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The corpora that a command line names, their weights, and how they are split.
+"""The corpora of a command line, their weights, and their split.
 
-Megatron reads these flags by itself when datasets are built; here the same flags are read first, to
-refuse by name what it would stumble on.
+Megatron reads these flags when it builds datasets. They are read here first, so that mistakes are
+refused with the name of the flag.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _COOLDOWN = "--meco-cooldown-data-path"
 
 
 def check_blends(args: argparse.Namespace) -> None:
-    """Refuse corpora, weights and splits that Megatron would misread or stumble on.
+    """Refuse corpora, weights and splits that Megatron would misread or fail on.
 
     Args:
         args: Parsed flags.
@@ -60,7 +60,7 @@ def training_blend(args: argparse.Namespace) -> Blend:
 
 
 def cooldown_blend(args: argparse.Namespace) -> Blend | None:
-    """`--meco-cooldown-data-path` as a blend: paths, or weights and paths in turn."""
+    """`--meco-cooldown-data-path` as a blend: paths, or alternating weights and paths."""
     from megatron.core.datasets.utils import get_blend_from_list
 
     if not args.meco_cooldown_data_path:
@@ -70,7 +70,7 @@ def cooldown_blend(args: argparse.Namespace) -> Blend | None:
 
 
 def corpus_prefixes(args: argparse.Namespace) -> list[str]:
-    """Every corpus that the data flags name, once, without those of the cooldown."""
+    """Distinct corpora of the data flags, without those of the cooldown."""
     blend, per_split = _by_megatron(args)
     blends = [blend, *(per_split or [])]
     prefixes = [prefix for b in blends if b is not None for prefix in b[0]]
@@ -84,7 +84,7 @@ def _by_megatron(args: argparse.Namespace) -> Any:
 
 
 def _sources(args: argparse.Namespace) -> list[tuple[str, list[str] | None]]:
-    """Each flag that names corpora, with its words; None where it is not given."""
+    """Flags of corpora with their values; None for a flag that is not given."""
     found: list[tuple[str, list[str] | None]] = []
     for name in ("data", "train_data", "valid_data", "test_data", "meco_cooldown_data"):
         words = getattr(args, f"{name}_path")
@@ -162,7 +162,7 @@ _BLEND = "Give paths alone (A B), or a weight before each (0.7 A 0.3 B)."
 
 
 def _check_split(split: str | None) -> None:
-    """Refuse anything but plain ratios: Megatron picks whatever digits it finds in the text."""
+    """Refuse anything but plain ratios: Megatron uses whatever digits are in the text."""
     if split is None:
         return  # Megatron's 969, 30, 1
     ratios = [_number(part) for part in split.split(",")]

@@ -1,11 +1,11 @@
 """A cooldown branched off an earlier checkpoint: `--meco-branch-from`, `--meco-branch-iters`.
 
-The paper cools down at many points of one conditioned run. A branch is nothing but flags: the
+The paper cools down at many points of one conditioned run. A branch is a set of ordinary flags: the
 schedule switches at the checkpoint's iteration and ends N iterations later, on the documents that
-the conditioned run keeps for its cooldown. `expand_branch` works them out from the checkpoint and
-appends them to the command line, so that Megatron, the log and the fingerprint see ordinary flags;
-the same command goes on with the branch once it has checkpoints of its own. Costs one read of the
-checkpoint's arguments on every rank. What was given up: branches with a growing batch size.
+the conditioned run holds out for its cooldown. `expand_branch` computes these flags from the
+checkpoint. They are appended to the command line, so Megatron, the log and the fingerprint see
+them. Once the branch has checkpoints, the same command resumes it. Every rank reads the arguments
+of the checkpoint once. Branches with a batch-size schedule are not supported.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from megatron_meco.training.run_fingerprint import has_checkpoint, stored_argume
 
 LR_CHOICES = ("continue", "decay")
 _FLAG = "--meco-branch-from"
-# What makes up the learning rate's curve; Megatron keeps the first two in its parameter groups and
-# would take the old ones in silence.
+# The learning-rate schedule. Megatron keeps the first two in its parameter groups, and would use
+# the checkpoint's silently.
 _LR_ARGUMENTS = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A cooldown that leaves a conditioned run.
+    """A cooldown that starts from a checkpoint of a conditioned run.
 
     Attributes:
-        flags: What it adds to the command line.
-        iteration: Training steps of the conditioned run before it.
-        num_iterations: Its own training steps.
-        learning_rate: That of the last conditioned step.
-        decays: Whether it falls to the minimum over the branch, or goes on along the old curve.
+        flags: Flags that it adds to the command line.
+        iteration: Iteration of the checkpoint.
+        num_iterations: Iterations of the branch.
+        learning_rate: Learning rate of the last step before the branch.
+        decays: Whether it decays linearly to --min-lr over the branch; otherwise it follows the
+            schedule of the conditioned run.
     """
 
     flags: list[str]
@@ -81,7 +82,7 @@ def expand_branch(args: argparse.Namespace) -> Branch | None:
         args: Parsed flags, not yet validated by Megatron.
 
     Raises:
-        FlagError: When the checkpoint or the flags do not allow it.
+        FlagError: The checkpoint or another flag does not allow a branch.
     """
     if args.meco_branch_from is None:
         if args.meco_branch_iters is not None:
@@ -101,7 +102,7 @@ def expand_branch(args: argparse.Namespace) -> Branch | None:
     flags = ["--train-iters", str(iteration + branch_iterations)]
     flags += ["--meco-cooldown-start-iteration", str(iteration)]
     flags += ["--lr-decay-iters", str(parent.lr_decay_iters or parent.train_iters)]
-    # The weight decay's own schedule ends elsewhere; the learning rate's is given here.
+    # The checkpoint's schedule of weight decay has another length.
     flags += ["--override-opt-param-scheduler"]
     if not args.meco_cooldown_data_path:
         if not held_out:
@@ -113,7 +114,7 @@ def expand_branch(args: argparse.Namespace) -> Branch | None:
         flags += ["--meco-cooldown-documents", repr(held_out)]
     if not has_checkpoint(args.load):
         flags += ["--load", str(folder), "--ckpt-step", str(iteration)]
-        # The schedule is another one by intent; everything else is still compared.
+        # A branch changes the schedule on purpose; everything else is still compared.
         allowed = args.meco_allow_changes
         names = ["schedule", *["cooldown_corpora"] * bool(args.meco_cooldown_data_path)]
         flags += ["--meco-allow-changes", *([] if allowed == [] else [*(allowed or []), *names])]
@@ -123,13 +124,16 @@ def expand_branch(args: argparse.Namespace) -> Branch | None:
 
 
 def apply_learning_rate(args: argparse.Namespace, branch: Branch) -> None:
-    """Let Megatron's linear schedule fall from the branch's first learning rate to the minimum.
+    """Set up the linear decay of a branch: from its first learning rate to --min-lr at its end.
 
-    The optimizer state is bound to --lr and --min-lr, so the line is given by its other ends: it
-    hits the minimum at the branch's end, and --lr at a (perhaps negative) iteration before it.
+    Megatron's linear schedule goes from --lr at the end of the warm-up to --min-lr at
+    `lr_decay_iters`. A checkpoint fixes --lr and --min-lr, so the line through the branch's first
+    and last learning rate is set by the end of the warm-up: where the line, extended backwards,
+    reaches --lr. No step is taken there, and the iteration may be negative. With
+    `share = (learning_rate - min_lr) / (lr - min_lr)` it is `train_iters - num_iterations / share`.
 
     Args:
-        args: Megatron's validated arguments; changed.
+        args: Megatron's validated arguments; modified.
         branch: The branch; nothing is done unless it decays.
     """
     if not branch.decays:
@@ -222,8 +226,8 @@ def _check_parent(args: argparse.Namespace, parent: argparse.Namespace, iteratio
 
 
 def _learning_rate(parent: argparse.Namespace, iteration: int) -> float:
-    """The learning rate of the last step before the branch, by Megatron's own schedule."""
-    # Late: Megatron must not be imported before the platform is chosen.
+    """Learning rate of the last step before the branch, from Megatron's own schedule."""
+    # Late: the platform must be chosen before Megatron is imported.
     from megatron_meco.training.learning_rate import learning_rate_schedule
 
     scheduler = learning_rate_schedule(parent)

@@ -93,6 +93,9 @@ def impossible_flags(args: Namespace) -> list[tuple[str, str]]:
     found = []
     for dest, is_impossible, flag, remedy in _GPU_ONLY:
         value = getattr(args, dest, None)
+        if dest == "context_parallel_size" and getattr(args, "meco", False):
+            # MeCo's own attention has it; Megatron's local attention has not.
+            continue
         if is_impossible(value):
             found.append((flag.format(_spelling(value)), remedy))
     return found
@@ -189,7 +192,7 @@ _GPU_ONLY: list[tuple[str, Callable[[Any], bool], str, str]] = [
         "context_parallel_size",
         _is_above(1),
         "--context-parallel-size {}",
-        "Context parallelism needs Transformer Engine: use --context-parallel-size 1.",
+        "Without --meco it needs Transformer Engine: use --context-parallel-size 1.",
     ),
     ("tp_comm_overlap", _is_true, "--tp-comm-overlap", "Remove it: it needs Transformer Engine."),
     (
@@ -273,7 +276,7 @@ def _replace_device_arguments() -> None:
             kwargs["device"] = _CPU
         return move(self, *args, **kwargs)
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]  # overloaded
 
 
 def _skip_reductions_of_one_rank() -> None:

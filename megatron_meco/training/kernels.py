@@ -1,9 +1,8 @@
-"""Which kernels a run uses for attention, for layers and for the optimizer.
+"""The kernels of a run: attention, layers, optimizer.
 
-One rule with two callers: `meco doctor`, which knows what is installed, and a run, which knows its
-flags as well and says the result in its first lines. Needs neither torch nor Megatron. What was
-given up: which of its own attention kernels Transformer Engine takes (it decides at each call;
-NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 shows it).
+`meco doctor` and the first lines of a run show them. Imports neither torch nor Megatron. It is not
+known here which of its attention kernels Transformer Engine uses: it chooses at each call
+(NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 shows it).
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ _OPTIMIZERS: dict[OptimizerLibrary, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What does the work of a run, in words.
+    """Descriptions of the kernels of a run.
 
     Attributes:
         attention: Attention over packed documents.
         layers: Norms and linear layers.
-        optimizer: The optimizer's step.
+        optimizer: Optimizer step.
     """
 
     attention: str
@@ -45,13 +44,13 @@ class Kernels:
 def choose_kernels(
     *, gpu: bool, engine_layers: bool, varlen: bool, optimizer: OptimizerLibrary
 ) -> Kernels:
-    """Say what a run uses.
+    """The kernels of a run.
 
     Args:
         gpu: Whether it runs on CUDA.
         engine_layers: Whether its layers are Transformer Engine's.
-        varlen: Whether PyTorch's varlen attention can serve it (its version, precision, dropout).
-        optimizer: Where Megatron's Adam comes from.
+        varlen: Whether PyTorch's varlen attention supports it (version, precision, dropout).
+        optimizer: Library of Megatron's Adam.
     """
     if gpu and engine_layers:
         attention = "Transformer Engine over packed sequences (THD)"
@@ -69,10 +68,10 @@ def choose_kernels(
 
 
 def first_optimizer(*, gpu: bool, engine_loads: bool, apex_loads: bool) -> OptimizerLibrary:
-    """Say where Megatron-Core takes its Adam from: the first that can be imported.
+    """Library of Megatron-Core's Adam: the first that can be imported.
 
     Args:
-        gpu: Whether the run is on CUDA; the CPU platform hides both libraries.
+        gpu: Whether the run is on CUDA; on a CPU both libraries are hidden.
         engine_loads: Whether Transformer Engine can be imported.
         apex_loads: Whether NVIDIA's apex can.
     """
@@ -86,8 +85,8 @@ class EngineState:
     """Whether Transformer Engine can be used.
 
     Attributes:
-        reason: Why not, in one line; empty where it can.
-        breaks_megatron: Whether Megatron-Core fails with it, too: it expects an ImportError alone.
+        reason: Why not, in one line; empty if it can.
+        breaks_megatron: Whether Megatron-Core fails, too: it handles an ImportError only.
     """
 
     reason: str = ""
@@ -100,21 +99,19 @@ def try_transformer_engine() -> EngineState:
         return EngineState("it is not installed")
     try:
         importlib.import_module("transformer_engine.pytorch.optimizers")
-    except Exception as error:  # A broken build fails in any way it likes.
+    except Exception as error:  # a broken build may raise anything
         line = (str(error).splitlines() or [type(error).__name__])[0]
         return EngineState(f"it cannot be loaded: {line}", not isinstance(error, ImportError))
     return EngineState()
 
 
 def hide_gpu_libraries() -> None:
-    """Let Transformer Engine and apex count as not installed in this process.
+    """Make Transformer Engine and apex appear not installed in this process.
 
-    For runs without a GPU and for commands that train nothing. Where the libraries are installed,
-    as in an environment that GPU nodes share with a login node, Megatron-Core imports them without
-    asking for a GPU, takes their optimizer and norms, and fails where their import does. Call it
-    before `megatron` is imported; a library that is in use already stays.
+    For runs without a GPU and for commands that do not train. Megatron-Core imports installed
+    libraries even without a GPU, uses their optimizer and norms, and fails if their import fails.
+    Call it before `megatron` is imported. A library that is already imported stays.
     """
     for name in ("transformer_engine", "apex"):
-        # Python's own way to say that a module cannot be imported: an ImportError, which Megatron
-        # answers with PyTorch's kernels.
+        # None makes `import` raise an ImportError. Megatron then uses PyTorch's kernels.
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]

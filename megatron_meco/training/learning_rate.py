@@ -1,4 +1,4 @@
-"""Megatron's learning-rate schedule of a run, made from its arguments without an optimizer."""
+"""Megatron's learning-rate schedule of a run, without an optimizer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def learning_rate_schedule(args: argparse.Namespace) -> OptimizerParamScheduler:
-    """The schedule that Megatron's `get_optimizer_param_scheduler` makes of these arguments.
+    """The schedule that Megatron's `get_optimizer_param_scheduler` makes from these arguments.
 
     Args:
-        args: Validated arguments of a run, or those that a checkpoint keeps.
+        args: Validated arguments of a run, or those saved in a checkpoint.
 
     Returns:
         Megatron's scheduler; it counts steps in samples.
 
     Raises:
-        AssertionError: As Megatron's own, when the numbers contradict each other.
+        AssertionError: From Megatron, if the numbers contradict each other.
     """
     if args.train_samples:
         total = args.train_samples

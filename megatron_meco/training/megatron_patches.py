@@ -101,7 +101,7 @@ def let_distributed_optimizer_resume() -> None:
     stock_set = getattr(DistributedOptimizer, setter, None)
     stock_state_dict = DistributedOptimizer.state_dict
     stock_load_state_dict = DistributedOptimizer.load_state_dict
-    if not (
+    if stock_set is None or not (
         _has_signature(stock_set, "self", "model_param", "tensors")
         and _has_signature(stock_state_dict, "self")
         and _has_signature(stock_load_state_dict, "self", "state_dict")

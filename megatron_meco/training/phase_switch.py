@@ -1,10 +1,9 @@
-"""The phase-switch hook: announce the switch, save a checkpoint there, check what follows.
+"""Announces the phase switch and checks the batches after it.
 
-The switch itself is nothing but the sample index passing `Schedule.switch_sample` (see
-`megatron_meco.data.phases`); this module makes it visible and safe. `PhaseSwitch.before_step` runs
-at the first micro-batch of each training step; `check_batch` looks at what the loader delivered, on
-the host, before it goes to the device. The checkpoint itself is Megatron's, by
-`megatron_patches.SaveInterval`. Costs a few comparisons of integers for each micro-batch.
+The switch itself happens where the sample index reaches `Schedule.switch_sample` (see
+`megatron_meco.data.phases`). `PhaseSwitch.before_step` runs at the first micro-batch of each
+training step. `check_batch` checks what the loader delivered, on the host. Megatron saves the
+checkpoint at the switch (`megatron_patches.SaveInterval`).
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from megatron_meco.data.phases import Schedule
 
 
 class PhaseSwitch:
-    """What a run says and checks about its phases.
+    """Reports and checks the phase of each training step.
 
     Args:
-        schedule: Where the run switches.
+        schedule: The run's schedule.
         saves: Whether the run saves checkpoints.
     """
 
@@ -31,12 +30,12 @@ class PhaseSwitch:
     def before_step(
         self, iteration: int, writer: Any | None, wandb_writer: Any | None = None
     ) -> str | None:
-        """Note the start of a training step; idempotent within a step.
+        """Report the start of a training step; further calls in a step do nothing.
 
         Args:
             iteration: Finished training steps.
             writer: TensorBoard's writer, or None on ranks without one.
-            wandb_writer: Megatron's handle on W&B, or None.
+            wandb_writer: Megatron's W&B writer, or None.
 
         Returns:
             What to print on rank 0, or None.
@@ -61,14 +60,14 @@ class PhaseSwitch:
         return f"> MeCo: iteration {iteration + 1} begins in the {phase} phase" if first else None
 
     def check_batch(self, iteration: int, num_prefix_tokens: int) -> None:
-        """Check that a batch of the cooldown carries no prefix.
+        """Check that a batch of the cooldown has no prefix.
 
         Args:
             iteration: Finished training steps.
-            num_prefix_tokens: Prefix tokens in the micro-batch.
+            num_prefix_tokens: Number of prefix tokens in the micro-batch.
 
         Raises:
-            RuntimeError: When it does: the run must not go on.
+            RuntimeError: It has one.
         """
         if self.schedule.phase_of_iteration(iteration) != CONDITIONED and num_prefix_tokens:
             raise RuntimeError(

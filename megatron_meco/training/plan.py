@@ -1,8 +1,8 @@
 """`meco plan` and `meco inspect`: what a run will train on, without training.
 
-Both take the flags of the training script, parse and validate them by Megatron's own parser
-(`parse_run`) and build the datasets by the function that the script calls (`build_datasets`), so
-what they show is what a run gets. Without `plan --build` the caches go to a temporary folder.
+Both take the flags of the training script, parse and validate them with Megatron's own parser
+(`parse_run`) and build the datasets with the script's own function (`build_datasets`), so they show
+what a run gets. Without `plan --build` the caches go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_meco.config import MeCoConfig, add_meco_arguments
+from megatron_meco.config import CONDITIONED, MeCoConfig, add_meco_arguments
+from megatron_meco.data.advice import advice
 from megatron_meco.data.phases import Schedule
 from megatron_meco.data.report import PER_PACK, Run, percent, plan_report, sample_report
 from megatron_meco.errors import FlagError
@@ -44,8 +45,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Run `meco plan`; `args.training_flags` are the flags of the run."""
-    with _datasets(args.training_flags, keep=args.build) as (run, flags):
+    with datasets_of(args.training_flags, keep=args.build) as (run, flags):
         report = plan_report(run)
+        report["advice"] = advice(run, report, MeCoConfig.from_args(flags), flags.seq_length)
         if args.json:
             print(json.dumps(report))
         else:
@@ -72,6 +74,11 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Text shown of each document. Default: %(default)s.",
     )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="Show the sample token by token: what each predicts, and whether the loss has it.",
+    )
     parser.add_argument("--json", action="store_true", help="Print the raw arrays as JSON.")
 
 
@@ -85,7 +92,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         )
     name = ([s for s in args.split if s in _SPLITS] or ["train"])[-1]
     ratios = [word for s in args.split if s not in _SPLITS for word in ("--split", s)]
-    with _datasets([*args.training_flags, *ratios], keep=False) as (run, _):
+    with datasets_of([*args.training_flags, *ratios], keep=False) as (run, _):
         dataset = getattr(run, name)
         if dataset is None:
             raise FlagError(
@@ -100,13 +107,15 @@ def run_inspect(args: argparse.Namespace) -> int:
         report, source = sample_report(dataset, args.sample)
         if args.json:
             print(json.dumps(report))
+        elif args.tokens:
+            _print_tokens(report, source)
         else:
             _print_sample(report, source, name, args.max_characters)
     return 0
 
 
 def _describe_flags(parser: argparse.ArgumentParser) -> None:
-    """Put the flags of a run into the help: they are parsed by Megatron's parser, not this one."""
+    """Show the flags of a run in the help. Megatron's parser parses them, not this one."""
     flags = argparse.ArgumentParser(
         add_help=False, usage=argparse.SUPPRESS, formatter_class=parser.formatter_class
     )
@@ -120,62 +129,71 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def _datasets(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
+def datasets_of(flags: list[str], *, keep: bool) -> Iterator[tuple[Run, argparse.Namespace]]:
     """The datasets that the training script would build for these flags, and the parsed flags."""
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore")
-        # Megatron logs its whole configuration, torch that this host compiles no CUDA code.
-        for name in ("megatron", "torch.utils.cpp_extension"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        # Late: torch and Megatron take seconds, and `--help` should not wait for them.
-        from megatron_meco.training.arguments import (
-            evaluation_from_args,
-            parse_run,
-            schedule_from_args,
-        )
-        from megatron_meco.training.blends import cooldown_blend
+    with _few_messages():
+        # Late: torch and Megatron take seconds to import, and `--help` does not need them.
+        from megatron_meco.training.arguments import parse_run
 
         args, notes = parse_run(flags)
         for note in notes:
             print(f"meco: note: {note}", file=sys.stderr)
-        from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+        with _cache_folder(args, keep=keep) as args.data_cache_path:
+            yield _build(args), args
 
-        from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
-        from megatron_meco.data.dataset import MeCoGPTDatasetConfig
-        from megatron_meco.data.run_datasets import build_datasets
-        from megatron_meco.training.stock import dataset_options
 
-        if not keep:
-            args.data_cache_path = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="meco-plan-")
-            )
-        elif args.data_cache_path is None:
-            raise FlagError(
-                "missing", where="--data-cache-path", remedy="Name the folder that --build fills."
-            )
-        extra = {name: getattr(args, name) for name in TOKENIZER_DEFAULTS}
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, **extra)
-        schedule = schedule_from_args(args)
-        config = MeCoGPTDatasetConfig(
-            **dataset_options(args, tokenizer),
-            # As many embeddings as the run has.
-            vocab_size=vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False),
-            meco=MeCoConfig.from_args(args),
+@contextlib.contextmanager
+def _few_messages() -> Iterator[None]:
+    """Leave out warnings, and what Megatron and torch log about their configuration."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("megatron", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+
+
+@contextlib.contextmanager
+def _cache_folder(args: argparse.Namespace, *, keep: bool) -> Iterator[str]:
+    """`--data-cache-path` to keep plans and prefix tables, else a temporary folder."""
+    if not keep:
+        with tempfile.TemporaryDirectory(prefix="meco-plan-") as folder:
+            yield folder
+    elif args.data_cache_path is None:
+        raise FlagError(
+            "missing", where="--data-cache-path", remedy="Name the folder that --build fills."
         )
-        sizes = _sizes(args, schedule)
-        built = build_datasets(
-            sizes,
-            lambda: True,
-            config,
-            schedule,
-            cooldown_blend(args),
-            evaluation_from_args(args),
-        )
-        yield Run(schedule, *built), args
+    else:
+        yield args.data_cache_path
 
 
-def _sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | None]:
-    """Samples of the splits, as Megatron's `get_train_valid_test_num_samples` counts them."""
+def _build(args: argparse.Namespace) -> Run:
+    # Late: the platform must be chosen before Megatron is imported.
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+
+    from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
+    from megatron_meco.data.dataset import MeCoGPTDatasetConfig
+    from megatron_meco.data.run_datasets import build_datasets
+    from megatron_meco.training.arguments import evaluation_from_args, schedule_from_args
+    from megatron_meco.training.blends import cooldown_blend
+    from megatron_meco.training.stock import dataset_options
+
+    extra = {name: getattr(args, name) for name in TOKENIZER_DEFAULTS}
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, **extra)
+    schedule = schedule_from_args(args)
+    config = MeCoGPTDatasetConfig(
+        **dataset_options(args, tokenizer),
+        # The number of embeddings of the run.
+        vocab_size=vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False),
+        meco=MeCoConfig.from_args(args),
+    )
+    sizes = _split_sizes(args, schedule)
+    evaluation = evaluation_from_args(args)
+    built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args), evaluation)
+    return Run(schedule, *built)
+
+
+def _split_sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | None]:
+    """Samples of the splits, as in Megatron's `get_train_valid_test_num_samples`."""
     skipped = (args.start_eval_at_iter or 0) // args.eval_interval
     evaluations = max(0, schedule.num_iterations // args.eval_interval + 1 - skipped)
     each = args.eval_iters * args.eval_global_batch_size
@@ -212,6 +230,8 @@ def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
     console.print(
         f"Validation: {report['valid_packs']:,} packs; test: {report['test_packs']:,} packs."
     )
+    for line in report["advice"]:
+        console.print(f"Advice: {line}", highlight=False, markup=False)
 
 
 def _cell(show: Callable[[dict[str, Any], int], str], counts: dict[str, Any], length: int) -> str:
@@ -243,7 +263,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
 
 
 def _print_sample(report: dict[str, Any], source: Any, split: str, max_characters: int) -> None:
-    """Show a pack as a person wants to see it."""
+    """Show a pack in colors, document by document."""
     console = Console()
     tokenizer = source.config.tokenizer
     length = len(report["tokens"])
@@ -267,6 +287,7 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
         aligned = document["alignment_tokens"]
         head = end - begin - body - aligned
         in_loss = int(sum(report["loss_mask"][begin:end]))
+        because = document["plain_because"]
         console.rule(
             Text(
                 f" document {document['document']} | tokens {begin} to {end} | body "
@@ -277,6 +298,8 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
             align="left",
             characters="-",
         )
+        if because and report["phase"] == CONDITIONED:
+            console.print(Text(f"plain: {because}", _BORDER_STYLE))
         tokens = report["tokens"][begin : end - aligned]
         text = tokenizer.detokenize(tokens[head:])
         shown = text if len(text) <= max_characters else text[:max_characters] + " [...]"
@@ -287,3 +310,30 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
     padding = length - bounds[len(report["documents"])]
     if padding:
         console.rule(Text(f" {padding} tokens of padding ", _BORDER_STYLE), align="left")
+
+
+def _print_tokens(report: dict[str, Any], source: Any) -> None:
+    """Show a pack token by token."""
+    detokenize = source.config.tokenizer.detokenize
+    table = Table("", "document", "part", "token", "text", "predicts", "in the loss", box=None)
+    bounds, documents = report["cu_seqlens"], report["documents"]
+    number = 0
+    for position, token in enumerate(report["tokens"]):
+        while number < len(documents) and position >= bounds[number + 1]:
+            number += 1
+        name, part = "-", "padding"
+        if number < len(documents):
+            document = documents[number]
+            name = str(document["document"])
+            body = document["body_end"] - document["body_begin"]
+            head = bounds[number + 1] - bounds[number] - body
+            is_head = position - bounds[number] < head
+            part = "prefix" if is_head else "body"
+        table.add_row(
+            *(str(position), name, part, str(token)),
+            Text(repr(detokenize([token]))),
+            Text(repr(detokenize([report["labels"][position]]))),
+            "yes" if report["loss_mask"][position] else "",
+            style=_PREFIX_STYLE if part == "prefix" else "",
+        )
+    Console(soft_wrap=True).print(table)

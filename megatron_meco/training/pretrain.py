@@ -2,10 +2,15 @@
 
     torchrun --nproc-per-node 8 --module megatron_meco.training.pretrain <Megatron's flags> --meco
 
-It is `examples/pretrain_gpt.py`, at a place that an installed package has.
+`examples/pretrain_gpt.py` is the same as a script.
 """
 
+import os
 import warnings
+
+# Threads of a CPU run that wait for one another sleep. By default they spin, which makes a step up
+# to 60 times as long where other programs use the cores too. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Megatron's fall-backs, one line for each import and rank; `meco doctor` says what is installed.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")

@@ -1,11 +1,11 @@
-"""What `megatron.training.pretrain()` asks a script for: datasets and the training step.
+"""The functions that a script passes to `megatron.training.pretrain()`: datasets, forward step.
 
-With `--meco` the datasets are MeCo's and the step reports three validation losses: on documents
-with their own metadata, without it, and with that of other documents. Without `--meco` both are
-stock ones (`stock.py`, or the script's own by `with_meco`). How batches travel is in `batch.py`.
-Within a micro-batch only Megatron's check for NaN waits for the device
-(`--no-check-for-nan-in-loss-and-grad` takes it away), and at the end of a step Megatron sums
-document lengths over all ranks for its FLOPs account.
+With `--meco` the datasets are MeCo's, and validation reports three losses: of documents with their
+own metadata, without it, and with that of other documents. Without it both functions are stock
+(`stock.py`, or the script's own with `with_meco`). MeCo adds no device syncs; Megatron's NaN check
+syncs for each micro-batch (`--no-check-for-nan-in-loss-and-grad` disables it). At the end of a step
+Megatron sums document lengths over all ranks for its FLOPs count. `batch.py` has the path of a
+batch to the device.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ForwardStep = Callable[..., Any]
 
 @dataclass
 class RunState:
-    """What the training step needs to know of the datasets.
+    """What the forward step needs to know about the datasets.
 
     Attributes:
         switch: Announces and checks the phases.
@@ -68,10 +68,10 @@ _state: RunState | None = None
 
 
 def begin_run(run: Run, args: argparse.Namespace) -> RunState:
-    """Have `forward_step` train on these datasets; a call for all ranks.
+    """Prepare `forward_step` for these datasets. Collective: call it on all ranks.
 
-    `train_valid_test_datasets_provider` does it for its own. Megatron's loader is to be given
-    `CompactSamples` of them.
+    `train_valid_test_datasets_provider` does this for the datasets that it builds. Megatron's
+    loader must be given `CompactSamples` of them.
 
     Args:
         run: Datasets (None on ranks that hold none) and schedule.
@@ -80,7 +80,7 @@ def begin_run(run: Run, args: argparse.Namespace) -> RunState:
     global _state
     most = torch.tensor(most_documents(run), device="cuda")
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    # A zero, the end of each document, and that of the padding.
+    # 0, the end of each document, and the end of the padding.
     num_bounds = min(int(most) + 2, args.seq_length + 1)
     _state = RunState(PhaseSwitch(run.schedule, saves=bool(args.save)), num_bounds)
     return _state
@@ -136,7 +136,7 @@ def train_valid_test_datasets_provider(
     run = Run(schedule, *datasets)
     state = begin_run(run, args)
     if datasets[0] is not None and args.consumed_train_samples >= len(datasets[0]):
-        # A finished run, started again: Megatron's loader wants a sample, though none is trained.
+        # A finished run was started again: Megatron's loader needs a sample, although none is used.
         datasets[0].num_spare = 1
     if datasets[0] is not None and not vp_stage:
         for line in summary_lines(plan_report(run), args.seq_length):
@@ -148,12 +148,12 @@ def train_valid_test_datasets_provider(
     return train, valid, test
 
 
-# Megatron calls a provider with this mark on every rank, and lets it decide where to build.
+# Megatron calls a provider with this attribute on every rank.
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def _share_fingerprint(args: argparse.Namespace) -> None:
-    """Tell all ranks what rank 0 worked out: arguments that are saved should not differ."""
+    """Send rank 0's fingerprint to all ranks: saved arguments should be equal."""
     shared = [getattr(args, "meco_fingerprint", None)]
     torch.distributed.broadcast_object_list(shared, src=0)
     args.meco_fingerprint = shared[0]
@@ -226,7 +226,8 @@ def loss_func(
     """Sum of the losses inside the mask, and what to report of it.
 
     Args:
-        loss_mask: (1, micro-batch * sequence) or (micro-batch, sequence), float32.
+        loss_mask: (1, tokens) or (micro-batch, tokens of a sample), float32: those of this
+            context-parallel rank, as many of each sample.
         output_tensor: Per-token losses, as many.
         facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
         compared: As `loss_mask`, bool: the labels whose loss is compared between views; in
@@ -242,7 +243,7 @@ def loss_func(
     masked = losses * mask
     loss = masked.sum()
     num_tokens = mask.sum().detach().to(torch.int)
-    # Megatron's script asks twice, for NaN and for infinity; each question waits for the device.
+    # One check for NaN and infinity. Megatron's script makes two, with a device sync each.
     stock.check_for_nan(loss, _is_not_finite, "found NaN or Inf in local forward loss calculation")
     stock.check_for_spike(loss)
     if training:
@@ -294,10 +295,13 @@ def _views_shown(args: argparse.Namespace) -> tuple[View, ...]:
 def _token_counts(
     facts: torch.Tensor, num_tokens: torch.Tensor, num_places: int
 ) -> dict[str, torch.Tensor]:
-    """Pairs that Megatron logs as losses: the step's share of prefix tokens, and trained tokens."""
-    places = torch.full_like(num_tokens, num_places, dtype=torch.float32)
-    # Megatron divides by what it added up over these, which makes a sum out of the mean.
-    parts = get_num_microbatches() * mpu.get_data_parallel_world_size()
+    """Prefix share and trained tokens of a step, as pairs that Megatron logs like losses."""
+    # Megatron sums both over micro-batches, data-parallel and context-parallel ranks. A
+    # context-parallel rank has all prefix tokens of a sample, but only its part of the places.
+    num_ranks = mpu.get_context_parallel_world_size()
+    places = torch.full_like(num_tokens, num_places * num_ranks, dtype=torch.float32)
+    # Megatron averages over these; multiplying makes it a sum.
+    parts = get_num_microbatches() * mpu.get_data_parallel_world_size() * num_ranks
     return {
         "prefix share": torch.stack([facts[0].sum().float(), places]),
         "trained tokens": torch.stack([num_tokens.float() * parts, torch.ones_like(places)]),
@@ -307,27 +311,39 @@ def _token_counts(
 def packed_seq_params(
     args: argparse.Namespace, cu_seqlens: torch.Tensor, training: bool
 ) -> PackedSeqParams:
-    """What Megatron's layers are told of the documents of a micro-batch.
+    """Megatron's description of the documents of a micro-batch, for its layers.
 
     Args:
         args: Megatron's arguments.
         cu_seqlens: (documents + 1,), int32, from 0 to the micro-batch's tokens.
         training: Whether this is a training step.
     """
-    update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # Megatron's FLOPs account
-    # An upper bound serves the kernels, and costs no wait for the device.
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # for Megatron's FLOPs count
+    # An upper bound is enough for the kernels, and needs no device sync.
     longest = args.seq_length
+    num_ranks = mpu.get_context_parallel_world_size()
     if args.transformer_impl != "local" and not args.apply_rope_fusion:
-        # Megatron's own RoPE counts on through a pack that is as long as its table of angles.
-        longest += 1
+        # Megatron's RoPE does not restart in a pack that is as long as its table of angles.
+        # Transformer Engine divides this length by the number of chunks.
+        longest += 1 if num_ranks == 1 else 2 * num_ranks
     seq_idx = None
     if args.hybrid_layer_pattern:
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
+    padded = {}
+    if num_ranks > 1:
+        # Transformer Engine asks for both. A document's padding is part of the document, so no
+        # kernel has to skip it: the same tensor says so, too, which older versions would compare.
+        padded = {
+            "cu_seqlens_q_padded": cu_seqlens,
+            "cu_seqlens_kv_padded": cu_seqlens,
+            "pad_between_seqs": False,
+        }
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        **padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         seq_idx=seq_idx,
@@ -336,9 +352,9 @@ def packed_seq_params(
 
 
 def document_numbers(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The document that each token of a pack belongs to, by which state-space layers restart.
+    """Document number of each token of a pack; state-space layers restart where it changes.
 
-    Megatron's `PackedSeqParams` works it out from `total_tokens`, and waits for the device.
+    Megatron's `PackedSeqParams` computes it from `total_tokens` with a device sync.
 
     Args:
         cu_seqlens: (documents + 1,), int32, from 0 to `num_tokens`; empty documents are allowed.
@@ -364,14 +380,14 @@ def _is_not_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def with_meco(datasets_provider: DatasetsProvider, step: ForwardStep) -> tuple[Any, Any]:
-    """Add MeCo to the two functions that a training script hands to Megatron's `pretrain()`.
+    """Add MeCo to the two functions that a training script passes to Megatron's `pretrain()`.
 
     Args:
-        datasets_provider: The script's own.
-        step: The script's own forward step.
+        datasets_provider: The script's datasets provider.
+        step: The script's forward step.
 
     Returns:
-        The same functions, which call the script's own without `--meco`, and MeCo's with it.
+        Two functions that call MeCo's with `--meco`, and the script's without.
     """
 
     @functools.wraps(datasets_provider)

@@ -1,10 +1,9 @@
-"""What decides the samples of a run, kept with its checkpoints, compared when a run goes on.
+"""What determines the samples of a run: saved in its checkpoints, compared when it resumes.
 
 The fingerprint is a dictionary of plain values among the arguments that Megatron saves
-(`args.meco_fingerprint`), so every checkpoint carries it and none needs this package to be read. It
-holds contents, not paths or times: a corpus may move between two starts. Costs a few MiB of reading
-for each corpus on rank 0, and one broadcast. What was given up: hashing whole corpora; a file is
-known by its size and 1,026 sampled blocks.
+(`args.meco_fingerprint`), so reading a checkpoint does not need this package. It describes contents
+and not paths or times, so a corpus may be moved. A corpus is identified by its size and 1,026
+sampled blocks, a few MiB that rank 0 reads.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from typing import Any
 
 from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
+from megatron_meco.corpus.tokenizer import token_ids
 from megatron_meco.data.fingerprint import digest, file_fingerprint, tokenizer_identity
 from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
+from megatron_meco.data.template import Template
 from megatron_meco.errors import MeCoError
 
 Blend = tuple[Sequence[str], Sequence[float] | None]
@@ -36,20 +37,21 @@ def fingerprint(
     cooldown_blend: Blend | None,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """What decides the training samples of a run.
+    """The fingerprint of a run: what determines its training samples.
 
     Args:
         args: Parsed flags.
-        schedule: Where the run switches.
-        blend: Training corpora (prefixes) and their weights.
-        cooldown_blend: Those of the cooldown; None: held out of the training corpora.
-        tokenizer: Megatron's.
+        schedule: The run's schedule.
+        blend: Training corpora (paths without suffix) and their weights.
+        cooldown_blend: Corpora of the cooldown; None: held out of the training corpora.
+        tokenizer: Megatron's tokenizer.
 
     Returns:
-        Plain values, JSON-serialisable; the keys are `config.FINGERPRINT_KEYS`, and `packing_rule`
-        for the version of the strategy's rule.
+        JSON-serializable values with the keys `config.FINGERPRINT_KEYS`, and `packing_rule`, the
+        version of the packing strategy.
     """
     config = MeCoConfig.from_args(args)
+    template = Template.parse(config.template)
     held_out = None if cooldown_blend else schedule.documents_held_out(config)
     values = {
         "meco": True,
@@ -64,8 +66,8 @@ def fingerprint(
         "seq_length": args.seq_length,
         "seed": args.seed,
         "split": args.split,
-        "tokenizer": _tokenizer(tokenizer),
-        "corpora": _corpora(blend, with_metadata=bool(config.template)),
+        "tokenizer": _tokenizer(tokenizer, template),
+        "corpora": _corpora(blend, with_metadata=bool(template.placeholders)),
         "cooldown_corpora": cooldown_blend and _corpora(cooldown_blend, with_metadata=False),
         "schedule": {
             "samples": schedule.num_samples,
@@ -78,14 +80,14 @@ def fingerprint(
 
 
 def check_resume(args: argparse.Namespace, current: dict[str, Any] | None) -> None:
-    """Compare with the checkpoint that a run goes on from, if there is one.
+    """Compare the run with the checkpoint that it resumes from, if there is one.
 
     Args:
         args: Parsed flags, validated; `args.load` names the checkpoint.
         current: The run's fingerprint; None without `--meco`.
 
     Raises:
-        MeCoError: When something differs that `--meco-allow-changes` does not name.
+        MeCoError: Something differs that `--meco-allow-changes` does not name.
     """
     if not args.load or args.finetune:
         return
@@ -109,9 +111,9 @@ def check_resume(args: argparse.Namespace, current: dict[str, Any] | None) -> No
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What changed between two fingerprints, by key, as (before, now).
+    """Differences of two fingerprints: key -> (before, now).
 
-    A run without MeCo differs by that alone.
+    Between a run with and one without MeCo, only "meco" is reported.
     """
     if before["meco"] != now["meco"]:
         return {"meco": (before["meco"], now["meco"])}
@@ -122,7 +124,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
         for key in FINGERPRINT_KEYS
         if before.get(key) != now.get(key)
     }
-    # Under the same name other packs; fingerprints of before the first change do not tell.
+    # The same strategy may have made other packs. The first fingerprints have no version.
     rules = [values.get("packing_rule", 1) for values in (before, now)]
     if "packing" not in changed and now["meco"] and rules[0] != rules[1]:
         one, other = (f"{now['packing']} (rule {rule})" for rule in rules)
@@ -131,19 +133,21 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 
 def stored_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
-    """The arguments kept in the checkpoint at `args.load`, and its `iteration`, or None.
+    """Arguments saved in the checkpoint at `args.load`, with its `iteration`; None without one.
 
-    Reads what all ranks have in common, in any format of Megatron's, without a process group.
+    Reads the common part of any Megatron checkpoint format, without a process group.
     """
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     if not has_checkpoint(args.load) and args.ckpt_step is None:
         return None
-    # Megatron fills in the arguments it is given and says so at length: a copy, unheard.
+    # Megatron modifies the arguments and prints each: pass a copy and drop the output.
     with contextlib.redirect_stdout(io.StringIO()):
         found = load_args_from_checkpoint(copy.copy(args))
     if not isinstance(found, tuple):
         return None
+    filled: argparse.Namespace
+    stored: argparse.Namespace
     filled, stored = found
     stored.iteration = filled.iteration
     return stored
@@ -166,10 +170,14 @@ def _corpora(blend: Blend, *, with_metadata: bool) -> list[list[Any]]:
     return rows
 
 
-def _tokenizer(tokenizer: Any) -> str:
-    """Kind, vocabulary size and the ids of a fixed text; the folder's name may change."""
+def _tokenizer(tokenizer: Any, template: Template) -> str:
+    """Kind, vocabulary size, ids of a fixed text and of the template's special tokens.
+
+    The folder's name may change.
+    """
     identifiers, vocab_size, ids = tokenizer_identity(tokenizer)
-    return digest([identifiers.get("class"), vocab_size, ids])
+    special = token_ids(tokenizer, template.tokens, template.flag)
+    return digest([identifiers.get("class"), vocab_size, ids, *([special] if special else [])])
 
 
 def _show(value: Any) -> str:

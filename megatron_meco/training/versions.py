@@ -1,4 +1,4 @@
-"""Which Megatron-Core is installed, and which library its optimizer comes from."""
+"""The installed Megatron-Core, and the library of its optimizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ BELOW = (0, 20)
 
 
 def check_version() -> str | None:
-    """Look at the installed Megatron-Core.
+    """Check the installed Megatron-Core.
 
     Returns:
-        A line of warning when its version was never tried, else None.
+        A warning if its version is untested, else None.
 
     Raises:
-        MeCoError: When Megatron-Core, or the trainer in it, is not installed.
+        MeCoError: Megatron-Core or its trainer is not installed.
     """
     try:
         # Not the wheel's metadata: another Megatron may come first on PYTHONPATH.
@@ -43,9 +43,9 @@ def check_version() -> str | None:
 
 
 def optimizer_library() -> OptimizerLibrary:
-    """Where the Adam comes from that Megatron-Core has imported for its optimizer."""
+    """Library of the Adam that Megatron-Core imported for its optimizer."""
     from megatron.core import optimizer
 
-    # Megatron-Core keeps the first of the three that it could import under this name.
+    # The first of three libraries that Megatron-Core could import.
     library = optimizer.Adam.__module__.partition(".")[0]
     return library if library in ("transformer_engine", "apex") else "torch"

@@ -520,6 +520,10 @@ def test_command_line(
     assert run_prepare(args) == 1
     told = capsys.readouterr()
     assert told.out == "" and "already there" in told.err and "Traceback" not in told.err
+    assert run_prepare(parser.parse_args([*flags, "--workers", "1", "--overwrite", "--json"])) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["documents"] == 3 and report["rejected"] == {"broken JSON": 1}
+    assert f"{prefix}.bin" in report["files"]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000_000])

@@ -18,6 +18,7 @@ from megatron_meco.corpus.tokenizer import (
     resolve_bos,
     resolve_eod,
     text_encoder,
+    token_ids,
 )
 from megatron_meco.errors import FlagError
 
@@ -88,3 +89,14 @@ def test_a_tokenizer_of_transformers_is_refused(tokenizer_folder: Path) -> None:
         with pytest.raises(FlagError, match=r"is no tokenizer of Megatron's.*build_tokenizer"):
             function(other)
     check_tokenizer(build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder)))
+
+
+def test_special_tokens_by_name(tokenizer_folder: Path) -> None:
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
+    found = token_ids(tokenizer, ["<|end_of_text|>"], "--meco-template")
+    assert found == {"<|end_of_text|>": 1}
+    null = build_tokenizer("NullTokenizer", None, vocab_size=50)
+    assert token_ids(null, ["7"], "--meco-template") == {"7": 7}
+    for other, name in ((tokenizer, "<|no_such_token|>"), (null, "50"), (null, "<s>")):
+        with pytest.raises(FlagError, match=f"no token {name!r}".replace("|", r"\|")):
+            token_ids(other, [name], "--meco-template")

@@ -15,6 +15,8 @@ from small_corpus import write_corpus
 
 from megatron_meco import cli
 from megatron_meco.corpus import sources
+from megatron_meco.corpus.index_file import check_index
+from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.prepare import PrepareConfig, prepare
 
 RECORDS: list[Any] = [
@@ -155,6 +157,16 @@ def test_metadata_is_summed_up(
     url, score, file_path = report["fields"]
     hosts = [(f"h{i}.org", n / 89) for i, n in ((0, 30), (2, 29), (1, 29))]
     assert sorted(map(tuple, url["most_frequent_hosts"])) == sorted(hosts)
+    index = check_index(corpus[0])
+    lengths = np.diff(index.bounds(0, 89))
+    urls = open_metadata(corpus[0])["url"].to_pylist()
+    shares = [
+        sum(n for n, u in zip(lengths.tolist(), urls, strict=True) if u and f"//{name}/" in u)
+        / lengths.sum()
+        for name, _ in url["most_frequent_hosts"]
+    ]
+    assert url["tokens_of_hosts"] == pytest.approx(shares) and 0.9 < sum(shares) < 1
+    assert f"{100 * shares[0]:.3f} %" in told and "tokens" in told
     assert (score["present"], score["distinct"]) == (88 / 89, 88)
     assert score["most_frequent_hosts"] is None
     assert file_path["most_frequent"] == [[str(corpus[1]), 1.0]]

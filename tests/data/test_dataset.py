@@ -285,7 +285,7 @@ def test_a_run_switches_at_its_sample_and_the_phases_share_no_document(tmp_path:
     assert not seen["conditioned"] & seen[COOLDOWN]
     assert max(seen["conditioned"] | seen[COOLDOWN]) < 240
     documents = {
-        d["document"] for i in range(5) for d in valid.views[View.CONDITIONED].documents_of(i)
+        d["document"] for i in range(4) for d in valid.views[View.CONDITIONED].documents_of(i)
     }
     assert min(documents) >= 240
     with pytest.raises(IndexError):

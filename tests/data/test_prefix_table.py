@@ -101,3 +101,34 @@ def test_row_counts_must_agree(tmp_path: Path) -> None:
     write(tmp_path / "c", url=["http://a.org"])
     with pytest.raises(DataError, match="1 rows of metadata for 2 documents"):
         load(tmp_path / "c", 2)
+
+
+def shown(table: Any) -> list[list[int] | None]:
+    return [None if i < 0 else table.tokens_of(i).tolist() for i in table.prefix_ids.tolist()]
+
+
+def test_special_tokens_and_seeds_are_part_of_what_names_a_table(tmp_path: Path) -> None:
+    write(tmp_path / "c", t=["a", "b"] * 50)
+    source = "{token:<s>}{t}{token:</s>}x"
+    one = load(tmp_path / "c", 100, source, token_ids={"<s>": 900, "</s>": 901})
+    assert shown(one)[0] == [900, ord("a"), 901, ord("x")]
+    other = load(tmp_path / "c", 100, source, token_ids={"<s>": 902, "</s>": 901})
+    assert shown(other)[0] == [902, ord("a"), 901, ord("x")]
+    # A seed names those tables alone that depend on it.
+    plain = [load(tmp_path / "c", 100, "{t}", seed=seed) for seed in (1, 2)]
+    assert plain[0].identity == plain[1].identity
+    for source in ("[[{t|keep=0.5}]]!", "{t|shuffled}"):
+        first, second = (load(tmp_path / "c", 100, source, seed=seed) for seed in (1, 2))
+        assert first.identity != second.identity
+        assert shown(first) != shown(second)
+
+
+def test_special_tokens_alone_need_no_metadata(tmp_path: Path) -> None:
+    table = load(tmp_path / "c", 3, "{token:<s>}{token:<s>}", token_ids={"<s>": 900})
+    assert shown(table) == [[900, 900]] * 3
+
+
+def test_documents_that_lose_their_value_by_keep_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "c", t=["a"] * 200)
+    table = load(tmp_path / "c", 200, "{t|keep=0.5}")
+    assert 60 < table.documents_without_value == shown(table).count(None) < 140

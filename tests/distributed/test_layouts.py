@@ -6,25 +6,26 @@ import math
 
 import pytest
 from distributed.conftest import Train
-from runs import Result
+from runs import ROOT, Result
 
 # Float32 sums in another order; the log shows seven digits of losses near 5.
 TOLERANCE = 3e-6
 
+# Names and ranks as in the table of docs/parallelism.md.
 FAST = {
-    "TP 2 x PP 2, SP, micro-batch 2": (
+    "TP 2 x PP 2, sequence parallel, micro-batch 2": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
         "--micro-batch-size 2",
     ),
-    "DP 2, distributed optimizer, overlap": (
+    "DP 2, distributed optimizer, both overlaps": (
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
 }
 SLOW = {
     "TP 2": (2, "--tensor-model-parallel-size 2"),
-    "TP 2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "TP 2, sequence parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
     "PP 2, micro-batch 4": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 4"),
     "PP 2, micro-batch 2 in evaluation": (
@@ -42,7 +43,7 @@ SLOW = {
     ),
     "PP 4": (4, "--pipeline-model-parallel-size 4"),
     "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "TP 2 x DP 2, SP, distributed optimizer": (
+    "TP 2 x DP 2, sequence parallel, distributed optimizer": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
     ),
@@ -53,16 +54,25 @@ SLOW = {
     "DP 2": (2, ""),
     "DP 2, micro-batch 2": (2, "--micro-batch-size 2"),
     "DP 4": (4, ""),
-    "micro-batch 2": (1, "--micro-batch-size 2"),
-    "micro-batch 4": (1, "--micro-batch-size 4"),
-    "DP 2, best-fit": (2, "--meco-packing best-fit"),
-    "TP 2 x PP 2, split, interleaved": (
+    "one rank, micro-batch 2": (1, "--micro-batch-size 2"),
+    "one rank, micro-batch 4": (1, "--micro-batch-size 4"),
+    "DP 2, `best-fit`": (2, "--meco-packing best-fit"),
+    "TP 2 x PP 2, `split`, `--meco-plain-fraction 0.5`": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --meco-packing split "
         "--meco-plain-fraction 0.5",
     ),
     "DP 2, another template": (2, "--meco-template URL:{url.domain}"),
 }
+
+
+def test_every_layout_of_the_documentation_is_here() -> None:
+    text = (ROOT / "docs" / "parallelism.md").read_text()
+    table = text.split("| Layout | Ranks |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()[2:]]
+    documented = {name: int(ranks) for _, name, ranks, *_ in rows}
+    assert documented == {name: ranks for name, (ranks, _) in (FAST | SLOW).items()}
+    assert len(rows) == len(documented) >= 21
 
 
 def difference(a: Result, b: Result) -> float:

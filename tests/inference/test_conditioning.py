@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import PrefixText, Template, Token
 from megatron_meco.errors import FlagError
 from megatron_meco.inference.conditioning import Conditioning
 
@@ -70,3 +70,25 @@ def test_it_comes_back_from_the_card() -> None:
 def test_refusals(template: str, values: dict[str, str], message: str) -> None:
     with pytest.raises(FlagError, match=message):
         Conditioning.of_run(template, None).render(values)
+
+
+def test_what_a_run_draws_is_left_out() -> None:
+    conditioning = Conditioning.of_run("{url.host|keep=0}{topic|shuffled}", None)
+    assert conditioning.render({"url": URL, "topic": "a"}) == "en.wikipedia.orga"
+
+
+def test_fields_in_groups_may_be_missing() -> None:
+    conditioning = Conditioning.of_run(r"[[Topic: {topic}\n]]{url.suffix}", None)
+    assert conditioning.columns == ("topic", "url")
+    assert conditioning.required() == ("url",)
+    assert conditioning.render({"url": URL}) == "org"
+    assert conditioning.render({"url": URL, "topic": "a"}) == "Topic: a\norg"
+
+
+def test_special_tokens_are_told_from_text() -> None:
+    conditioning = Conditioning.of_run("{token:<|a|>}{topic}{token:b}", None)
+    prefix = conditioning.render({"topic": "<|a|>"})
+    assert prefix == "<|a|><|a|>b"
+    assert prefix.segments == (Token("<|a|>"), "<|a|>", Token("b"))
+    alone = Conditioning.of_run("{token:s}", None).render({})
+    assert (alone, alone.segments) == ("s", PrefixText([Token("s")]).segments)

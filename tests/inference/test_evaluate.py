@@ -318,8 +318,8 @@ def test_flags_out_of_range(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("local_choice: {url: a}\nlocal_choice: {url: b}\n", "a key is there twice"),
-        ("local_choice: {url: a, url: b}\n", "a key is there twice"),
+        ("local_choice: {url: a}\nlocal_choice: {url: b}\n", "a key is repeated"),
+        ("local_choice: {url: a, url: b}\n", "a key is repeated"),
         ("local_choice: {url: 2024-01-01}\n", "no fields with texts"),
         ("local_choice: {url: }\n", "no fields with texts"),
         ("local_choice: {link: a}\n", "local_choice: unknown field 'link'"),

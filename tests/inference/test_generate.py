@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from megatron_meco import cli  # noqa: E402
+from megatron_meco.data.template import PrefixText, Token  # noqa: E402
 from megatron_meco.errors import FlagError  # noqa: E402
 from megatron_meco.inference.conditioning import parse_metadata  # noqa: E402
 from megatron_meco.inference.generate import generate_text  # noqa: E402
@@ -22,6 +23,7 @@ from megatron_meco.inference.model import (  # noqa: E402
     LoadedModel,
     PromptError,
     encode_prompt,
+    encode_text,
     enough_memory,
     load_model,
 )
@@ -65,6 +67,17 @@ def test_tokens_are_those_of_training(loaded: LoadedModel, tokenizer_folder: Pat
     [expected] = trained.encode_batch([text])
     assert 1 not in expected
     assert encode_prompt(loaded.model, loaded.tokenizer, "", text) == [0, *expected]
+
+
+def test_special_tokens_of_a_template_are_one_id_each(loaded: LoadedModel) -> None:
+    end = "<|end_of_text|>"
+    prefix = PrefixText([Token(end), f"the qui{end}", Token(end), "ck"])
+    between = encode_text(loaded.tokenizer, f"the qui{end}")
+    ids = [1, *between, 1, *encode_text(loaded.tokenizer, "ck")]
+    assert 1 not in between
+    assert encode_prompt(loaded.model, loaded.tokenizer, prefix, "") == [0, *ids]
+    with pytest.raises(FlagError, match="no token '<s5>'"):
+        encode_text(loaded.tokenizer, PrefixText([Token("<s5>")]))
 
 
 def greedy_by_hand(loaded: LoadedModel, prefix: str, guidance: float, steps: int = 12) -> str:
@@ -189,7 +202,7 @@ def test_several_seeds_and_a_template_of_the_users(
         (["--metadata", "topic=x"], r"unknown field 'topic'.*uses: url\."),
         (["--metadata", "url"], "cannot read 'url'"),
         (["--metadata", "url="], "leaves an empty value"),
-        (["--guidance", "2"], "--guidance: has nothing to strengthen"),
+        (["--guidance", "2"], "--guidance: has no effect without"),
         (["--max-new-tokens", "0"], "--max-new-tokens: invalid value 0"),
         (["--top-p", "0"], "--top-p: invalid value 0"),
         (["--temperature", "-1"], "--temperature: invalid value -1"),
@@ -249,7 +262,7 @@ def test_a_folder_that_is_no_export(
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1, err
     assert run(exported, "--prompt-file", str(tmp_path / "prompts.txt")) == 1
-    assert "holds no prompts" in capsys.readouterr().err
+    assert "has no prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
@@ -284,7 +297,7 @@ def test_lines_of_a_prompt_file(exported: Path, tmp_path: Path, capsys: Any) -> 
     out = capsys.readouterr().out
     assert out.count("##### prompt") == 2 and "##### prompt 2: four\n" in out
     assert r"##### prompt 1: one\u2028two\x0cthree" in out
-    for content, message in ((b"caf\xe9", "byte 3 is not UTF-8"), (b"", "holds no prompts")):
+    for content, message in ((b"caf\xe9", "byte 3 is not UTF-8"), (b"", "has no prompts")):
         file.write_bytes(content)
         assert run(exported, "--prompt-file", str(file)) == 1
         assert message in capsys.readouterr().err

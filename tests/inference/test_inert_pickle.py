@@ -266,5 +266,5 @@ def test_code_beside_a_model_is_not_run(exported: Path, tmp_path: Path, capsys: 
     (model / "custom_generate").mkdir()
     (model / "custom_generate" / "generate.py").write_text(code)
     assert cli.main(run) == 1
-    assert "it brings code of its own" in capsys.readouterr().err
+    assert "it contains code" in capsys.readouterr().err
     assert not mark.exists()

@@ -120,6 +120,13 @@ def test_intervals_are_those_of_the_mean() -> None:
     assert found["difference"].value == pytest.approx(scores.mean() - plain.mean())
     assert half_width("difference") == pytest.approx(1.96 * both, rel=0.05)
     assert found["ratio"].value == pytest.approx(scores.mean() / plain.mean())
+    wrong = draw.beta(3, 7, 4000)
+    more = intervals(scores, plain, wrong=wrong)
+    assert {name: more[name] for name in found} == found
+    assert more["right_minus_shuffled"].value == pytest.approx(scores.mean() - wrong.mean())
+    found["right_minus_shuffled"] = more["right_minus_shuffled"]
+    both = (scores.var() / 2000 + wrong.var() / 4000) ** 0.5
+    assert half_width("right_minus_shuffled") == pytest.approx(1.96 * both, rel=0.05)
     # Nothing to divide by.
     assert "ratio" not in intervals([0.1, 0.2], [0.0, 0.0])
 
@@ -180,9 +187,33 @@ def test_scored_by_a_function_and_then_by_another_scorer(
     assert (scorers / "out" / "generations.jsonl").read_bytes() == samples
 
 
+def test_right_and_wrong_metadata(
+    model_folder: Path, scorers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control of one prefix is the samples under the two others, BOS alone not among them."""
+    hosts = ("a.org", "b.org", "c.org")
+    flags = [word for host in hosts for word in ("--metadata", f"url={host}")]
+    flags += ["--shuffled", "--scorer", "my_scorers:length", "--output", str(scorers / "out")]
+    assert run(model_folder, *flags) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith("mean - mean under the other metadata")
+    report = json.loads((scorers / "out" / "scores.json").read_text())
+    means = {
+        prefix: np.mean(report["scores"][prefix]["length"])
+        for prefix in (f"URL: {host}\n\n" for host in hosts)
+    }
+    for prefix, mean in means.items():
+        others = [means[other] for other in means if other != prefix]
+        row = report["summary"][prefix]["length"]["right_minus_shuffled"]
+        assert row["value"] == pytest.approx(mean - np.mean(others))
+        assert f"  {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]" in "\n".join(rows)
+    assert "right_minus_shuffled" not in report["summary"][""]["length"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--shuffled", "--metadata", "url=a.org"], "--shuffled: needs --scorer and two or more"),
         (["--scorer", "detoxify"], "detoxify: .*pip install detoxify"),
         (["--scorer", "my_scorers"], "not the name of a scorer"),
         (["--scorer", "my_scorers:none"], "has no attribute 'none'"),

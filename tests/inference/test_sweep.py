@@ -24,8 +24,9 @@ from megatron_meco.inference.candidates import (  # noqa: E402
     read_texts,
 )
 from megatron_meco.inference.conditioning import Conditioning  # noqa: E402
+from megatron_meco.inference.likelihood import TextScore  # noqa: E402
 from megatron_meco.inference.model import encode_prompt, encode_text, load_model  # noqa: E402
-from megatron_meco.inference.sweep import TextScore, sweep  # noqa: E402
+from megatron_meco.inference.sweep import sweep  # noqa: E402
 
 CONDITIONING = Conditioning(r"URL: {url.host}\n\n", ("url",))
 TEXTS = ["the quick brown fox", "a lazy dog and a fox " * 30, "the dog", "brown brown", "fox"]
@@ -119,7 +120,7 @@ def test_a_task_and_a_text_file(
     target = ["--task", "local_choice", "--include_path", tasks, "--metric", "acc", "--limit", 9]
     assert run(model_folder, *flags, *target) == 0
     out = capsys.readouterr().out
-    assert "ranked on 4 documents, measured anew on the other 5" in out
+    assert "ranked on 4 documents, measured again on the other 5" in out
     results = json.loads(output.read_text())["results"]
     prefixes = ["URL: a.org\n\n", "URL: b.org\n\n", "URL: www.c.com\n\n"]
     assert (
@@ -127,7 +128,7 @@ def test_a_task_and_a_text_file(
     )
     assert [r["second_half"] is None for r in results] == [False, False, False, True]
     assert all(r["first_half"] * 4 % 1 == 0 for r in results)
-    assert f"The choice is {results[1]['name']!r}" in out
+    assert f"Best on the first half: {results[1]['name']!r}" in out
 
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
@@ -142,7 +143,7 @@ def test_a_task_and_a_text_file(
     [
         (["--candidates", "NONE", "--text", "TEXTS"], r"--candidates \S*NONE: cannot be read"),
         (["--candidates", "EMPTY", "--text", "TEXTS"], r"--candidates \S*EMPTY: holds no lines"),
-        (["--candidates", "URLS", "--text", "URLS"], "1 document cannot be parted"),
+        (["--candidates", "URLS", "--text", "URLS"], "1 document cannot be split"),
         (["--candidates", "LONG", "--text", "TEXTS"], "the prefix .* the model takes 192"),
         (["--candidates", "URLS", "--text", "BAD.jsonl"], r"line 1 has no text"),
         (["--data-path", "NONE", "--text", "TEXTS"], "no metadata file"),
@@ -151,7 +152,10 @@ def test_a_task_and_a_text_file(
             ["--candidates", "URLS", "--task", "local_choice", "--metric", "f1"],
             "has: acc, acc_norm",
         ),
-        (["--candidates", "URLS", "--text", "TEXTS", "--metric", "acc"], "and --text is none"),
+        (
+            ["--candidates", "URLS", "--text", "TEXTS", "--metric", "acc"],
+            "--metric: only valid with --task",
+        ),
         (["--candidates", "URLS", "--text", "TEXTS", "--report", "0"], "--report: invalid value 0"),
     ],
 )

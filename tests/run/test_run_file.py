@@ -244,9 +244,9 @@ def test_other_commands_take_the_run_file_too(tmp_path: Path) -> None:
         assert flags == ["--data-path", "a"] and Path.cwd() != tmp_path
     with pytest.raises(MeCoError, match="Write --set lr=1"), training_flags([str(path), "--lr=1"]):
         pass
-    with pytest.raises(MeCoError, match="meco is false"):
-        with training_flags([str(path), "--set", "meco=false"]):
-            pass
-    with pytest.raises(MeCoError, match=r"run.yaml:2: data/web.idx: gone"):
-        with training_flags([str(path)]):
-            raise MeCoError("gone", where="data/web.idx", remedy="Make it.")
+    words = [str(path), "--set", "meco=false"]
+    with pytest.raises(MeCoError, match="meco is false"), training_flags(words):
+        pass
+    gone = r"run.yaml:2: data/web.idx: gone"
+    with pytest.raises(MeCoError, match=gone), training_flags([str(path)]):
+        raise MeCoError("gone", where="data/web.idx", remedy="Make it.")

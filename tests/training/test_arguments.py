@@ -43,7 +43,7 @@ def test_a_good_command_line_passes(check) -> None:
         ("--reset-attention-mask", r"--reset-attention-mask.*Transformer Engine ignores it"),
         ("--reset-position-ids", "--reset-position-ids"),
         ("--eod-mask-loss", "--eod-mask-loss"),
-        ("--context-parallel-size 2", r"--context-parallel-size 2.*leak"),
+        ("--context-parallel-size 2", "--context-parallel-size 2.*Add --calculate-per-token-loss"),
         ("--phase-transition-iterations 5", "--phase-transition-iterations"),
         ("--rampup-batch-size 2 2 8", r"--rampup-batch-size.*--step-batch-size-schedule"),
         ("--multiple-validation-sets", "--multiple-validation-sets"),

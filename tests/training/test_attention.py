@@ -47,7 +47,7 @@ def make_config(**changes: object) -> TransformerConfig:
 
 
 def make_attention(
-    softmax_scale: float | None = None, **changes: object
+    softmax_scale: float | None = None, pg_collection: object = None, **changes: object
 ) -> PackedDotProductAttention:
     return PackedDotProductAttention(
         config=make_config(**changes),
@@ -55,6 +55,7 @@ def make_attention(
         attn_mask_type=AttnMaskType.causal,
         attention_type="self",
         softmax_scale=softmax_scale,
+        pg_collection=pg_collection,
     )
 
 
@@ -207,12 +208,17 @@ def test_varlen_gets_causal_window_scale_and_groups(monkeypatch: pytest.MonkeyPa
     [
         ({"window_size": (128, 0)}, "--window-size"),
         ({"softmax_type": "off-by-one"}, "--softmax-type"),
-        ({"context_parallel_size": 2}, "--context-parallel-size"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(changes: dict[str, object], where: str) -> None:
     with pytest.raises(FlagError, match=where):
         make_attention(**changes)
+
+
+def test_context_parallelism_is_refused_for_batches_that_are_not_packed() -> None:
+    attention = make_attention(pg_collection=SimpleNamespace(cp="group"), context_parallel_size=2)
+    with pytest.raises(FlagError, match="--context-parallel-size"):
+        attention(*(x[:, None] for x in make_qkv(4)), None)
 
 
 def test_other_masks_are_refused() -> None:

@@ -50,6 +50,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
     for name in ("tensor", "pipeline"):
         monkeypatch.setattr(batch.mpu, f"get_{name}_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(batch.mpu, "get_context_parallel_world_size", lambda: 1)
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_src_rank", lambda: 0)
     monkeypatch.setattr(batch.mpu, "get_tensor_model_parallel_group", lambda: None)
@@ -94,8 +95,9 @@ class TwoSamples(torch.utils.data.Dataset):
 
     split = "valid"
 
-    def __init__(self, baseline: bool = False) -> None:
+    def __init__(self, baseline: bool = False, bounds: tuple[int, int] = (3, 9)) -> None:
         self.baseline = baseline
+        self.bounds = bounds
 
     def __len__(self) -> int:
         return SIZE
@@ -104,7 +106,7 @@ class TwoSamples(torch.utils.data.Dataset):
         bounds = torch.full((LENGTH + 1,), LENGTH, dtype=torch.int32)
         bounds[0] = 0
         if idx == 0:
-            bounds[1:3] = torch.tensor([3, 9])
+            bounds[1:3] = torch.tensor(self.bounds)
         ids = torch.arange(LENGTH + 1) + 1000 * idx
         sample = {
             "tokens": ids[:-1],
@@ -121,7 +123,7 @@ class TwoSamples(torch.utils.data.Dataset):
         return {**sample, "meco_view": torch.tensor(1 - idx), "meco_compared": compared}
 
 
-def loaded(num_bounds: int, **options: bool) -> dict[str, Any]:
+def loaded(num_bounds: int, **options: Any) -> dict[str, Any]:
     """A micro-batch of both, as a loader hands it over."""
     from megatron_meco.training.batch import CompactSamples
 
@@ -149,6 +151,56 @@ def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespac
     assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
     assert found["facts"].shape == (2, SIZE)
     assert all(x is None or x.device.type == "meta" for x in found.values())
+
+
+@pytest.fixture
+def two_context_parallel_ranks(one_rank: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The second of two ranks; the samples' documents are multiples of four tokens then."""
+    monkeypatch.setattr(one_rank.mpu, "get_context_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(one_rank.mpu, "get_context_parallel_rank", lambda: 1)
+    return one_rank
+
+
+def test_a_context_parallel_rank_takes_its_part_without_a_wait(
+    two_context_parallel_ranks: Any, args: Namespace
+) -> None:
+    found = next_batch(two_context_parallel_ranks, args, 5, bounds=(4, 12))
+    for key in ("tokens", "position_ids", "labels", "loss_mask", "compared"):
+        assert found[key].shape == (1, SIZE * LENGTH // 2), key
+    assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
+    assert all(x is None or x.device.type == "meta" for x in found.values())
+    from megatron_meco.training.context_parallel import RankLayout
+
+    layout = RankLayout.of(found["cu_seqlens"], SIZE * LENGTH, 2, 1)
+    assert [x.shape for x in layout.keys] == [(SIZE * LENGTH // 2,), (SIZE * LENGTH // 4 * 3,)]
+
+
+def test_context_parallel_ranks_share_the_samples(
+    two_context_parallel_ranks: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    mpu = two_context_parallel_ranks.mpu
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(mpu, "get_context_parallel_rank", lambda rank=rank: rank)
+        parts.append(next_batch(two_context_parallel_ranks, args, 5, bounds=(4, 12)))
+    monkeypatch.setattr(mpu, "get_context_parallel_world_size", lambda: 1)
+    whole = next_batch(two_context_parallel_ranks, args, 5, bounds=(4, 12))
+    # Chunks 0 and 3 of each document, of 4, 8, 4 and 16 tokens; then chunks 1 and 2.
+    first = [0, 3, 4, 5, 10, 11, 12, 15, *range(16, 20), *range(28, 32)]
+    second = [1, 2, 6, 7, 8, 9, 13, 14, *range(20, 28)]
+    for part, places in zip(parts, (first, second), strict=True):
+        for key in ("tokens", "labels", "position_ids", "loss_mask", "compared"):
+            assert torch.equal(part[key], whole[key][:, places]), key
+        for key in ("cu_seqlens", "facts"):
+            assert torch.equal(part[key], whole[key]), key
+
+
+def test_documents_that_do_not_divide_among_ranks_stop_the_run(
+    two_context_parallel_ranks: Any, args: Namespace
+) -> None:
+    with pytest.raises(RuntimeError, match="no multiple of 4 tokens"):
+        next_batch(two_context_parallel_ranks, args, 5)
 
 
 def test_the_same_check_sees_the_wait_in_megatrons_own_batches(

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_meco import refusals
+from megatron_meco.config import layout_alignment
 from megatron_meco.errors import FlagError
 from megatron_meco.megatron_flags import COMPANIONS, HONOURED, OTHER_PROGRAMS, REFUSED, UNTESTED
 from megatron_meco.refusals import Flag, check_flags, check_launcher, flags_of
@@ -162,3 +164,107 @@ def test_a_missing_launcher() -> None:
         check_launcher(there)
     with pytest.raises(FlagError, match="environment variable RANK"):
         check_launcher({})
+
+
+def context_parallel(flags: dict[str, Flag], **changes: object) -> argparse.Namespace:
+    values: dict[str, object] = {
+        "context_parallel_size": 2,
+        "calculate_per_token_loss": True,
+        "seq_length": 64,
+        "num_attention_heads": 8,
+        "transformer_impl": "transformer_engine",
+        "meco_pad_documents_to": None,
+    }
+    return parsed(flags, **{**values, **changes})
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_context_parallelism_passes(flags: dict[str, Flag], local: bool) -> None:
+    for changes in ({}, {"meco_pad_documents_to": 8}, {"cp_comm_type": ["all_gather"]}):
+        kind = "local" if local else "transformer_engine"
+        args = context_parallel(flags, transformer_impl=kind, **changes)
+        check_flags(args, flags, local_layers=local)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calculate_per_token_loss": False}, "divides its loss by its own trained tokens"),
+        ({"context_parallel_size": 0}, "--context-parallel-size 0: must be above 0"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel: does not go with"),
+        (
+            {"hierarchical_context_parallel_sizes": [1, 2]},
+            "--hierarchical-context-parallel-sizes 1 2: does not go with",
+        ),
+        ({"max_seqlen_per_dp_cp_rank": 64}, "--max-seqlen-per-dp-cp-rank 64: does not go with"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
+        ({"hybrid_layer_pattern": "M*"}, "not tested with --context-parallel-size 2: state-space"),
+        ({"window_size": (16, 0)}, "--window-size 16 0: not tested with"),
+        ({"seq_length": 66}, "--seq-length 66: no multiple of 4.*Give 68"),
+        ({"meco_pad_documents_to": 6}, "--meco-pad-documents-to 6: no multiple of 4.*Give 12"),
+        (
+            {
+                "meco_pad_documents_to": 4,
+                "sequence_parallel": True,
+                "tensor_model_parallel_size": 2,
+            },
+            "--meco-pad-documents-to 4: no multiple of 8",
+        ),
+        ({"cp_comm_type": ["a2a+p2p"]}, r"--cp-comm-type a2a\+p2p: unknown, or not for packed"),
+        ({"cp_comm_type": ["p2p", "ring"]}, "--cp-comm-type ring: unknown"),
+        ({"cp_comm_type": ["a2a"], "num_query_groups": 1}, "it deals 1 key-value heads over"),
+        ({"attention_backend": SimpleNamespace(name="unfused")}, "--attention-backend unfused"),
+        ({"cp_comm_type": ["a2a"], "transformer_impl": "local"}, "gather keys and values"),
+    ],
+)
+def test_what_context_parallelism_cannot_do_is_refused_by_name(
+    flags: dict[str, Flag], changes: dict[str, object], message: str
+) -> None:
+    args = context_parallel(flags, **changes)
+    with pytest.raises(FlagError, match=message):
+        check_flags(args, flags, local_layers=args.transformer_impl == "local")
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "message"),
+    [
+        ("2.18.0", "all_gather", None),
+        ("2.20.0.dev0+d0067d0", "all_gather", None),
+        ("2.17.1", "all_gather", r"Transformer Engine 2.17.1 has it.*need 2.18. Use p2p or a2a"),
+        ("2.9.0", "a2a", r"Transformer Engine 2.9.0 has it.*need 2.10. Use p2p\."),
+        ("2.9.0", "p2p", None),
+        (None, "all_gather", None),
+    ],
+)
+def test_ways_of_communication_that_a_transformer_engine_lacks(
+    flags: dict[str, Flag],
+    version: str | None,
+    kind: str,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(refusals, "_engine_version", lambda: version)
+    args = context_parallel(flags, cp_comm_type=[kind])
+    if message is None:
+        check_flags(args, flags, local_layers=False)
+        return
+    with pytest.raises(FlagError, match=message):
+        check_flags(args, flags, local_layers=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "alignment"),
+    [
+        ({"context_parallel_size": 1, "sequence_parallel": True, "fp8": "hybrid"}, 1),
+        ({}, 4),
+        ({"context_parallel_size": 4}, 8),
+        ({"tensor_model_parallel_size": 8}, 4),
+        ({"tensor_model_parallel_size": 8, "sequence_parallel": True}, 32),
+        ({"context_parallel_size": 3, "fp8": "hybrid"}, 48),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, 32),
+    ],
+)
+def test_what_a_layout_needs_of_documents(
+    flags: dict[str, Flag], changes: dict[str, object], alignment: int
+) -> None:
+    assert layout_alignment(context_parallel(flags, **changes)) == alignment

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_meco.config import FINGERPRINT_KEYS
+from megatron_meco.data.template import Template
+from megatron_meco.errors import FlagError
+from megatron_meco.training import run_fingerprint
 from megatron_meco.training.run_fingerprint import differences
 
 
@@ -42,3 +46,18 @@ def values(**changes: Any) -> dict[str, Any]:
 )
 def test_differences(before: dict[str, Any], now: dict[str, Any], changed: dict[str, Any]) -> None:
     assert differences(before, now) == changed
+
+
+def test_special_tokens_of_the_template_are_part_of_the_tokenizers_identity(
+    tokenizer_folder: Path,
+) -> None:
+    from megatron_meco.corpus.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
+    plain, special = (
+        run_fingerprint._tokenizer(tokenizer, Template.parse(source))
+        for source in ("{url}", "{token:<|end_of_text|>}{url}")
+    )
+    assert plain != special
+    with pytest.raises(FlagError, match="no token '<s5>'"):
+        run_fingerprint._tokenizer(tokenizer, Template.parse("{token:<s5>}"))

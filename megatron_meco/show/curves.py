@@ -1,0 +1,66 @@
+"""The losses of a run, from its log."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_meco.errors import FlagError
+from megatron_meco.run.training_log import Phases, Step, TrainingLog, Validation
+
+_MOST_POINTS = 4000
+
+
+def curves_report(name: str, path: Path) -> dict[str, Any]:
+    """Read a training log.
+
+    Args:
+        name: What to call the run.
+        path: Its log, finished or growing.
+
+    Returns:
+        `name`; `switch` (the last iteration of the conditioned phase, or None); `steps`: lists
+        `iteration` and `loss` (nats per token), at most 4,000 of them, evenly spaced; and
+        `validations`: {iteration, losses}, the latest where an iteration was evaluated twice.
+
+    Raises:
+        FlagError: The log cannot be read or tells of no step.
+    """
+
+    def refuse(reason: str) -> FlagError:
+        return FlagError(reason, where=f"--log {path}", remedy="Name the output of a training run.")
+
+    log = TrainingLog()
+    steps: dict[int, float] = {}
+    validations: dict[int, dict[str, float]] = {}
+    switch = None
+    try:
+        if not path.is_file():
+            raise refuse("no such file")
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                event = log.feed(line)
+                if isinstance(event, Step) and math.isfinite(event.loss):
+                    steps[event.iteration] = event.loss
+                elif isinstance(event, Validation):
+                    validations[event.iteration] = event.losses
+                elif isinstance(event, Phases):
+                    switch = event.switch_iteration
+    except OSError as error:
+        raise refuse(f"cannot be read ({error.strerror})") from error
+    if not steps:
+        raise refuse("holds no training step")
+    iterations = sorted(steps)[:: math.ceil(len(steps) / _MOST_POINTS)]
+    return {
+        "name": name,
+        "switch": switch,
+        "steps": {"iteration": iterations, "loss": [steps[i] for i in iterations]},
+        "validations": [
+            {"iteration": i, "losses": _finite(validations[i])} for i in sorted(validations)
+        ],
+    }
+
+
+def _finite(losses: dict[str, float]) -> dict[str, float | None]:
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}

@@ -1,0 +1,73 @@
+"""Training samples on both sides of the switch, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_meco.data.report import Run, sample_report
+
+BOS, PREFIX, BODY, PADDING = "b", "p", "t", "."
+_MOST_CHARACTERS = 400
+
+
+def packs_report(run: Run, number: int) -> dict[str, Any]:
+    """Describe the samples around the switch.
+
+    Args:
+        run: The datasets and the schedule of a run.
+        number: How many samples; half of them, as far as there are, on each side.
+
+    Returns:
+        `switch_sample`; `vocabulary` ({token id: its text}); and `packs`, each with `sample`,
+        `phase`, `corpus`, `pack`, `tokens` (ids), `kinds` (one character for each token: b BOS, p
+        prefix, t body, . padding), `in_loss` (one character for each token: 1 where the label that
+        stands at this token, the next token, is in the loss), `positions`, and `documents`
+        ({document, begin, end, body_begin, prefix, text}).
+    """
+    switch, last = run.schedule.switch_sample, len(run.train)
+    begin = max(0, min(switch - number // 2, last - number))
+    packs = [_pack(run.train, sample) for sample in range(begin, min(begin + number, last))]
+    vocabulary: dict[int, str] = {}
+    for pack in packs:
+        source = pack.pop("source")
+        for token in pack["tokens"]:
+            if token not in vocabulary:
+                vocabulary[token] = source.config.tokenizer.detokenize([token])
+    return {"switch_sample": switch, "vocabulary": vocabulary, "packs": packs}
+
+
+def _pack(dataset: Any, index: int) -> dict[str, Any]:
+    report, source = sample_report(dataset, index)
+    tokenizer = source.config.tokenizer
+    tokens, bounds = report["tokens"], report["cu_seqlens"]
+    kinds = [PADDING] * len(tokens)
+    documents = []
+    for piece, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
+        body = end - (piece["body_end"] - piece["body_begin"])
+        prefix = body - piece["prefix_tokens"]
+        kinds[begin:end] = [BOS] * (prefix - begin) + [PREFIX] * (body - prefix)
+        kinds[body:end] = [BODY] * (end - body)
+        text = tokenizer.detokenize(tokens[body:end])
+        documents.append(
+            {
+                "document": piece["document"],
+                "begin": begin,
+                "end": end,
+                "body_begin": piece["body_begin"],
+                "prefix": piece["prefix"],
+                "text": text[:_MOST_CHARACTERS]
+                + (" [...]" if len(text) > _MOST_CHARACTERS else ""),
+            }
+        )
+    return {
+        "sample": report["sample"],
+        "phase": report["phase"],
+        "corpus": report["corpus"],
+        "pack": report["pack"],
+        "tokens": tokens,
+        "kinds": "".join(kinds),
+        "in_loss": "".join("1" if value else "0" for value in report["loss_mask"]),
+        "positions": report["position_ids"],
+        "documents": documents,
+        "source": source,
+    }
