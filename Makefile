@@ -4,6 +4,7 @@
 #   PYTEST_ARGS="-n 0 -k plan"   further arguments for pytest
 #   ARGS="..."                   further arguments for demo, study, bench, fuzz and gpu-check
 #   COUNT=20000 SEED=0           how many cases fuzz runs, and which
+#   VERSIONS="0.18.2 main"        the Megatrons of test-versions; MEGATRON_MAIN=path for main
 
 PYTEST_ARGS ?=
 ARGS ?=
@@ -20,7 +21,8 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo study test test-distributed bench fuzz gpu-check check format sanitize clean
+.PHONY: help venv demo study test test-distributed test-versions bench fuzz gpu-check check format \
+	sanitize clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +41,9 @@ test: venv ## Run the test suite, two files at a time
 
 test-distributed: venv ## Run every test that starts several ranks, the slow ones too
 	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)
+
+test-versions: venv ## Run tests under other Megatrons (MEGATRON_MAIN=path adds a checkout, VERSIONS="0.18.2" chooses)
+	@MEGATRON_MAIN='$(MEGATRON_MAIN)' sh tools/test_versions.sh $(VERSIONS)
 
 fuzz: venv ## Damage files and call with hostile numbers, COUNT times (a short run is part of test)
 	@PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz --count $(COUNT) --seed $(SEED) $(ARGS)

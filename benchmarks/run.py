@@ -28,10 +28,11 @@ def commands(quick: bool) -> list[list[str]]:
     samples = [["bench_samples.py", "--sequence-length", str(length)] for length in (8192, 2048)]
     samples += [["bench_loader.py", "--sequence-length", str(length)] for length in (8192, 2048)]
     billion = [["bench_billion.py", "--documents", "1e7" if quick else "1e9"]]
+    prefixes = [["bench_prefixes.py", "--documents", "1e6" if quick else "1e7"]]
     prepare = [["bench_prepare.py", "--rounds", "1" if quick else "3"]]
     rounds = ["--rounds", "1" if quick else "5"]
     steps = [["bench_cpu_step.py", "--size", size, *rounds] for size in ("demo", "study")]
-    return [*plans, *samples, *billion, *prepare, *steps]
+    return [*plans, *samples, *billion, *prefixes, *prepare, *steps]
 
 
 def main() -> int:

@@ -6,11 +6,15 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "assemble.h"
+#include "distinct.h"
 #include "index.h"
 #include "packing.h"
+#include "url.h"
 
 namespace py = pybind11;
 
@@ -313,6 +317,71 @@ py::dict scan_index(const Array<int32_t>& lengths, const Array<int64_t>& pointer
   return result;
 }
 
+// The number of texts in Arrow's form: text i is data[offsets[i], offsets[i + 1]).
+int64_t check_texts(const Array<uint8_t>& data, const Array<int32_t>& offsets) {
+  require_1d(data, "data");
+  require_1d(offsets, "offsets");
+  require(offsets.size() >= 1, "offsets must not be empty");
+  const int64_t count = offsets.size() - 1;
+  const int32_t* borders = offsets.data();
+  require(borders[0] >= 0 && borders[count] <= data.size(), "offsets outside of data");
+  for (int64_t i = 0; i < count; ++i) require(borders[i] <= borders[i + 1], "offsets must rise");
+  return count;
+}
+
+// The two halves of each text's hash, (texts, 2).
+Array<uint64_t> hash_texts(const Array<uint8_t>& data, const Array<int32_t>& offsets) {
+  const int64_t count = check_texts(data, offsets);
+  Array<uint64_t> hashes({count, int64_t{2}});
+  uint64_t* target = hashes.mutable_data();
+  const int32_t* borders = offsets.data();
+  for (int64_t i = 0; i < count; ++i) {
+    const auto hash = meco::hash_text(data.data() + borders[i], borders[i + 1] - borders[i]);
+    target[2 * i] = hash[0];
+    target[2 * i + 1] = hash[1];
+  }
+  return hashes;
+}
+
+// Copies of plain URLs in Arrow's form, and which ones are plain.
+std::tuple<Array<uint8_t>, Array<int32_t>, Array<bool>> copy_plain_urls(
+    const Array<uint8_t>& data, const Array<int32_t>& offsets, bool hosts_only) {
+  const int64_t count = check_texts(data, offsets);
+  Array<uint8_t> copies(offsets.data()[count] - offsets.data()[0]);
+  Array<int32_t> borders(count + 1);
+  Array<bool> is_plain(count);
+  uint8_t* copies_data = copies.mutable_data();
+  int32_t* borders_data = borders.mutable_data();
+  auto* plain_data = reinterpret_cast<uint8_t*>(is_plain.mutable_data());
+  {
+    py::gil_scoped_release release;
+    meco::copy_plain_urls(data.data(), offsets.data(), count, hosts_only, copies_data, borders_data,
+                          plain_data);
+  }
+  return {std::move(copies), std::move(borders), std::move(is_plain)};
+}
+
+// Numbers of the texts, and the rows where a text appears for the first time.
+std::tuple<Array<int32_t>, Array<int64_t>> number_texts(meco::DistinctTexts& distinct,
+                                                        const Array<uint8_t>& data,
+                                                        const Array<int32_t>& offsets,
+                                                        const std::optional<Array<bool>>& valid) {
+  const int64_t count = check_texts(data, offsets);
+  if (valid) {
+    require_1d(*valid, "valid");
+    require(valid->size() == count, "valid must be as long as the texts");
+  }
+  Array<int32_t> ids(count);
+  std::vector<int64_t> first_rows;
+  {
+    int32_t* target = ids.mutable_data();
+    const auto* mask = valid ? reinterpret_cast<const uint8_t*>(valid->data()) : nullptr;
+    py::gil_scoped_release release;
+    distinct.number(data.data(), offsets.data(), mask, count, target, &first_rows);
+  }
+  return {std::move(ids), to_array(std::move(first_rows))};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -370,5 +439,22 @@ PYBIND11_MODULE(_core, m) {
   m.def("scan_index", &scan_index, py::arg("lengths").noconvert(), py::arg("pointers").noconvert(),
         py::arg("first_sequences").noconvert(), py::kw_only(), py::arg("token_bytes"),
         py::arg("num_threads"));
+  py::class_<meco::DistinctTexts>(m, "DistinctTexts")
+      .def(py::init<>())
+      .def("__len__", &meco::DistinctTexts::size)
+      .def("number", &number_texts, py::arg("data").noconvert(), py::arg("offsets").noconvert(),
+           py::arg("valid").noconvert() = py::none());
+  m.def("copy_plain_urls", &copy_plain_urls, py::arg("data").noconvert(),
+        py::arg("offsets").noconvert(), py::kw_only(), py::arg("hosts_only"));
+  m.def("hash_texts", &hash_texts, py::arg("data").noconvert(), py::arg("offsets").noconvert());
+  m.def(
+      "hash_text",
+      [](const py::bytes& text) {
+        const std::string bytes = text;
+        const auto hash = meco::hash_text(reinterpret_cast<const uint8_t*>(bytes.data()),
+                                          static_cast<int64_t>(bytes.size()));
+        return std::make_tuple(hash[0], hash[1]);
+      },
+      py::arg("text"));
   m.def("hash_pair", &meco::hash_pair, py::arg("a"), py::arg("b"));
 }

@@ -118,7 +118,8 @@ COMMANDS = {
         example="""\
   meco attach data/old --from pages.jsonl.gz --metadata-fields url,topic \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model my-tokenizer
-  meco attach data/old --table urls.parquet""",
+  meco attach data/old --table urls.parquet
+  meco attach data/web --join annotations.parquet --key url""",
     ),
     "verify": Command(
         group=_CORPUS,
@@ -258,6 +259,17 @@ COMMANDS = {
         example="""\
   meco steer --model my-llama --metadata url=en.wikipedia.org --scorer detoxify --output toxicity
   meco steer --model my-llama --metadata url=4chan.org --scorer my_module:my_function --output s""",
+    ),
+    "attribute": Command(
+        group=_AFTER,
+        summary="tell which source a text looks like, with calibration",
+        module="megatron_meco.inference.attribute",
+        add_arguments="add_attribute_arguments",
+        run="run_attribute",
+        example="""\
+  meco attribute --model my-llama --data-path data/web --text article.txt
+  meco attribute --model my-llama --data-path data/web --text pages.jsonl \\
+      --held-out held-out.jsonl --json""",
     ),
 }
 

@@ -201,7 +201,7 @@ class MeCoConfig:
 
 
 def alignment_from_args(args: argparse.Namespace) -> int:
-    """Tokens of which every segment is a multiple: the flag, or else what the layout needs."""
+    """Tokens of which every segment is a multiple: the flag's value, or what the layout needs."""
     # Checkpoints of before there was the flag lack it.
     given: int | None = getattr(args, "meco_pad_documents_to", None)
     return layout_alignment(args) if given is None else given
@@ -221,7 +221,7 @@ def layout_alignment(args: argparse.Namespace) -> int:
         1 without context parallelism.
     """
     ranks = int(getattr(args, "context_parallel_size", 1) or 1)
-    if ranks == 1:
+    if ranks <= 1:
         return 1
     alignment = 2 * ranks
     if getattr(args, "sequence_parallel", False):
@@ -309,7 +309,8 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         type=int,
         metavar="A",
         help="Pad each document in a pack, and each part of one, to a multiple of A tokens. The "
-        "padding is not in the loss. Default: what context parallelism needs, 1 without it.",
+        "padding is not in the loss. Default: what --context-parallel-size needs; without it 1, no "
+        "padding.",
     )
     group.add_argument(
         "--meco-max-prefix-tokens",

@@ -6,13 +6,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../assemble.h"
+#include "../distinct.h"
 #include "../index.h"
 #include "../packing.h"
+#include "../url.h"
 
 namespace {
 
@@ -470,6 +474,73 @@ void test_hostile_permutations() {
   }
 }
 
+// The same texts get the same numbers, in the order in which they come, whatever the batches are.
+void test_distinct_texts() {
+  std::mt19937 random(7);
+  std::vector<std::string> texts;
+  for (int i = 0; i < 30000; ++i) {
+    texts.push_back(std::string(random() % 40, 'x') + std::to_string(random() % 9000));
+  }
+  std::map<std::string, int32_t> numbers;
+  meco::DistinctTexts distinct;
+  for (size_t begin = 0; begin < texts.size();) {
+    const size_t end = std::min(texts.size(), begin + 1 + random() % 500);
+    // Each batch lies in memory of just its size.
+    std::string data;
+    std::vector<int32_t> offsets{0};
+    std::vector<uint8_t> valid;
+    for (size_t i = begin; i < end; ++i) {
+      data += texts[i];
+      offsets.push_back(static_cast<int32_t>(data.size()));
+      valid.push_back(random() % 10 != 0);
+    }
+    const std::vector<uint8_t> bytes(data.begin(), data.end());
+    std::vector<int32_t> ids(end - begin);
+    std::vector<int64_t> first_rows;
+    distinct.number(bytes.data(), offsets.data(), valid.data(), static_cast<int64_t>(end - begin),
+                    ids.data(), &first_rows);
+    size_t num_first = 0;
+    for (size_t i = begin; i < end; ++i) {
+      if (!valid[i - begin]) {
+        CHECK(ids[i - begin] == -1);
+        continue;
+      }
+      const auto added = numbers.emplace(texts[i], static_cast<int32_t>(numbers.size()));
+      CHECK(ids[i - begin] == added.first->second);
+      if (added.second) CHECK(first_rows[num_first++] == static_cast<int64_t>(i - begin));
+    }
+    CHECK(num_first == first_rows.size());
+    CHECK(distinct.size() == static_cast<int64_t>(numbers.size()));
+    begin = end;
+  }
+}
+
+// Whatever the bytes are, nothing outside of them is touched, and copies are parts of what is
+// there.
+void test_plain_urls() {
+  std::mt19937 random(11);
+  const char alphabet[] = "hHttps:://..--aZ9@ \n\x7f\xff/?#";
+  for (int round = 0; round < 2000; ++round) {
+    std::string text;
+    std::vector<int32_t> offsets{0};
+    for (int i = 0; i < 5; ++i) {
+      if (random() % 2) text += random() % 2 ? "http://" : "https://";
+      for (size_t n = random() % 12; n > 0; --n)
+        text += alphabet[random() % (sizeof(alphabet) - 1)];
+      offsets.push_back(static_cast<int32_t>(text.size()));
+    }
+    const std::vector<uint8_t> data(text.begin(), text.end());
+    for (const bool hosts_only : {false, true}) {
+      std::vector<uint8_t> copies(data.size()), is_plain(5);
+      std::vector<int32_t> borders(6);
+      meco::copy_plain_urls(data.data(), offsets.data(), 5, hosts_only, copies.data(),
+                            borders.data(), is_plain.data());
+      CHECK(borders[0] == 0);
+      for (int i = 0; i < 5; ++i) CHECK((borders[i + 1] > borders[i]) == (is_plain[i] != 0));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -479,6 +550,8 @@ int main() {
   test_hostile_calls();
   test_scans();
   test_hostile_permutations();
+  test_distinct_texts();
+  test_plain_urls();
   std::puts("C++ tests passed");
   return 0;
 }

@@ -42,6 +42,7 @@ def draw(meco: TrainingLog, baseline: TrainingLog, output: Path) -> None:
     axes = figure.add_subplot()
     draw_training(axes, meco, MECO, "MeCo, training")
     draw_validation(axes, meco, "conditioned", MECO, "o", "MeCo, validation with URL")
+    draw_validation(axes, meco, "shuffled", MECO, "v", "MeCo, validation with a wrong URL")
     draw_validation(axes, meco, "plain", "white", "o", "MeCo, validation without URL")
     draw_training(axes, baseline, BASELINE, "baseline, training")
     draw_validation(axes, baseline, "plain", BASELINE, "s", "baseline, validation")

@@ -31,7 +31,8 @@ OPTIMIZER = shlex.split(
     "--adam-beta2 0.95 --weight-decay 0.1"
 )
 BATCH_SIZE = 4
-EVALUATION_BATCHES = 24
+# Each view - right, wrong, no URL - has a third of them.
+EVALUATION_BATCHES = 36
 # The texts that are judged: so many under each URL, and as many under none.
 SAMPLES = 100
 SAMPLE_TOKENS = 96

@@ -21,8 +21,9 @@ def comparison(meco: TrainingLog, baseline: TrainingLog) -> list[dict[str, Any]]
         baseline: The run without.
 
     Returns:
-        Two rows: `at` ("switch", "end"), `iteration`, `meco_conditioned`, `meco_plain`, `baseline`
-        in nats per token, and `meco_shuffled` where the run reports it.
+        Two rows: `at` ("switch", "end") and `iteration`; in nats per token `meco_conditioned`
+        (right URL), `meco_shuffled` (wrong), `meco_plain` (none), `baseline`, and `value`: wrong
+        minus right, on the same tokens.
 
     Raises:
         KeyError: A run did not validate at one of the two.
@@ -33,7 +34,8 @@ def comparison(meco: TrainingLog, baseline: TrainingLog) -> list[dict[str, Any]]
     for name, iteration in places.items():
         losses = meco.validations[iteration].losses
         row = {"at": name, "iteration": iteration}
-        row |= {f"meco_{view}": loss for view, loss in losses.items()}
+        row |= {f"meco_{view}": losses[view] for view in ("conditioned", "shuffled", "plain")}
+        row["value"] = losses["shuffled minus conditioned"]
         rows.append({**row, "baseline": baseline.validations[iteration].losses["plain"]})
     return rows
 
@@ -55,11 +57,10 @@ def print_comparison(console: Console, rows: list[dict[str, Any]], plan: dict[st
         plan: What `meco plan --json` printed for the run with metadata.
     """
     table = Table("iteration", title="Validation loss, nats per token", title_justify="left")
-    columns = [name for name in _COLUMNS if name in rows[0]]
-    for name in columns:
-        table.add_column(_COLUMNS[name], justify="right")
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right")
     for row in rows:
-        losses = (f"{row[name]:.3f}" for name in columns)
+        losses = (f"{row[name]:.3f}" for name in _COLUMNS)
         table.add_row(f"{row['iteration']} ({row['at']})", *losses)
     console.print(table)
     console.print(explanation(rows, plan))
@@ -71,28 +72,18 @@ def explanation(rows: list[dict[str, Any]], plan: dict[str, Any]) -> str:
     tokens = total["prefix_tokens"] + total["body_tokens"]
     share = total["prefix_tokens"] / tokens
     switch, end = rows
+    no_url = [row["meco_plain"] - row["meco_conditioned"] for row in rows]
     distance = end["meco_plain"] - end["baseline"]
     side = "above" if distance > 0 else "below"
     paragraphs = [
         "Compare along a row; the two rows are about different documents.",
-        f"Right against no URL: {gain(switch, 'meco_plain'):+.3f} at the switch, "
-        f"{gain(end, 'meco_plain'):+.3f} at the end. At the switch this is no measure of what URLs "
-        "are worth: the model has not seen a document without one.",
-    ]
-    if "meco_shuffled" in switch:
-        paragraphs.append(
-            f"Right against wrong URL: {gain(switch, 'meco_shuffled'):+.3f} at the switch, "
-            f"{gain(end, 'meco_shuffled'):+.3f} at the end. This is the value of the metadata."
-        )
-    paragraphs.append(
+        f"Wrong minus right URL: {switch['value']:+.3f} at the switch, {end['value']:+.3f} at the "
+        "end, on the same tokens. This is the value of metadata.",
+        f"No URL minus right URL: {no_url[0]:+.3f} at the switch, {no_url[1]:+.3f} at the end. At "
+        "the switch it measures something else as well: the model has not seen a document without.",
         f"Without URL, MeCo ends {abs(distance):.3f} {side} the baseline. That is no verdict: one "
         f"seed, {tokens / 1e6:.2g} million tokens, {100 * share:.1f} % of them prefix. The paper's "
         "gain is in downstream tasks, from about 64 billion tokens on (56.7 against 55.7 on "
-        "average), not in perplexity."
-    )
+        "average), not in perplexity.",
+    ]
     return "\n".join(paragraphs)
-
-
-def gain(row: dict[str, Any], other: str) -> float:
-    """Return by how much the loss under another condition is higher than with the right URL."""
-    return float(row[other] - row["meco_conditioned"])

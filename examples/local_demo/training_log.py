@@ -16,7 +16,7 @@ from typing import Self
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(r"([a-z ]+?)(?: \(ms\))?: +([-+.\deEnaif]+) \|")
 _VALIDATION = re.compile(r"^ *validation loss at iteration (\d+)[^|]*\|(.*)")
-_LOSS = re.compile(r"lm loss ?([a-z]*) value: ([-+.\deEnaif]+) \|")
+_LOSS = re.compile(r"lm loss ?([a-z ]*?) value: ([-+.\deEnaif]+) \|")
 _PHASES = re.compile(r"> MeCo: iterations 1 to (\d+) conditioned, \d+ to (\d+) cooldown")
 
 
@@ -45,7 +45,9 @@ class Validation:
 
     Attributes:
         iteration: Finished training steps.
-        losses: Nats per token; "conditioned" and "plain", or "" for a run without MeCo.
+        losses: Nats per token by view: "conditioned" (the right metadata), "shuffled" (wrong),
+            "plain" (none); "shuffled minus conditioned", on the same tokens. A baseline has
+            "plain", a run without MeCo "".
     """
 
     iteration: int

@@ -101,10 +101,8 @@ class TrainingProgress:
     def _print_validation(self, validation: Validation) -> None:
         losses = f"{validation.losses.get('plain', float('nan')):.3f}"
         if "conditioned" in validation.losses:
-            wrong = ""
-            if "shuffled" in validation.losses:
-                wrong = f"{validation.losses['shuffled']:.3f} with a wrong one, "
-            losses = f"{validation.losses['conditioned']:.3f} with URL, {wrong}{losses} without"
+            right, wrong = (validation.losses[view] for view in ("conditioned", "shuffled"))
+            losses = f"{right:.3f} with URL, {wrong:.3f} with a wrong one, {losses} without"
         switch = self.log.phases.switch_iteration if self.log.phases else None
         note = " (at the switch)" if validation.iteration == switch else ""
         self._console.print(f"iteration {validation.iteration}{note}: validation loss {losses}")

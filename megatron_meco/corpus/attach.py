@@ -3,8 +3,9 @@
 The rows come from the original files, in whose order the documents are: their number must be the
 same, and documents all over the corpus are tokenised again and must give the stored tokens. Or they
 come from a Parquet, Arrow or CSV table with one row per document, where only the number can be
-checked. The metadata file appears when everything has been checked. Costs reading the input, and
-the tokenizer for the sample alone. Given up: joining on anything but the order.
+checked. Or fields of such tables are added to metadata that is there, by a key (`join`). The
+metadata file appears when everything has been checked. Costs reading the input, and the tokenizer
+for the sample alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from megatron_meco.corpus.documents import (
     told_records,
 )
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
-from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
+from megatron_meco.corpus.join import DUPLICATES, Duplicates, JoinCounts, join_metadata
+from megatron_meco.corpus.metadata import MetadataWriter, check_row_count, metadata_path
 from megatron_meco.corpus.outputs import (
     check_fields,
     check_local,
@@ -175,11 +177,64 @@ def attach_from_table(
     return index.num_documents
 
 
-def _open(prefix: Path, overwrite: bool) -> CorpusIndex:
+def attach_by_key(
+    prefix: Path,
+    tables: Sequence[str | Path],
+    key: str,
+    fields: list[str] | None,
+    *,
+    duplicates: Duplicates = "refuse",
+    overwrite: bool = False,
+) -> JoinCounts:
+    """Add fields of tables to the metadata of a corpus, by a key.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        tables: Parquet, Arrow or CSV files.
+        key: A field of the metadata and a column of the tables.
+        fields: The columns to add; None: all of the first table but the key.
+        duplicates: Which one of several rows with the same key counts.
+        overwrite: Whether to replace fields that are there.
+
+    Returns:
+        What came together.
+
+    Raises:
+        DataError: A table or the metadata cannot be read, does not fit, or has a key twice.
+        FlagError: A field is there already.
+    """
+    index = _open_index(prefix)
+    _check_ours(prefix)
+    check_row_count(prefix, index.num_documents)
+    check_no_input([metadata_path(prefix)], tables)
+    files = find_files(tables)
+    if fields is None:
+        fields = [name for name in told_columns(_whole(files[0])) if name != key]
+        check_fields(fields)
+    rows = ((file.path, _table_rows(file, [key, *fields])) for file in files)
+    return join_metadata(prefix, rows, key, fields, duplicates=duplicates, overwrite=overwrite)
+
+
+def _open_index(prefix: Path) -> CorpusIndex:
     index = open_index(prefix)
     broken = broken_structure(index)
     if broken:
         raise DataError(broken, where=f"{prefix}.idx", remedy="Copy or prepare the corpus again.")
+    return index
+
+
+def _check_ours(prefix: Path) -> None:
+    path = metadata_path(prefix)
+    if os.path.lexists(path) and not is_metadata_file(path):
+        raise DataError(
+            "is no metadata file of this package, and no other is replaced",
+            where=str(path),
+            remedy="Move or remove it yourself.",
+        )
+
+
+def _open(prefix: Path, overwrite: bool) -> CorpusIndex:
+    index = _open_index(prefix)
     path = metadata_path(prefix)
     if os.path.lexists(path) and not overwrite:
         raise DataError("already there", where=str(path), remedy="Add --overwrite to replace it.")
@@ -231,7 +286,7 @@ def _other_count(more: str, found: int, index: CorpusIndex, prefix: Path) -> Dat
 
 
 def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
-    part = Part(table.path, table.format, 0, table.num_bytes, True, table.stamp)
+    part = _whole(table)
     names = told_columns(part)
     missing = sorted({f if f in names else f.partition(".")[0] for f in fields} - set(names))
     if missing:
@@ -257,6 +312,10 @@ def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str,
     yield rows
 
 
+def _whole(table: SourceFile) -> Part:
+    return Part(table.path, table.format, 0, table.num_bytes, True, table.stamp)
+
+
 def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meco attach` to its parser."""
     add = parser.add_argument
@@ -271,7 +330,26 @@ def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"{', '.join(_TABLES)} with one row per document",
     )
-    add("--metadata-fields", default="url", metavar="A,B.C", help="default: %(default)s")
+    source.add_argument(
+        "--join",
+        nargs="+",
+        metavar="FILE",
+        help=f"{', '.join(_TABLES)} with a row for each --key, in any order: adds its fields to "
+        "the metadata that is there",
+    )
+    add(
+        "--metadata-fields",
+        metavar="A,B.C",
+        help="default: url; with --join all columns of the first table but the key",
+    )
+    add("--key", metavar="NAME", help="with --join: a field of both, such as id or url")
+    add(
+        "--duplicates",
+        choices=DUPLICATES,
+        default="refuse",
+        help="with --join: which one of several rows with the same key counts; default: "
+        "%(default)s",
+    )
     add("--text-field", default="text", metavar="NAME", help="default: %(default)s")
     add("--tokenizer-type", metavar="T", help=f"with --from: one of {', '.join(TOKENIZER_TYPES)}")
     add("--tokenizer-model", metavar="M", help="folder or file of the tokenizer")
@@ -299,8 +377,11 @@ def run_attach(args: argparse.Namespace) -> int:
     """
     check_local(args.prefix, "PREFIX")
     prefix = Path(args.prefix)
-    fields = [name.strip() for name in args.metadata_fields.split(",")]
-    check_fields(fields)
+    given = args.metadata_fields if args.join else args.metadata_fields or "url"
+    fields = [name.strip() for name in given.split(",")] if given is not None else []
+    if given is not None:
+        check_fields(fields)
+    _check_join_flags(args)
     check_fields([args.text_field], "--text-field")
     if args.verify_documents < 1:
         raise FlagError(
@@ -308,13 +389,24 @@ def run_attach(args: argparse.Namespace) -> int:
             where="--verify-documents",
             remedy="Use a number above 0.",
         )
-    if args.table:
-        for path in args.table:
-            check_local(path, "--table")
+    for flag, paths in (("--table", args.table), ("--join", args.join)):
+        for path in paths or ():
+            check_local(path, flag)
             if not path.endswith(_TABLES) or not os.path.isfile(path):
                 what = "not a kind of table known here" if os.path.isfile(path) else "no such file"
                 remedy = f"Give files that end in {', '.join(_TABLES)}."
                 raise DataError(what, where=path, remedy=remedy)
+    if args.join:
+        counts = attach_by_key(
+            prefix,
+            args.join,
+            args.key,
+            fields or None,
+            duplicates=args.duplicates,
+            overwrite=args.overwrite,
+        )
+        count, verified = counts.documents, str(counts)
+    elif args.table:
         count = attach_from_table(prefix, args.table, fields, overwrite=args.overwrite)
         verified = "their order cannot be checked"
     else:
@@ -330,6 +422,16 @@ def run_attach(args: argparse.Namespace) -> int:
         verified = f"{number:,} of them tokenised again and equal"
     print(f"written: {metadata_path(prefix)}, {counted(count, 'row')} ({verified})")
     return 0
+
+
+def _check_join_flags(args: argparse.Namespace) -> None:
+    if args.join and not args.key:
+        raise FlagError(
+            "is needed to join", where="--key", remedy="Name a field of both, such as id or url."
+        )
+    for flag, given in (("--key", args.key), ("--duplicates", args.duplicates != "refuse")):
+        if given and not args.join:
+            raise FlagError("goes with --join alone", where=flag, remedy="Leave it out.")
 
 
 def _tokenizer(args: argparse.Namespace) -> Tokenizer:

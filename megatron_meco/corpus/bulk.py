@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import orjson
+import pyarrow as pa
 
+from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file
@@ -89,10 +91,17 @@ class GigatokenEncoder:
         settings.update(post_processor=None, truncation=None, padding=None)
         self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(settings))
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return the ids of all texts end to end, and each text's number of ids."""
+    def encode(
+        self, texts: list[str] | pa.Array
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the ids of all texts end to end, and each text's number of ids.
+
+        Args:
+            texts: A string array without nulls is not copied into Python.
+        """
+        given = _as_awkward(texts) if isinstance(texts, pa.Array) else texts
         try:
-            layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+            layout = self._tokenizer.encode_batch(given, parallel=False).layout
         except BaseException as error:
             # A Rust panic is no Exception, and no process but this one could unpickle it.
             if type(error).__name__ != "PanicException":
@@ -104,6 +113,37 @@ class GigatokenEncoder:
             ) from None
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+
+def _as_awkward(texts: pa.Array) -> Any:
+    """A string array in the form that gigatoken takes, over the same bytes."""
+    import awkward
+
+    assert pa.types.is_string(texts.type) and not texts.null_count, texts.type
+    characters, borders, _ = text_buffers(texts)
+    contents, parameters = awkward.contents, "__array__"
+    return awkward.Array(
+        contents.ListOffsetArray(
+            awkward.index.Index64(borders.astype(np.int64)),
+            contents.NumpyArray(characters, parameters={parameters: "char"}),
+            parameters={parameters: "string"},
+        )
+    )
+
+
+def fast_encoder(encoder: TextEncoder, sample: list[str]) -> GigatokenEncoder | None:
+    """Return gigatoken's encoder for a tokenizer, compared with it as `choose_encoder` does.
+
+    Args:
+        encoder: The tokenizer's own encoder.
+        sample: Texts to compare, besides the probes.
+
+    Returns:
+        None where it gives other ids, or cannot read the tokenizer.
+    """
+    if not isinstance(encoder, HuggingFaceEncoder):
+        return None
+    return _compared(encoder, _compared_texts(encoder, sample))[0]
 
 
 def choose_encoder(
@@ -128,21 +168,10 @@ def choose_encoder(
     chosen = {"kind": "huggingface", "serialized": serialized}
     if not allow_gigatoken:
         return {**chosen, "reason": "Hugging Face tokenizers, as asked for"}
-    texts = [*_PROBES, *_special_texts(serialized), *_checked_part(sample)]
-    try:
-        fast = GigatokenEncoder(serialized)
-        differing = _first_difference(fast, ListBulkEncoder(encoder), texts)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a Rust panic is no Exception
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        return {**chosen, "reason": f"Hugging Face tokenizers: gigatoken cannot ({what[:120]})"}
-    if differing is not None:
-        return {
-            **chosen,
-            "reason": "Hugging Face tokenizers: gigatoken gives other ids, first for the text "
-            f"{differing[:60]!r}",
-        }
+    texts = _compared_texts(encoder, sample)
+    fast, reason = _compared(encoder, texts)
+    if fast is None:
+        return {**chosen, "reason": f"Hugging Face tokenizers: {reason}"}
     characters = sum(map(len, texts))
     return {
         **chosen,
@@ -150,6 +179,25 @@ def choose_encoder(
         "reason": f"gigatoken, ids equal to Hugging Face's on {len(texts):,} texts "
         f"({characters / 1e6:.1f} M characters)",
     }
+
+
+def _compared_texts(encoder: HuggingFaceEncoder, sample: list[str]) -> list[str]:
+    return [*_PROBES, *_special_texts(encoder.serialized), *_checked_part(sample)]
+
+
+def _compared(encoder: HuggingFaceEncoder, texts: list[str]) -> tuple[GigatokenEncoder | None, str]:
+    """The encoder of gigatoken if it gives the tokenizer's ids for these texts, or why not."""
+    try:
+        fast = GigatokenEncoder(encoder.serialized)
+        differing = _first_difference(fast, ListBulkEncoder(encoder), texts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        return None, f"gigatoken cannot ({what[:120]})"
+    if differing is not None:
+        return None, f"gigatoken gives other ids, first for the text {differing[:60]!r}"
+    return fast, ""
 
 
 def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:

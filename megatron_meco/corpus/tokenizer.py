@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import os
 import re
 import stat
@@ -84,6 +85,16 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "special_tokens": (list, tuple),
 }
 
+# What Megatron 0.17 calls them.
+_OLDER_NAMES = {"tokenizer_special_tokens": "special_tokens", "tokenizer_metadata": "metadata_path"}
+# From which it works out how many embeddings the model has, which nothing here asks for.
+_NO_PADDING = {
+    "padded_vocab_size": None,
+    "make_vocab_size_divisible_by": 1,
+    "tensor_model_parallel_size": 1,
+    "rank": 0,
+}
+
 # The type of ids in an index, int32, ends here.
 _MAX_VOCABULARY = 1 << 31
 
@@ -120,13 +131,18 @@ def build_tokenizer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
+        from megatron.core.tokenizers import MegatronTokenizer
+
+        try:
+            from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
+        except ModuleNotFoundError:
+            build = functools.partial(_build_without_megatrons, MegatronTokenizer)
     flags = _Flags(
         tokenizer_type=tokenizer_type,
         tokenizer_model=tokenizer_model,
         # Padding depends on the tensor-parallel size, which only training knows.
         pad_vocab_size=False,
-        **{**TOKENIZER_DEFAULTS, **extra},
+        **{**_NO_PADDING, **TOKENIZER_DEFAULTS, **extra},
     )
     try:
         return build(flags)
@@ -146,6 +162,23 @@ def build_tokenizer(
         ) from error
 
 
+def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTokenizerText:
+    """What Megatron-Core's `build_tokenizer` makes; before 0.17 it was part of the trainer."""
+    if flags.tokenizer_type != "HuggingFaceTokenizer":
+        raise ValueError("this Megatron-Core builds Hugging Face tokenizers alone")
+    tokenizer: MegatronTokenizerText = tokenizer_class.from_pretrained(
+        tokenizer_path=flags.tokenizer_model,
+        metadata_path=flags.metadata_path or {"library": "huggingface"},
+        vocab_file=flags.vocab_file,
+        merges_file=flags.merge_file,
+        additional_special_tokens=flags.special_tokens or [],
+        use_fast=not flags.tokenizer_hf_no_use_fast,
+        trust_remote_code=flags.trust_remote_code,
+        include_special_tokens=not flags.tokenizer_hf_no_include_special_tokens,
+    )
+    return tokenizer
+
+
 class _UnknownFlagError(AttributeError):
     """A setting that neither this package nor the installed Megatron has a default for."""
 
@@ -154,6 +187,8 @@ class _Flags(Namespace):
     """Megatron's flags of a tokenizer; those that are not set have the defaults of its parser."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in _OLDER_NAMES:
+            return getattr(self, _OLDER_NAMES[name])
         if name.startswith("__") or name not in _parser_defaults():
             raise _UnknownFlagError(name)
         return _parser_defaults()[name]

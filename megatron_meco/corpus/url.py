@@ -1,7 +1,8 @@
 """What a URL says about a document: host, registered domain, suffix, a stable id.
 
 Every function takes and returns a pyarrow string array; null stays null. Splitting URLs is some
-regular expressions per column (2 to 5 seconds per million URLs, no Python per row); domain, suffix
+regular expressions per column, and a short cut in C++ for plain URLs (a second per million of
+others, a thirtieth of it for plain ones, no Python per row); domain, suffix
 and id cost Python once per *distinct* host. Domains come from tldextract's bundled list: no network
 and no cache on disk, so the answer is the same on every machine with the same tldextract.
 
@@ -20,6 +21,9 @@ from collections.abc import Callable
 import pyarrow as pa
 import pyarrow.compute as pc
 import tldextract
+
+from megatron_meco import _core
+from megatron_meco.corpus.text_arrays import text_buffers
 
 type StringArray = pa.Array | pa.ChunkedArray
 
@@ -55,6 +59,10 @@ def without_scheme(urls: StringArray) -> StringArray:
         The same text without scheme, `user:password@`, surrounding white space and invisible
         characters; null where nothing remains, or where a password cannot be told from the rest.
     """
+    return _with_plain_ones(urls, _without_scheme, hosts_only=False)
+
+
+def _without_scheme(urls: StringArray) -> StringArray:
     cleaned = _cleaned(urls)
     rest = pc.replace_substring_regex(cleaned, _SCHEME, "")
     hostless = pc.match_substring_regex(rest, _HOSTLESS)
@@ -74,8 +82,12 @@ def host(urls: StringArray) -> StringArray:
         Lower-case hosts without user information, port and trailing dot, `www.` and the brackets
         of IPv6 kept; null where there is no host.
     """
+    return _with_plain_ones(urls, _host, hosts_only=True)
+
+
+def _host(urls: StringArray) -> StringArray:
     # In two steps: with the scheme optional in one expression, `http://` would be the host `http`.
-    rest = without_scheme(urls)
+    rest = _without_scheme(urls)
     found = pc.struct_field(pc.extract_regex(rest, _HOST), "host")
     found = pc.utf8_rtrim(pc.utf8_lower(found), characters=".")
     hostless = pc.match_substring_regex(rest, _HOSTLESS)
@@ -118,6 +130,22 @@ def hashed(hosts: StringArray) -> StringArray:
         Ids that depend on the host alone, the same on every machine and in every release.
     """
     return _per_distinct(hosts, _hash)
+
+
+def _with_plain_ones(
+    urls: StringArray, transform: Callable[[StringArray], StringArray], *, hosts_only: bool
+) -> StringArray:
+    """Apply a transform of URLs, with a short cut for plain ones, which most of the web's are."""
+    if not isinstance(urls, pa.StringArray) or not len(urls):
+        return transform(urls)
+    data, offsets, _ = text_buffers(urls)
+    copies, borders, is_plain = _core.copy_plain_urls(data, offsets, hosts_only=hosts_only)
+    buffers = [None, pa.py_buffer(borders), pa.py_buffer(copies)]
+    plain = pa.Array.from_buffers(pa.string(), len(urls), buffers)
+    # A null may have bytes that look like a URL.
+    others = pc.or_(pc.invert(pa.array(is_plain)), urls.is_null())
+    rest = urls.filter(others)
+    return pc.replace_with_mask(plain, others, transform(rest)) if len(rest) else plain
 
 
 def _hash(name: str) -> str:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,48 @@ _ALIGNMENT = 64
 _HASHED_AT_ONCE = 1 << 26
 _DTYPES = ("<i4", "<i8")
 _ABANDONED_AFTER = 3600.0  # seconds without a write
+
+
+class ArraySpool:
+    """A one-dimensional array that grows on the disk and not in memory.
+
+    It lies in a file without a name, so nothing of it remains after a killed process.
+
+    Args:
+        folder: On the disk that has the room.
+        dtype: The type of its numbers.
+
+    Raises:
+        OSError: The file cannot be made or, later, written.
+    """
+
+    def __init__(self, folder: Path, dtype: type[np.generic]) -> None:
+        # Closed when nothing refers to it any more.
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.dtype = np.dtype(dtype)
+        self.size = 0
+
+    @property
+    def shape(self) -> tuple[int]:
+        """As of an array."""
+        return (self.size,)
+
+    @property
+    def nbytes(self) -> int:
+        """As of an array."""
+        return self.size * self.dtype.itemsize
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Add numbers, converted to the type of the array."""
+        if len(values):
+            self._file.write(memoryview(np.ascontiguousarray(values, dtype=self.dtype)).cast("B"))
+        self.size += len(values)
+
+    def parts(self) -> Iterator[bytes]:
+        """The bytes of the array, a stretch at a time."""
+        self._file.seek(0)
+        while part := self._file.read(_HASHED_AT_ONCE):
+            yield part
 
 
 @dataclass(frozen=True)
@@ -66,7 +109,7 @@ class ArrayFile:
 def load_or_build(
     path: Path,
     kind: str,
-    build: Callable[[], tuple[dict[str, Any], Mapping[str, NDArray[Any]]]],
+    build: Callable[[], tuple[dict[str, Any], Mapping[str, NDArray[Any] | ArraySpool]]],
 ) -> ArrayFile:
     """Open the file at `path`, building it first if it is not there.
 
@@ -158,7 +201,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def write_arrays(
-    path: Path, kind: str, header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
+    path: Path, kind: str, header: dict[str, Any], arrays: Mapping[str, NDArray[Any] | ArraySpool]
 ) -> None:
     """Write arrays to a file, atomically.
 
@@ -178,26 +221,31 @@ def write_arrays(
         table[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": offset}
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     content: dict[str, Any] = {"kind": kind, "name": path.name, "header": header, "arrays": table}
-    parts = list(_body(arrays))
     hasher = xxhash.xxh3_128()
-    for part in parts:
-        hasher.update(part)
-    content |= {"bytes": offset, "xxh3": hasher.hexdigest()}
+    with whole_file(path, lambda reason: _cannot_write(path, kind, reason)) as file:
+        # The checksum is known at the end, the length of the head from the beginning.
+        content |= {"bytes": offset, "xxh3": hasher.hexdigest()}
+        file.write(_head(content))
+        for part in _body(arrays):
+            hasher.update(part)
+            file.write(part)
+        file.seek(0)
+        file.write(_head({**content, "xxh3": hasher.hexdigest()}))
+
+
+def _head(content: dict[str, Any]) -> bytes:
     body = json.dumps(content).encode()
     checksum = hashlib.blake2b(body, digest_size=16).hexdigest().encode()
     head = _MAGIC + checksum + b" " + str(len(body)).encode() + b"\n" + body
-    head += b" " * (-len(head) % _ALIGNMENT)
-
-    with whole_file(path, lambda reason: _cannot_write(path, kind, reason)) as file:
-        file.write(head)
-        for part in parts:
-            file.write(part)
+    return head + b" " * (-len(head) % _ALIGNMENT)
 
 
-def _body(arrays: Mapping[str, NDArray[Any]]) -> Iterator[memoryview | bytes]:
+def _body(arrays: Mapping[str, NDArray[Any] | ArraySpool]) -> Iterator[memoryview | bytes]:
     """The bytes after the header."""
     for array in arrays.values():
-        if array.size:
+        if isinstance(array, ArraySpool):
+            yield from array.parts()
+        elif array.size:
             yield memoryview(np.ascontiguousarray(array)).cast("B")
         yield b"\0" * (-array.nbytes % _ALIGNMENT)
 

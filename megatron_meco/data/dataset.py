@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
+from megatron_meco.corpus.bulk import fast_encoder
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,
@@ -45,7 +46,7 @@ from megatron_meco.data.opened_corpus import (
 )
 from megatron_meco.data.packing import Plan, PlanCounts, PlanRequest, build_plan, load_plan
 from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import Draws, Template
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.refusals import check_dataset_options
 
@@ -292,8 +293,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 "body_end": piece.body_end,
                 "prefix": self._prefix_text(piece),
                 "prefix_tokens": piece.prefix_tokens,
-                "alignment_tokens": piece.padding,
                 "plain_because": self._why_plain(piece),
+                "alignment_tokens": piece.padding,
             }
             for piece in self._assembler.pieces(idx)
         ]
@@ -325,19 +326,29 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         if piece.body_begin and not self.config.meco.repeat_prefix:
             return "it continues a document, and prefixes are not repeated"
         assert self.prefixes is not None
+        if piece.prefix_id >= 0:
+            is_empty = not len(self.prefixes.tokens_of(piece.prefix_id))
+            return "its prefix has no tokens" if is_empty else "the pack ends before its prefix"
         if self.prefixes.prefix_ids[piece.document] >= 0:
             return f"meco-plain-fraction {self.config.meco.plain_fraction:g} drew it"
-        # The table does not keep which of the two it is.
-        row = open_metadata(self.corpus_prefix).slice(piece.document, 1)
-        template = self.config.template
+        # The table does not keep which of these it is.
+        template, where = self.config.template, self.corpus_prefix
         assert template is not None
-        lacking = [
-            placeholder.name
-            for placeholder in template.placeholders
-            if not template.values(placeholder, row, self.corpus_prefix)[0].is_valid
-        ]
-        if lacking:
-            return f"it has no {', no '.join(lacking)}"
+        if template.placeholders:
+            metadata = open_metadata(where)
+            row = metadata.slice(piece.document, 1)
+            draws = Draws(self.config.random_seed, metadata)
+            if not template.render(row, where, None, draws, piece.document)[0].is_valid:
+                lacking = [
+                    placeholder.name
+                    for placeholder in template.required_placeholders
+                    if not template.values(placeholder, row, where)[0].is_valid
+                ]
+                if lacking:
+                    return f"it has no {', no '.join(lacking)}"
+                if template.is_seeded:
+                    return "keep or shuffled left it without a value"
+                return "all groups of the template lack a value"
         cap = self.config.meco.prefix_cap(self.config.sequence_length)
         return f"its prefix is longer than {cap:,} tokens (meco-max-prefix-tokens)"
 
@@ -389,6 +400,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             self._cache_folder,
             token_ids=token_ids(tokenizer, template.tokens, template.flag),
             seed=self.config.random_seed,
+            fast_encoder=lambda sample: fast_encoder(text_encoder(tokenizer), sample),
         )
 
     @property

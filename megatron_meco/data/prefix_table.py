@@ -1,28 +1,33 @@
 """The prefixes of a corpus: each distinct one tokenised once, one number for each document.
 
-Cost: one pass over the metadata columns that the template reads (two when it keeps only frequent
-values), on all cores, with 2 to 6 s of one core for a million URLs; one tokenizer call for each
-distinct prefix; 4 bytes for each document. The result is cached as one memory-mapped file whose
-name holds all that decides it: template, tokenizer, metadata file, length cap. What was given up:
-merging tokens across the border of prefix and body; they are tokenised apart, so the span of a
-prefix is exact.
+One pass over the metadata columns that the template reads (three when it keeps only frequent
+values), on all cores. Distinct prefixes are told apart by 128-bit hashes and tokenised as they
+come, their tokens go to the disk: in memory are 4 bytes for each document and 25 to 38 for each
+distinct prefix. gigatoken encodes where it gives the tokenizer's ids; some texts of every batch are
+compared. The result is cached as one memory-mapped file whose name holds all that decides it:
+template, tokenizer, metadata file, length cap, and the seed where the template draws. While it is
+built the disk holds the tokens twice. Prefix and body are tokenised apart, so the span of a prefix
+is exact.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megatron_meco import _core
 from megatron_meco.corpus.manifest import check_checksum
 from megatron_meco.corpus.metadata import (
     METADATA_SUFFIX,
@@ -31,18 +36,38 @@ from megatron_meco.corpus.metadata import (
     metadata_path,
     open_metadata,
 )
-from megatron_meco.data.array_file import load_or_build
+from megatron_meco.corpus.text_arrays import text_buffers
+from megatron_meco.data.array_file import ArraySpool, load_or_build
 from megatron_meco.data.fingerprint import digest, file_identity
 from megatron_meco.data.progress import BuildProgress
-from megatron_meco.data.template import Draws, Placeholder, Template, Token, frequent_values
-from megatron_meco.errors import FlagError
+from megatron_meco.data.template import (
+    Draws,
+    Placeholder,
+    Template,
+    cut_at_tokens,
+    num_frequent,
+)
+from megatron_meco.errors import DataError, FlagError
 
 KIND = "prefix table"
 _ROWS_PER_BATCH = 1 << 18
 _TEXTS_PER_CALL = 1 << 14
+_TEXTS_PER_CHECK = 1 << 13
+_MOST_BYTES_KEPT = 2**31 - 1  # of one array of strings
 
 EncodeBatch = Callable[[list[str]], list[list[int] | None]]
 """Texts to token ids without BOS or EOS; None for a text that the tokenizer refuses."""
+
+
+class FastEncoder(Protocol):
+    """Turns many texts into one array of ids; may be called from several threads."""
+
+    def encode(self, texts: pa.Array) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the ids of all texts end to end, and each text's number of ids."""
+        ...
+
+
+ChooseEncoder = Callable[[list[str]], FastEncoder | None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,7 @@ def load_prefix_table(
     *,
     token_ids: Mapping[str, int] | None = None,
     seed: int = 0,
+    fast_encoder: ChooseEncoder | None = None,
 ) -> PrefixTable:
     """Open the cached prefix table of a corpus, building it first if needed.
 
@@ -95,6 +121,7 @@ def load_prefix_table(
         cache_folder: Where the table is or will be.
         token_ids: The ids of the template's special tokens, by name.
         seed: Of the run; decides what the filters `keep` and `shuffled` do.
+        fast_encoder: Finds an encoder of the same ids for many texts, from some of them.
 
     Raises:
         DataError: When the metadata is missing, damaged, or does not fit the corpus; when the
@@ -124,17 +151,20 @@ def load_prefix_table(
     identity = digest(key)
     path = cache_folder / f"{identity}-prefixes.meco"
 
-    def build() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    def build() -> tuple[dict[str, Any], dict[str, NDArray[Any] | ArraySpool]]:
         # Here and not at each opening: the key of a finished table names the file it was made from.
         if needs_metadata:
             check_checksum(corpus_prefix, METADATA_SUFFIX)
             metadata = open_metadata(corpus_prefix)
         else:
-            metadata = pa.table({"": pa.nulls(num_documents, pa.string())})
-        draws = Draws(seed, metadata)
-        return _build(
-            metadata, template, encode_batch, token_ids or {}, max_prefix_tokens, where, draws
-        )
+            metadata = pa.table({"": pa.nulls(num_documents)})  # takes no memory
+        texts = _Texts(template, where, Draws(seed, metadata))
+        encoder = _Encoder(template, encode_batch, token_ids or {}, fast_encoder)
+        try:
+            return _build(texts, encoder, max_prefix_tokens, cache_folder)
+        except _OtherIdsError:
+            encoder = _Encoder(template, encode_batch, token_ids or {}, None)
+            return _build(texts, encoder, max_prefix_tokens, cache_folder)
 
     file = load_or_build(path, KIND, build)
     file.check(prefix_ids=np.int32, prefix_tokens=np.int32, prefix_offsets=np.int64)
@@ -150,133 +180,244 @@ def load_prefix_table(
         raise file.damaged("its header makes no sense") from error
 
 
+class _OtherIdsError(Exception):
+    """The fast encoder gave other ids than the tokenizer, or none."""
+
+
+class _Encoder:
+    """Rendered prefixes to tokens, from several threads."""
+
+    def __init__(
+        self,
+        template: Template,
+        encode_batch: EncodeBatch,
+        token_ids: Mapping[str, int],
+        choose: ChooseEncoder | None,
+    ) -> None:
+        self._flag = template.flag
+        self._special = np.array([token_ids[name] for name in template.tokens], dtype=np.int32)
+        self._encode_batch = encode_batch
+        self._choose = choose
+        self._fast: FastEncoder | None = None
+        self._num_slow = 0
+        self._lock = threading.Lock()
+
+    def encode(self, rendered: pa.Array) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Tokenise prefixes.
+
+        Args:
+            rendered: A string array, or a binary one with special tokens; no nulls.
+
+        Returns:
+            All tokens end to end, and the number of each prefix.
+        """
+        if pa.types.is_string(rendered.type):
+            return self._encode_texts(rendered)
+        texts, owners, special = cut_at_tokens(rendered)
+        # A tokenizer may have tokens for no text at all.
+        is_text = pc.greater(pc.binary_length(texts), 0)
+        ids, text_lengths = self._encode_texts(texts.filter(is_text))
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        lengths[is_text.to_numpy(zero_copy_only=False)] = text_lengths
+        # One special token stands behind each text that is not the last one of its prefix.
+        has_token = np.append(owners[1:] == owners[:-1], np.zeros(min(1, len(owners)), dtype=bool))
+        is_special = np.zeros(len(ids) + len(special), dtype=bool)
+        is_special[(np.cumsum(lengths + has_token) - 1)[has_token]] = True
+        tokens = np.empty(len(is_special), dtype=np.int32)
+        tokens[is_special], tokens[~is_special] = self._special[special], ids
+        totals = np.bincount(owners, weights=lengths + has_token, minlength=len(rendered))
+        return tokens, totals.astype(np.int64)
+
+    def _encode_texts(self, texts: pa.Array) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        with self._lock:
+            if self._choose is not None and self._num_slow + len(texts) > _TEXTS_PER_CALL:
+                choose, self._choose = self._choose, None
+                self._fast = choose(texts.to_pylist())
+            if self._fast is None:
+                self._num_slow += len(texts)
+                return self._encode_slowly(texts)
+        try:
+            ids, lengths = self._fast.encode(texts)
+        except DataError as error:
+            raise _OtherIdsError from error
+        ends = np.cumsum(lengths)
+        for i in range(0, len(texts), _TEXTS_PER_CHECK):
+            text = texts[i].as_py()
+            if self._encode_batch([text]) != [ids[ends[i] - lengths[i] : ends[i]].tolist()]:
+                raise _OtherIdsError
+        return ids, lengths
+
+    def _encode_slowly(self, texts: pa.Array) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        tokens: list[NDArray[np.int32]] = []
+        lengths: list[int] = []
+        for begin in range(0, len(texts), _TEXTS_PER_CALL):
+            part = texts[begin : begin + _TEXTS_PER_CALL].to_pylist()
+            encoded = self._encode_batch(part)
+            for text, ids in zip(part, encoded, strict=True):
+                if ids is None:
+                    raise FlagError(
+                        f"the tokenizer cannot encode the prefix {text!r}",
+                        where=self._flag,
+                        remedy="Use a tokenizer for text.",
+                    )
+                lengths.append(len(ids))
+            tokens.append(np.array([i for ids in encoded for i in ids or ()], dtype=np.int32))
+        joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+        return joined, np.array(lengths, dtype=np.int64)
+
+
 def _build(
-    metadata: pa.Table,
-    template: Template,
-    encode_batch: EncodeBatch,
-    token_ids: Mapping[str, int],
-    max_prefix_tokens: int,
-    where: str,
-    draws: Draws,
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    frequent = _count_frequent(metadata, template, where, draws)
-    ids, rendered = _number_prefixes(metadata, template, frequent, where, draws)
-    segments = [template.segments(text) for text in rendered]
-    texts = [part for parts in segments for part in parts if isinstance(part, str)]
-    encoded = iter(_encode(texts, encode_batch, template.flag))
-    tokens = [
-        [
-            i
-            for part in parts
-            for i in ([token_ids[part.name]] if isinstance(part, Token) else next(encoded))
-        ]
-        for parts in segments
-    ]
-    too_long = np.array([len(t) > max_prefix_tokens for t in tokens], dtype=bool)
-    missing = ids < 0
-    long_documents = np.zeros_like(missing)
-    long_documents[~missing] = too_long[ids[~missing]]
-    ids[long_documents] = -1
-    # A plan has to find room for all prefixes of a table, so those that nobody shows are emptied.
-    tokens = [[] if long else ids_of for ids_of, long in zip(tokens, too_long, strict=True)]
-    arrays: dict[str, NDArray[Any]] = {
-        "prefix_ids": ids,
-        "prefix_tokens": np.array([i for t in tokens for i in t], dtype=np.int32),
-        "prefix_offsets": np.cumsum([0] + [len(t) for t in tokens], dtype=np.int64),
-    }
-    counts = {
-        "documents_without_value": int(missing.sum()),
-        "documents_with_long_prefix": int(long_documents.sum()),
-    }
-    return {"template": template.source, "counts": counts}, arrays
+    texts: _Texts, encoder: _Encoder, max_tokens: int, folder: Path
+) -> tuple[dict[str, Any], dict[str, NDArray[Any] | ArraySpool]]:
+    tokens = ArraySpool(folder, np.int32)
+    offsets = ArraySpool(folder, np.int64)
+    offsets.append(np.zeros(1, dtype=np.int64))
+    long_prefixes: list[NDArray[np.int64]] = []
 
+    def add(ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        is_long = lengths > max_tokens
+        if is_long.any():
+            # A plan has to find room for all prefixes of a table, so those that no document has
+            # are emptied.
+            long_prefixes.append(offsets.size - 1 + np.flatnonzero(is_long))
+            ids = ids[~np.repeat(is_long, lengths)]
+            lengths = np.where(is_long, 0, lengths)
+        offsets.append(tokens.size + np.cumsum(lengths))
+        tokens.append(ids)
 
-def _encode(texts: list[str], encode_batch: EncodeBatch, flag: str) -> list[list[int]]:
-    tokens: list[list[int]] = []
-    for begin in range(0, len(texts), _TEXTS_PER_CALL):
-        for text, ids in zip(
-            texts[begin:], encode_batch(texts[begin : begin + _TEXTS_PER_CALL]), strict=False
-        ):
-            if ids is None:
-                raise FlagError(
-                    f"the tokenizer cannot encode the prefix {text!r}",
-                    where=flag,
-                    remedy="Use a tokenizer for text.",
-                )
-            tokens.append(ids)
-    return tokens
-
-
-def _number_prefixes(
-    metadata: pa.Table,
-    template: Template,
-    frequent: dict[Placeholder, pa.Array],
-    where: str,
-    draws: Draws,
-) -> tuple[NDArray[np.int32], list[str | bytes]]:
-    """Number of each document's prefix (-1: none), and the distinct prefixes in that order."""
-    ids = np.full(metadata.num_rows, -1, dtype=np.int32)
-    numbers: dict[str | bytes, int] = {}
-    row = 0
-
-    def render(batch: pa.RecordBatch, begin: int) -> pa.DictionaryArray:
-        return template.render(batch, where, frequent, draws, begin).dictionary_encode()
-
-    for encoded in _map_batches(render, metadata, template, where, f"prefixes of {where}"):
-        lookup = [numbers.setdefault(text, len(numbers)) for text in encoded.dictionary.to_pylist()]
-        local = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-        # The extra last entry answers index -1: a document without a prefix.
-        ids[row : row + len(local)] = np.array([*lookup, -1], dtype=np.int32)[local]
-        row += len(local)
-    return ids, list(numbers)
-
-
-def _count_frequent(
-    metadata: pa.Table, template: Template, where: str, draws: Draws
-) -> dict[Placeholder, pa.Array]:
-    """The values to keep of each placeholder with a frequency filter."""
-    placeholders = [p for p in template.placeholders if p.frequency_filters]
-    counts: dict[Placeholder, Counter[str]] = {p: Counter() for p in placeholders}
-
-    def count(batch: pa.RecordBatch, begin: int) -> list[list[dict[str, Any]]]:
-        columns = (template.values(p, batch, where, draws, begin).drop_null() for p in placeholders)
-        return [pc.value_counts(column).to_pylist() for column in columns]
-
-    if placeholders:
-        label = f"frequent values of {where}"
-        for columns in _map_batches(count, metadata, template, where, label):
-            for placeholder, entries in zip(placeholders, columns, strict=True):
-                for entry in entries:
-                    counts[placeholder][entry["values"]] += entry["counts"]
-    return {p: frequent_values(p, counts[p]) for p in placeholders}
-
-
-def _map_batches[T](
-    function: Callable[[pa.RecordBatch, int], T],
-    metadata: pa.Table,
-    template: Template,
-    where: str,
-    label: str,
-) -> Iterator[T]:
-    """Apply a function to the rows, a stretch at a time, on all cores; results in order.
-
-    The function gets them with the number of the first. Arrow's kernels let go of the interpreter,
-    so threads help; a few stretches are in flight.
-    """
-    columns = metadata.select(
-        template.fields(metadata.schema.names, where) or metadata.schema.names
-    )
+    prefix_ids = np.empty(texts.draws.metadata.num_rows, dtype=np.int32)
+    distinct = _core.DistinctTexts()
+    frequent = _count_frequent(texts)
     num_threads = len(os.sched_getaffinity(0))
-    pending: deque[tuple[int, Future[T]]] = deque()
-    begin = done = 0
-    with ThreadPoolExecutor(num_threads) as pool, BuildProgress(label) as progress:
-        for batch in columns.to_batches(max_chunksize=_ROWS_PER_BATCH):
-            pending.append((len(batch), pool.submit(function, batch, begin)))
-            begin += len(batch)
-            if len(pending) > 2 * num_threads:
-                num_rows, future = pending.popleft()
+    pending: deque[Future[tuple[NDArray[Any], NDArray[np.int64]]]] = deque()
+    row = 0
+    with ThreadPoolExecutor(num_threads) as pool, closing(texts.rendered(frequent)) as batches:
+        for rendered in batches:
+            numbers, first_rows = distinct.number(*text_buffers(rendered))
+            prefix_ids[row : row + len(numbers)] = numbers
+            row += len(numbers)
+            if len(first_rows):
+                all_new = len(first_rows) == len(rendered)
+                new = rendered if all_new else rendered.take(pa.array(first_rows))
+                pending.append(pool.submit(encoder.encode, new))
+            while len(pending) > 2 * num_threads:
+                add(*pending.popleft().result())
+        while pending:
+            add(*pending.popleft().result())
+
+    num_missing = int((prefix_ids < 0).sum())
+    num_long = 0
+    if long_prefixes:
+        is_long = np.zeros(len(distinct) + 1, dtype=bool)  # the last one answers -1
+        is_long[np.concatenate(long_prefixes)] = True
+        for begin in range(0, len(prefix_ids), _ROWS_PER_BATCH):
+            part = prefix_ids[begin : begin + _ROWS_PER_BATCH]
+            found = is_long[part]
+            part[found] = -1
+            num_long += int(found.sum())
+    counts = {"documents_without_value": num_missing, "documents_with_long_prefix": num_long}
+    header = {"template": texts.template.source, "counts": counts}
+    return header, {"prefix_ids": prefix_ids, "prefix_tokens": tokens, "prefix_offsets": offsets}
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The prefixes of a corpus as texts, batch by batch."""
+
+    template: Template
+    where: str
+    draws: Draws
+
+    def rendered(self, frequent: Mapping[Placeholder, pa.Array]) -> Generator[pa.Array]:
+        """The prefixes of the documents, in their order."""
+        if self.template.is_shuffled:
+            self.draws.prepare()  # before the threads, which would each do it
+
+        def render(batch: pa.RecordBatch, begin: int) -> pa.Array:
+            return self.template.render(batch, self.where, frequent, self.draws, begin)
+
+        yield from self._map(render, f"prefixes of {self.where}")
+
+    def values(self, placeholder: Placeholder) -> Iterator[pa.Array]:
+        """What the frequency filters of a placeholder choose from, without nulls."""
+
+        def values(batch: pa.RecordBatch, begin: int) -> pa.Array:
+            found = self.template.values(placeholder, batch, self.where, self.draws, begin)
+            return found.drop_null()
+
+        yield from self._map(values, f"frequent values of {self.where}")
+
+    def _map(
+        self, function: Callable[[pa.RecordBatch, int], pa.Array], label: str
+    ) -> Iterator[pa.Array]:
+        """Apply a function to the rows, a stretch at a time, on all cores; results in order.
+
+        The function gets them with the number of the first. Arrow's kernels let go of the
+        interpreter, so threads help; a few stretches are in flight.
+        """
+        metadata = self.draws.metadata
+        names = metadata.schema.names
+        columns = metadata.select(self.template.fields(names, self.where) or names)
+        num_threads = len(os.sched_getaffinity(0))
+        pending: deque[tuple[int, Future[pa.Array]]] = deque()
+        begin = done = 0
+        with ThreadPoolExecutor(num_threads) as pool, BuildProgress(label) as progress:
+            for batch in columns.to_batches(max_chunksize=_ROWS_PER_BATCH):
+                pending.append((len(batch), pool.submit(function, batch, begin)))
+                begin += len(batch)
+                if len(pending) > 2 * num_threads:
+                    num_rows, future = pending.popleft()
+                    yield future.result()
+                    done += num_rows
+                    progress(done / metadata.num_rows)
+            for _, future in pending:
                 yield future.result()
-                done += num_rows
-                progress(done / metadata.num_rows)
-        for _, future in pending:
-            yield future.result()
+
+
+def _count_frequent(texts: _Texts) -> dict[Placeholder, pa.Array]:
+    """The values to keep of each placeholder with a frequency filter."""
+    placeholders = dict.fromkeys(p for p in texts.template.placeholders if p.frequency_filters)
+    return {placeholder: _frequent_values(texts, placeholder) for placeholder in placeholders}
+
+
+def _frequent_values(texts: _Texts, placeholder: Placeholder) -> pa.Array:
+    """What `frequent_values` gives, with numbers in memory and not the texts."""
+    distinct = _core.DistinctTexts()
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for values in texts.values(placeholder):
+        numbers, _ = distinct.number(*text_buffers(values))
+        if len(distinct) > len(counts):
+            grown = np.zeros(max(len(distinct), len(counts) * 3 // 2), dtype=np.int64)
+            grown[: len(counts)] = counts
+            counts = grown
+        found, times = np.unique(numbers, return_counts=True)
+        counts[found] += times
+    counts = counts[: len(distinct)]
+    kept = num_frequent(placeholder, counts)
+    if not kept:
+        return pa.array([], pa.string())
+    least = np.partition(counts, len(counts) - kept)[len(counts) - kept]
+    ties = kept - int((counts > least).sum())
+    # Of the values with the least count the first ones of the alphabet stay.
+    is_wanted = counts >= least
+    kept_values, tied = [], pa.array([], pa.string())
+    for values in texts.values(placeholder):
+        numbers, _ = distinct.number(*text_buffers(values))
+        numbers, rows = np.unique(numbers, return_index=True)
+        wanted = is_wanted[numbers]
+        numbers, rows = numbers[wanted], rows[wanted]
+        is_wanted[numbers] = False
+        is_tied = counts[numbers] == least
+        kept_values.append(values.take(pa.array(rows[~is_tied])))
+        tied = pa.concat_arrays([tied, values.take(pa.array(rows[is_tied]))])
+        if len(tied) > 2 * ties + _ROWS_PER_BATCH:
+            tied = tied.take(pc.array_sort_indices(tied)[:ties])
+    kept_values.append(tied.take(pc.array_sort_indices(tied)[:ties]))
+    num_bytes = sum(pc.sum(pc.binary_length(part), min_count=0).as_py() for part in kept_values)
+    if num_bytes > _MOST_BYTES_KEPT:
+        raise FlagError(
+            f"{{{placeholder.name}}} would keep {kept:,} values of {num_bytes:,} bytes",
+            where=texts.template.flag,
+            remedy="Keep fewer: a smaller top, or a larger min_documents.",
+        )
+    return pa.concat_arrays(kept_values)

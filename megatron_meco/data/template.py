@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.corpus import url
+from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.errors import DataError, FlagError
 
 FLAG = "--meco-template"
@@ -198,6 +199,10 @@ class Draws:
         """
         return self._successors[documents].astype(np.int64)
 
+    def prepare(self) -> None:
+        """Make what `partners` needs: 4 bytes for each document of the corpus."""
+        _ = self._successors
+
     def take(self, field: str, documents: NDArray[np.int64]) -> pa.Array:
         """Values of a field of documents all over the corpus, in their order."""
         column = self.metadata.column(field)
@@ -277,6 +282,11 @@ class Template:
     def is_seeded(self) -> bool:
         """Whether what a document gets depends on a seed."""
         return any(f[0] in _TRAINING for p in self.placeholders for f in p.filters)
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether documents get the values of others."""
+        return any(f[0] == "shuffled" for p in self.placeholders for f in p.filters)
 
     @property
     def has_groups(self) -> bool:
@@ -514,14 +524,61 @@ def frequent_values(placeholder: Placeholder, counts: Mapping[str, int]) -> pa.A
     fall alphabetically, so the result does not depend on the order of the documents.
     """
     ranked = sorted(counts, key=lambda value: (-counts[value], value))
+    kept = num_frequent(placeholder, np.array(list(counts.values()), dtype=np.int64))
+    return pa.array(ranked[:kept], pa.string())
+
+
+def num_frequent(placeholder: Placeholder, counts: NDArray[np.int64]) -> int:
+    """How many of the most frequent values a placeholder's frequency filters keep.
+
+    Args:
+        placeholder: With frequency filters.
+        counts: (n,), how often each distinct value occurs.
+    """
+    kept = len(counts)
     for name, argument in placeholder.frequency_filters:
         if name == "min_documents":
-            ranked = [value for value in ranked if counts[value] >= int(argument)]
+            kept = min(kept, int((counts >= int(argument)).sum()))
         elif argument.endswith("%"):
-            ranked = ranked[: math.ceil(len(counts) * float(argument[:-1]) / 100)]
+            kept = min(kept, math.ceil(len(counts) * float(argument[:-1]) / 100))
         else:
-            ranked = ranked[: int(argument)]
-    return pa.array(ranked, pa.string())
+            kept = min(kept, int(argument))
+    return kept
+
+
+def cut_at_tokens(
+    rendered: pa.Array,
+) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
+    """Cut rendered prefixes at their special tokens, all at once; see `Template.segments`.
+
+    Args:
+        rendered: A binary array of n prefixes without nulls.
+
+    Returns:
+        The texts (empty ones, too), a special token between each two of a prefix; the prefix of
+        each text; and the special tokens in their order, as places in `Template.tokens`.
+    """
+    data, borders, _ = text_buffers(rendered)
+    data = data[borders[0] : borders[-1]]
+    begins = borders[:-1].astype(np.int64) - borders[0]
+    marks = np.flatnonzero(data == _MARK)
+    special = data[marks + 1].astype(np.int64) * 128 + data[marks + 2]
+    is_text = np.ones(len(data), dtype=bool)
+    for place in range(_MARKED):
+        is_text[marks + place] = False
+    # A text begins at each prefix and behind each mark; a mark at the very beginning comes second.
+    starts = np.concatenate([begins, marks + _MARKED])
+    order = np.argsort(np.concatenate([begins * 2, marks * 2 + 1]), kind="stable")
+    starts = starts[order]
+    owners = np.concatenate(
+        [np.arange(len(begins)), np.searchsorted(begins, marks, side="right") - 1]
+    )[order]
+    removed = np.searchsorted(marks, starts) * _MARKED
+    ends = np.append(starts - removed, is_text.sum()).astype(np.int32)
+    texts = pa.StringArray.from_buffers(
+        len(starts), pa.py_buffer(ends), pa.py_buffer(data[is_text].tobytes())
+    )
+    return texts, owners, special
 
 
 class _Parser:
@@ -718,6 +775,9 @@ def _closest(word: str, known: Iterable[str]) -> str:
 
 
 def _null_where_empty(values: pa.Array) -> pa.Array:
+    _, offsets, _ = text_buffers(values)
+    if (offsets[1:] > offsets[:-1]).all():
+        return values
     return pc.if_else(pc.equal(values, ""), None, values)
 
 

@@ -5,13 +5,16 @@ Counting a corpus renders its metadata once, batch by batch.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
 from megatron_meco.data.template import PrefixText, Template
@@ -36,13 +39,43 @@ class Candidate:
     prefix: str
 
 
-def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> list[Candidate]:
-    """Return the most frequent prefixes of a corpus.
+def add_candidates_argument(add: Callable[..., Any]) -> None:
+    """Add `--candidates`.
+
+    Args:
+        add: `add_argument` of a parser or of a group in it.
+    """
+    add(
+        "--candidates",
+        type=Path,
+        metavar="FILE",
+        help="one in each line: FIELD=VALUE ..., quoted as in a shell, or a JSON object; or the "
+        "bare value, where the template has one field",
+    )
+
+
+def conditioning_of(args: argparse.Namespace) -> Conditioning:
+    """Return how the model of `--model` was conditioned, before torch loads.
+
+    Raises:
+        FlagError: If it was not, and there is no `--template`.
+    """
+    conditioning = Conditioning.of_folder(args.model, args.template)
+    if not conditioning.template:
+        raise FlagError(
+            "was trained without metadata",
+            where=f"--model {args.model}",
+            remedy="Give a --template to try metadata on it all the same.",
+        )
+    return conditioning
+
+
+def count_prefixes(data_path: str, conditioning: Conditioning) -> collections.Counter[str]:
+    """Count the prefixes of a corpus. Documents without a prefix are left out.
 
     Args:
         data_path: The corpus, as in Megatron's `--data-path`.
         conditioning: Renders its metadata.
-        number: Most candidates to return.
 
     Raises:
         DataError: If the corpus has no readable metadata, or lacks a field.
@@ -51,7 +84,7 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
     table = open_metadata(data_path)
     template = Template.parse(conditioning.template)
     where = str(metadata_path(data_path))
-    counts: collections.Counter[PrefixText] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for batch in table.to_batches(_ROWS_AT_ONCE):
         # Frequency filters choose among these very values, so all of them are candidates.
         frequent = {
@@ -62,13 +95,23 @@ def most_frequent(data_path: str, conditioning: Conditioning, number: int) -> li
         for entry in template.render(batch, where, frequent).drop_null().value_counts():
             prefix = PrefixText(template.segments(entry["values"].as_py()))
             counts[prefix] += entry["counts"].as_py()
-    ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
-    if not ranked:
+    if not counts:
         raise FlagError(
             "no document has a prefix",
             where=f"--data-path {data_path}",
             remedy="Name a corpus whose metadata fills the template.",
         )
+    return counts
+
+
+def most_frequent(counts: collections.Counter[str], number: int) -> list[Candidate]:
+    """Return the most frequent prefixes of a corpus.
+
+    Args:
+        counts: From `count_prefixes`.
+        number: Most candidates to return.
+    """
+    ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
     return [
         Candidate(name=f"{shown(prefix.strip())} ({counts[prefix]:,})", prefix=prefix)
         for prefix in ranked[:number]
@@ -197,4 +240,55 @@ def read_texts(path: Path) -> list[str]:
                 remedy='Write one object in each line, as in {"text": "..."}.',
             ) from error
         texts.append(text)
-    return [text for text in texts if text]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise FlagError("has no text", where=f"--text {path}", remedy="Write some.")
+    return texts
+
+
+def read_documents(
+    path: Path, conditioning: Conditioning, flag: str, limit: int | None = None
+) -> list[tuple[str, str]]:
+    """Read documents with their metadata from a JSON Lines file.
+
+    Args:
+        path: The file; each line has `text` and the fields of the template as strings.
+        conditioning: Renders the fields.
+        flag: The flag that names the file, for messages.
+        limit: Most lines to read, or None.
+
+    Returns:
+        Text and prefix of each document that has both.
+
+    Raises:
+        FlagError: If a line cannot be read, or no document has a prefix.
+    """
+    found = []
+    reason = "no document has a text"
+    for number, line in _filled_lines(path, flag)[:limit]:
+        where = f"{flag} {path}, line {number}"
+        remedy = 'Write one object in each line, as in {"text": "...", "url": "..."}.'
+        values = parse_json(line, partial(FlagError, where=where, remedy=remedy))
+        text = values.get("text") if isinstance(values, dict) else None
+        if not isinstance(text, str):
+            raise FlagError("has no text", where=where, remedy=remedy)
+        given = {
+            name: values[name] for name in conditioning.columns if values.get(name) is not None
+        }
+        if not all(isinstance(value, str) for value in given.values()):
+            raise FlagError("has a field that is not a string", where=where, remedy=remedy)
+        try:
+            prefix = conditioning.render(given, where) if text else ""
+        except FlagError as error:
+            # As in training, where such documents have no prefix.
+            reason = error.what
+            continue
+        if text:
+            found.append((text, prefix))
+    if not found:
+        raise FlagError(
+            f"no document has a prefix ({reason})",
+            where=f"{flag} {path}",
+            remedy=f"Write the fields {', '.join(conditioning.columns)} beside `text`.",
+        )
+    return found

@@ -138,9 +138,15 @@ def run_eval(args: argparse.Namespace) -> int:
     evaluation = open_evaluation(plan.tasks, args.include_path)
     _check_tasks(plan.named, evaluation)
     _check_shuffled(args, plan, evaluation)
-    report = _evaluate_all(args, plan, evaluation)
+    about = _about(args, conditioning)
+    arm, wrong, report = _evaluate_model(args, plan, evaluation)
+    if args.against is not None:
+        if args.output is not None:
+            # The second model may fail after hours; the results of the first are kept.
+            write_json(args.output, about | report)
+        report["against"] = _evaluate_against(args, plan, evaluation, arm, wrong)
     if args.output is not None:
-        write_json(args.output, _about(args, conditioning) | report)
+        write_json(args.output, about | report)
         print(f"written to {args.output}", file=sys.stderr)
     return 0
 
@@ -315,10 +321,15 @@ def _check_tasks(named: list[str], evaluation: Evaluation) -> None:
 # ---- Work ----
 
 
-def _evaluate_all(args: argparse.Namespace, plan: _Plan, evaluation: Evaluation) -> dict[str, Any]:
-    """Evaluate one or two models, print the tables, and return the results for JSON."""
+def _evaluate_model(
+    args: argparse.Namespace, plan: _Plan, evaluation: Evaluation
+) -> tuple[Arm, Wrong, dict[str, Any]]:
+    """Evaluate `--model` and print its tables.
+
+    Returns:
+        Its answers, the wrong prefixes that were dealt, and the results for JSON.
+    """
     # Late, as in `run_eval`.
-    from megatron_meco.inference.eval_pairs import about_against, one_and_other
     from megatron_meco.inference.harness_tasks import mean_of_independent
 
     print(f"loading the data of {counted(len(evaluation.names), 'task')}", file=sys.stderr)
@@ -341,20 +352,28 @@ def _evaluate_all(args: argparse.Namespace, plan: _Plan, evaluation: Evaluation)
     }
     if arm.shuffled:
         report["shuffled"] = _compare_shuffled(args, arm)
-    if args.against is not None:
-        with about_against(args.against):
-            other = _evaluate(args, args.against, plan, evaluation, wrong)
-        _tell_unequal_cuts(arm, other)
-        rows = one_and_other(arm, other)
-        title = f"{args.model} minus {args.against}, on the same documents:"
-        means = _print_rows(title, ("model", "against"), rows)
-        report["against"] = {
-            "model": str(args.against),
-            "results": [result.report() for result in other.results],
-            "differences": [row.report("model", "against") for row in rows],
-            "paper_average": means,
-        }
-    return report
+    return arm, wrong, report
+
+
+def _evaluate_against(
+    args: argparse.Namespace, plan: _Plan, evaluation: Evaluation, arm: Arm, wrong: Wrong
+) -> dict[str, Any]:
+    """Evaluate `--against`, print its difference from `--model`, and return both for JSON."""
+    # Late, as in `run_eval`.
+    from megatron_meco.inference.eval_pairs import about_against, one_and_other
+
+    with about_against(args.against):
+        other = _evaluate(args, args.against, plan, evaluation, wrong)
+    _tell_unequal_cuts(arm, other)
+    rows = one_and_other(arm, other)
+    title = f"{args.model} minus {args.against}, on the same documents:"
+    means = _print_rows(title, ("model", "against"), rows)
+    return {
+        "model": str(args.against),
+        "results": [result.report() for result in other.results],
+        "differences": [row.report("model", "against") for row in rows],
+        "paper_average": means,
+    }
 
 
 def _evaluate(

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import TextStreamer
-from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import FlagError
 from megatron_meco.flag_range import SEED, InRange
@@ -158,7 +157,6 @@ def run_generate(args: argparse.Namespace) -> int:
     # Rendered before the model loads, because most mistakes show here.
     conditioning = Conditioning.of_folder(args.model, args.template)
     prefixes = [conditioning.render(values) if values else "" for values in conditions]
-    transformers_logging.disable_progress_bar()
     loaded = load_model(args.model, args.device, args.template)
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:

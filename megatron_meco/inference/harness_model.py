@@ -22,7 +22,6 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import not_an_export
@@ -192,7 +191,8 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
                 f"the prefix has {len(self._prefix_ids)} tokens, and the model's "
                 f"{self.max_length} leave {max(room - num_bos, 0)} for it in some request",
                 where="--metadata",
-                remedy="Give shorter metadata, or leave out the tasks with such long answers.",
+                remedy="Give shorter metadata (also in --shuffled-from), or leave out the tasks "
+                "with such long answers.",
             )
         self.num_cut += 1
         return begin + rest[len(begin) + len(rest) - room :]
@@ -218,7 +218,6 @@ def load_harness_model(
     Raises:
         FlagError: If the folder cannot be loaded.
     """
-    transformers_logging.disable_progress_bar()
     model = load_model(folder, device, template, own_sampling=True).model
     try:
         return MeCoLM(model, tokenizer=str(folder), batch_size=batch_size)

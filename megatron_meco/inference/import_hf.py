@@ -295,6 +295,8 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], args: Namespace) -> N
             # PyTorch wraps an error such as a full disk, one per rank; there is one rank.
             [(cause, _)] = error.failures.values()
             raise OSError(first_line(cause)) from error
+    # Where Megatron looks for the same before 0.19.
+    torch.save(common, folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backend))
 

@@ -21,6 +21,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.utils import logging as transformers_logging
 
 from megatron_meco.corpus.tokenizer import unknown_token
 from megatron_meco.data.template import PrefixText
@@ -82,6 +83,7 @@ def load_model(
     device = pick_device(device)
     # Never run code from the folder, and never unpickle weights.
     options = {"local_files_only": True, "trust_remote_code": False}
+    transformers_logging.disable_progress_bar()
     with enough_memory(f"--model {folder}", "Give a --device with more memory."):
         try:
             model, told = AutoModelForCausalLM.from_pretrained(

@@ -20,11 +20,13 @@ from megatron_meco.errors import FlagError
 from megatron_meco.flag_range import COUNT, SEED, InRange
 from megatron_meco.inference.candidates import (
     Candidate,
+    add_candidates_argument,
+    conditioning_of,
+    count_prefixes,
     most_frequent,
     read_candidates,
     read_texts,
 )
-from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.inference.harness_tasks import open_evaluation
 from megatron_meco.inference.likelihood import TextScore, longest_prefix
 from megatron_meco.inference.model import enough_memory, load_model
@@ -173,13 +175,7 @@ def add_sweep_urls_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--candidates",
-        type=Path,
-        metavar="FILE",
-        help="one in each line: FIELD=VALUE ..., quoted as in a shell, or a JSON object; or the "
-        "bare value, where the template has one field",
-    )
+    add_candidates_argument(source.add_argument)
     source.add_argument(
         "--data-path", metavar="PREFIX", help="take what is most frequent in this corpus"
     )
@@ -276,17 +272,11 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _candidates(args: argparse.Namespace) -> list[Candidate]:
-    conditioning = Conditioning.of_folder(args.model, args.template)
+    conditioning = conditioning_of(args)
     check_model(args.model)
-    if not conditioning.template:
-        raise FlagError(
-            "was trained without metadata",
-            where=f"--model {args.model}",
-            remedy="Give a --template to try metadata on it all the same.",
-        )
     if args.candidates is not None:
         return read_candidates(args.candidates, conditioning, _tell)
-    return most_frequent(args.data_path, conditioning, args.top)
+    return most_frequent(count_prefixes(args.data_path, conditioning), args.top)
 
 
 def _text_target(args: argparse.Namespace, candidates: Sequence[Candidate]) -> _Target:

@@ -214,8 +214,9 @@ class Follower:
         names = {
             "conditioned": "with metadata",
             "plain": "without",
-            "shuffled": "with that of others",
-            "shuffled minus conditioned": "others minus own",
+            "shuffled": "with wrong",
+            "shuffled minus conditioned": "wrong minus right",
+            "": "",
         }
         losses = [
             " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))

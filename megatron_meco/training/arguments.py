@@ -65,6 +65,7 @@ from megatron_meco.training.kernels import (
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
     let_distributed_optimizer_resume,
+    let_functions_be_specs,
     skip_helper_compilation,
 )
 from megatron_meco.training.run_fingerprint import check_resume, fingerprint
@@ -205,7 +206,7 @@ def parse_and_validate_args(
     except MeCoError as error:
         _end(error)
     apply_meco(args)
-    if args.dataloader_inter_document_masking and _is_rank_0():
+    if getattr(args, "dataloader_inter_document_masking", False) and _is_rank_0():
         print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args
 
@@ -446,10 +447,10 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         DataError: A corpus or its metadata is missing or does not match the template.
     """
     config = MeCoConfig.from_args(args)
-    if args.seq_length:
-        config.check_sequence_length(args.seq_length)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
+    if args.seq_length:
+        config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
         if not args.meco_cooldown_data_path:
@@ -510,6 +511,22 @@ def _check_platform(args: argparse.Namespace, on_cpu: bool) -> None:
         engine = try_transformer_engine()
         if engine.reason:
             raise _engine_error(engine)
+    _check_mamba(args)
+
+
+def _check_mamba(args: argparse.Namespace) -> None:
+    """Refuse Mamba layers without their kernels, where Megatron fails in the layer."""
+    patterns = (getattr(args, f"hybrid_{name}_pattern", None) for name in ("layer", "override"))
+    if not any("M" in (pattern or "") for pattern in patterns):
+        return
+    for package in ("mamba_ssm", "causal_conv1d"):
+        if importlib.util.find_spec(package) is None:
+            raise FlagError(
+                f"Mamba layers need the Python package {package}, which is not installed",
+                where="--hybrid-layer-pattern",
+                remedy="Install mamba-ssm and causal-conv1d (on a host with a GPU), or leave the "
+                "M out of the pattern.",
+            )
 
 
 def _engine_error(engine: EngineState) -> FlagError:
@@ -529,7 +546,7 @@ def _engine_error(engine: EngineState) -> FlagError:
 
 def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     """Kernels of a run, from its validated flags and the libraries that Megatron imported."""
-    from megatron_meco.training.attention import PACKED_LOCAL_SPEC, varlen_serves
+    from megatron_meco.training.attention import varlen_serves
     from megatron_meco.training.versions import optimizer_library
 
     kernels = choose_kernels(
@@ -538,7 +555,7 @@ def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
         varlen=varlen_serves(args.params_dtype, args.attention_dropout),
         optimizer=optimizer_library(),
     )
-    if args.spec not in (None, PACKED_LOCAL_SPEC):
+    if args.spec is not None and not args.spec[0].startswith("megatron_meco."):
         chosen = f"as --spec {' '.join(args.spec)} says"
         kernels = replace(kernels, attention=chosen, layers=chosen)
     if args.context_parallel_size > 1 and args.meco:
@@ -626,11 +643,19 @@ def apply_meco(args: argparse.Namespace) -> None:
             args.moe_token_dispatcher_type = "alltoall"
         if args.use_distributed_optimizer and optimizer_library() == "torch":
             let_distributed_optimizer_resume()
-    if args.dataloader_inter_document_masking and _uses_local_layers(args):
+    # Megatron 0.18 has no such flag.
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    if packed and _uses_local_layers(args):
+        # Megatron's local attention does not support packed documents.
+        if getattr(args, "hybrid_layer_pattern", None):
+            from megatron_meco.training.hybrid_layers import PACKED_LOCAL_HYBRID_SPEC
+
+            args.spec = PACKED_LOCAL_HYBRID_SPEC
+            return
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 
-        # Megatron's local attention does not support packed documents.
         args.spec = PACKED_LOCAL_SPEC
+        let_functions_be_specs()
 
 
 def _uses_local_layers(args: argparse.Namespace) -> bool:
@@ -640,10 +665,8 @@ def _uses_local_layers(args: argparse.Namespace) -> bool:
         "experimental_attention_variant",
         "heterogeneous_layers_config_path",
         "heterogeneous_layers_config_encoded_json",
-        "hybrid_layer_pattern",
         "num_experts",
         "multi_latent_attention",
-        "mtp_num_layers",
     )
     chosen = any(getattr(args, name, None) for name in others)
     return args.transformer_impl == "local" and not chosen

@@ -9,6 +9,8 @@ What, when it is needed, and when it goes:
   torch's Adam exactly.
 - `skip_steps_without_reading_batches`: with `--meco` and steps to skip, until Megatron skips a step
   without reading the keys of its batches.
+- `let_functions_be_specs`: on MeCo's own attention layers in Megatron 0.18, whose scripts pass on
+  what `--spec` names without calling it. From 0.19 on Megatron calls it.
 - `rotary_scale` (read only): on MeCo's own attention layers, until it has a public name.
 
 Nothing is patched by importing this module. Each function checks that what it replaces has the
@@ -24,6 +26,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -175,6 +178,32 @@ def skip_steps_without_reading_batches() -> None:
     training.dummy_train_step = dummy_train_step
 
 
+@functools.cache
+def let_functions_be_specs() -> None:
+    """Let `--spec` name a function that makes the layers, in Megatron 0.18.
+
+    Does nothing where Megatron has a configuration of GPT models: it calls such a function.
+    """
+    # Late, as above.
+    from megatron.core.transformer import transformer_block
+    from megatron.training import argument_utils
+
+    name = "_get_block_submodules"
+    stock = getattr(transformer_block, name, None)
+    if hasattr(argument_utils, "gpt_config_from_args") or not callable(stock):
+        return
+    if not _has_signature(stock, "config", "spec", "vp_stage", "pp_rank"):
+        raise _unknown_megatron(f"transformer_block.{name}")
+
+    @functools.wraps(stock)
+    def submodules(config: Any, spec: Any, vp_stage: Any = None, pp_rank: Any = None) -> Any:
+        if inspect.isfunction(spec):
+            spec = spec(SimpleNamespace(transformer=config), vp_stage=vp_stage)
+        return stock(config, spec, vp_stage, pp_rank)
+
+    setattr(transformer_block, name, submodules)
+
+
 def rotary_scale(attention: Any) -> float:
     """Factor of cosines and sines in Megatron-Core's attention: 1, except with YaRN.
 
@@ -182,9 +211,15 @@ def rotary_scale(attention: Any) -> float:
         MeCoError: Megatron keeps it under another name.
     """
     name = "_yarn_concentration_factor"
-    if not hasattr(attention, name):
+    if hasattr(attention, name):
+        return float(getattr(attention, name))
+    # Megatron 0.18 works it out at each call.
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
+
+    factor_of = getattr(yarn, "_yarn_get_concentration_factor_from_config", None)
+    if factor_of is None or not hasattr(attention, "config"):
         raise _unknown_megatron(f"{type(attention).__name__}.{name}")
-    return float(getattr(attention, name))
+    return float(factor_of(attention.config))
 
 
 def _has_signature(function: Callable[..., Any] | None, *parameters: str) -> bool:

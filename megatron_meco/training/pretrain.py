@@ -24,21 +24,10 @@ def main() -> None:
     # First of all: it makes a CPU-only host ready before Megatron is imported.
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
 
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-
+    from megatron_meco.training.model_builders import run_pretraining
     from megatron_meco.training.provider import forward_step, train_valid_test_datasets_provider
 
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    run_pretraining(args, train_valid_test_datasets_provider, forward_step)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ from megatron_meco.training.phase_switch import PhaseSwitch
 from megatron_meco.training.versions import check_version
 
 DatasetsProvider = Callable[..., Any]
+
+# Megatron 0.18 has fewer of them.
+_PACKED_FIELDS = {field.name for field in fields(PackedSeqParams)}
 ForwardStep = Callable[..., Any]
 
 
@@ -327,14 +330,15 @@ def packed_seq_params(
         # Transformer Engine divides this length by the number of chunks.
         longest += 1 if num_ranks == 1 else 2 * num_ranks
     seq_idx = None
-    if args.hybrid_layer_pattern:
+    if getattr(args, "hybrid_layer_pattern", None):
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
-    padded = {}
+    # By which experts are balanced within a sample.
+    more: dict[str, Any] = {"tokens_per_sample": args.seq_length}
     if num_ranks > 1:
         # Transformer Engine asks for both. A document's padding is part of the document, so no
         # kernel has to skip it: the same tensor says so, too, which older versions would compare.
-        padded = {
+        more |= {
             "cu_seqlens_q_padded": cu_seqlens,
             "cu_seqlens_kv_padded": cu_seqlens,
             "pad_between_seqs": False,
@@ -343,11 +347,10 @@ def packed_seq_params(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        **padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         seq_idx=seq_idx,
-        tokens_per_sample=args.seq_length,
+        **{name: value for name, value in more.items() if name in _PACKED_FIELDS},
     )
 
 

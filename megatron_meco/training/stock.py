@@ -10,6 +10,7 @@ pretrain_gpt.py of core_v0.19.0.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,6 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import (
     StragglerDetector,
-    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -33,6 +33,14 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_meco.errors import MeCoError
+
+try:
+    from megatron.core.utils import flatten_batch_for_packed_sequences
+except ImportError:
+    # Megatron 0.18: its own script reads batches in another way.
+    flatten_batch_for_packed_sequences = None
 
 Batch = dict[str, Any]
 
@@ -66,7 +74,7 @@ def dataset_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             sequences_per_dataset = json.load(file)
-    return {
+    options = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
         "blend": blend,
@@ -92,8 +100,11 @@ def dataset_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
         "data_parallel_size": args.data_parallel_size,
         "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
         "hybrid_context_parallel": args.hybrid_context_parallel,
-        "inter_document_masking": args.dataloader_inter_document_masking,
+        "inter_document_masking": getattr(args, "dataloader_inter_document_masking", False),
     }
+    # Those of the installed Megatron.
+    known = {field.name for field in dataclasses.fields(GPTDatasetConfig)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def train_valid_test_datasets_provider(
@@ -109,6 +120,12 @@ def train_valid_test_datasets_provider(
         Training, validation and test dataset; None on ranks that hold none.
     """
     args = get_args()
+    if flatten_batch_for_packed_sequences is None:
+        raise MeCoError(
+            "this Megatron has no functions for a run without --meco in this script",
+            where="--meco",
+            remedy="Add --meco, or wrap this Megatron's own pretrain_gpt.py by with_meco.",
+        )
     options = dataset_options(args, get_tokenizer())
     kind: type = GPTDataset
     config = GPTDatasetConfig

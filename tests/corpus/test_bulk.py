@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from megatron_meco.corpus import bulk
@@ -118,3 +119,13 @@ def test_without_llama_models_it_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FlagError, match="megatron-meco\\[llama3\\]"):
         write_llama3_tokenizer(tmp_path / "llama3")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arrow_strings_are_encoded_in_place(encoder: HuggingFaceEncoder) -> None:
+    texts = ["", "the text", "of a", "", "p\u00e4ge <|end_of_text|>"] * 7
+    fast = GigatokenEncoder(encoder.serialized)
+    for part in (slice(0, 35), slice(3, 20), slice(4, 4)):
+        ids, lengths = fast.encode(pa.array(texts, pa.string())[part])
+        expected_ids, expected_lengths = ListBulkEncoder(encoder).encode(texts[part])
+        assert ids.tolist() == expected_ids.tolist()
+        assert lengths.tolist() == expected_lengths.tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pyarrow as pa
 import pytest
 
@@ -137,3 +139,50 @@ def test_no_password_gets_into_a_prefix() -> None:
     )
     one, other = template.render(pa.record_batch({"url": urls}), "here").to_pylist()
     assert one == other and "hunter2" not in one and "user" not in one
+
+
+@pytest.mark.parametrize("hosts_only", [False, True])
+def test_the_short_cut_for_plain_urls_gives_what_the_expressions_give(hosts_only: bool) -> None:
+    draw = random.Random(3)
+    schemes = [
+        "http://",
+        "https://",
+        "https://",
+        "HTTP://",
+        "http:/",
+        "//",
+        "",
+        "ftp://",
+        " http://",
+    ]
+    pieces = [
+        "a",
+        "B.c",
+        "-",
+        ".",
+        "..",
+        "@",
+        ":80",
+        "/",
+        "//",
+        "?q=@",
+        "#",
+        " ",
+        "\n",
+        "\x7f",
+        "\u00e4",
+    ]
+    pieces += ["mailto:", "[::1]", "\\", "~!", "x.org/y", "\ufeff"]
+    urls = [
+        draw.choice(schemes) + "".join(draw.choices(pieces, k=draw.randrange(5)))
+        for _ in range(20_000)
+    ]
+    given = pa.array([None if draw.random() < 0.05 else u for u in urls]).slice(7)
+    fast, slow = (url.host, url._host) if hosts_only else (url.without_scheme, url._without_scheme)
+    assert fast(given).to_pylist() == slow(given).to_pylist()
+    assert sum(u is not None and u.startswith("http") for u in given.to_pylist()) > 5000
+    # A null may hide bytes that look like a URL.
+    hidden = pa.Array.from_buffers(
+        pa.string(), 1, [pa.py_buffer(b"\0"), *pa.array(["http://a.org"]).buffers()[1:]]
+    )
+    assert fast(hidden).to_pylist() == [None]

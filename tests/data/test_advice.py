@@ -102,6 +102,18 @@ def test_inspect_says_why_a_document_is_plain(
     assert reasons() == {None, "it has no url", long}
     assert reasons("--sample", "39") == {"the cooldown has no prefixes"}
     assert "meco-plain-fraction 0.99 drew it" in reasons("--meco-plain-fraction", "0.99")
+    assert reasons("--meco-template", "[[{url}]]") == {
+        None,
+        "all groups of the template lack a value",
+        long,
+    }
+    dropped = "keep or shuffled left it without a value"
+    assert reasons("--meco-template", "{url.host|keep=0}") == {"it has no url.host", dropped}
+    assert reasons("--meco-template", "[[{url.host|keep=0}]]{url.suffix}") == {
+        None,
+        "it has no url.suffix",
+        "the pack ends before its prefix",
+    }
     assert main(["inspect", *mixed]) == 0
     assert "plain: it has no url" in " ".join(capsys.readouterr().out.split())
 

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 import xxhash
 
-from megatron_meco.data.array_file import check_once, load_or_build, open_arrays, write_arrays
+from megatron_meco.data import array_file
+from megatron_meco.data.array_file import (
+    ArraySpool,
+    check_once,
+    load_or_build,
+    open_arrays,
+    write_arrays,
+)
 from megatron_meco.errors import DataError
 
 ARRAYS = {
@@ -228,3 +235,19 @@ def test_a_killed_writer_leaves_no_half_file_under_the_name(tmp_path: Path) -> N
         open_arrays(path, "thing")
     left = [p for p in tmp_path.iterdir() if p != path]
     assert all(p.name.startswith(".x.meco.") for p in left)
+
+
+def test_an_array_that_grew_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = ArraySpool(tmp_path, np.int32)
+    assert list(tmp_path.iterdir()) == []  # nothing remains of it after a kill
+    for begin in range(0, 40, 10):
+        spool.append(np.arange(begin, begin + 10))
+        spool.append(np.arange(0))
+    write_arrays(tmp_path / "x.meco", "thing", {}, {"a": np.arange(40, dtype=np.int32)})
+    expected = (tmp_path / "x.meco").read_bytes()
+    monkeypatch.setattr(array_file, "_HASHED_AT_ONCE", 64)
+    write_arrays(tmp_path / "x.meco", "thing", {}, {"a": spool})
+    assert (tmp_path / "x.meco").read_bytes() == expected
+    empty = ArraySpool(tmp_path, np.int64)
+    write_arrays(tmp_path / "y.meco", "thing", {}, {"a": empty, "b": spool})
+    assert open_arrays(tmp_path / "y.meco", "thing").arrays["b"].tolist() == list(range(40))

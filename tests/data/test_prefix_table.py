@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from megatron_meco import _core
+from megatron_meco.corpus.bulk import fast_encoder
+from megatron_meco.corpus.text_arrays import text_buffers
+from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 from megatron_meco.data import prefix_table
 from megatron_meco.data.prefix_table import load_prefix_table
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import Template, frequent_values
 from megatron_meco.errors import DataError, FlagError
 
 
@@ -132,3 +137,126 @@ def test_documents_that_lose_their_value_by_keep_are_counted(tmp_path: Path) -> 
     write(tmp_path / "c", t=["a"] * 200)
     table = load(tmp_path / "c", 200, "{t|keep=0.5}")
     assert 60 < table.documents_without_value == shown(table).count(None) < 140
+
+
+class Doubling:
+    """Stands for gigatoken, with ids of its own from a certain text on."""
+
+    def __init__(self, wrong_from: str = "\uffff") -> None:
+        self.wrong_from = wrong_from
+        self.num_texts = 0
+
+    def encode(self, texts: pa.Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        self.num_texts += len(texts)
+        lists = [[ord(c) + (text >= self.wrong_from) for c in text] for text in texts.to_pylist()]
+        lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
+        return np.array([i for ids in lists for i in ids], dtype=np.uint32), lengths
+
+
+@pytest.mark.parametrize(
+    "source", ["{t}", "{token:<s>}a{t}{token:<s>}{token:<s>}", "{t} {t}{token:<s>}"]
+)
+def test_the_fast_encoder_gives_the_table_of_the_slow_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(prefix_table, "_ROWS_PER_BATCH", 50)
+    monkeypatch.setattr(prefix_table, "_TEXTS_PER_CALL", 20)
+    write(tmp_path / "c", t=[None if i % 9 == 4 else f"x{i * i % 301:04}" for i in range(1000)])
+    options: dict[str, Any] = {"token_ids": {"<s>": 999}, "max_prefix_tokens": 12}
+    slow = load(tmp_path / "c", 1000, source, cache_folder=tmp_path / "slow", **options)
+    fast, wrong = Doubling(), Doubling("x0200")
+    for encoder, per_check in ((fast, 7), (wrong, 1)):
+        monkeypatch.setattr(prefix_table, "_TEXTS_PER_CHECK", per_check)
+        cache = tmp_path / f"fast{per_check}"
+        table = load(
+            tmp_path / "c",
+            1000,
+            source,
+            cache_folder=cache,
+            fast_encoder=lambda _, encoder=encoder: encoder,
+            **options,
+        )
+        [one], [other] = (tmp_path / "slow").iterdir(), cache.iterdir()
+        assert one.read_bytes() == other.read_bytes()
+        assert encoder.num_texts > 20
+    assert shown(slow) == shown(table)
+
+
+def test_few_prefixes_are_not_worth_another_encoder(tmp_path: Path) -> None:
+    write(tmp_path / "c", t=["a", "b"])
+    load(tmp_path / "c", 2, "{t}", fast_encoder=lambda _: pytest.fail("loaded"))
+
+
+def test_gigatoken_gives_the_table_of_the_tokenizer(tmp_path: Path, tokenizer_folder: Path) -> None:
+    exact = HuggingFaceEncoder((tokenizer_folder / "tokenizer.json").read_text())
+    chosen: list[Any] = []
+
+    def choose(sample: list[str]) -> Any:
+        chosen.append(fast_encoder(exact, sample))
+        return chosen[-1]
+
+    write(tmp_path / "c", url=[f"http://h{i % 999}.org/{i}/p\u00e4th" for i in range(30_000)])
+    options = {"encode_batch": exact.encode_batch, "token_ids": {"<s>": 3}}
+    for source in ("URL: {url}", "{token:<s>}{url}"):
+        slow = load(tmp_path / "c", 30_000, source, cache_folder=tmp_path / "a", **options)
+        fast = load(
+            tmp_path / "c",
+            30_000,
+            source,
+            cache_folder=tmp_path / "b",
+            fast_encoder=choose,
+            **options,
+        )
+        for name in ("prefix_ids", "prefix_tokens", "prefix_offsets"):
+            assert np.array_equal(getattr(slow, name), getattr(fast, name))
+    assert len(chosen) == 2 and None not in chosen
+
+
+@pytest.mark.parametrize(
+    "filters", ["top=3", "top=40%", "min_documents=4", "top=30|min_documents=2", "top=0", "top=999"]
+)
+def test_frequent_values_are_counted_by_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filters: str
+) -> None:
+    monkeypatch.setattr(prefix_table, "_ROWS_PER_BATCH", 11)
+    draw = random.Random(filters)
+    values = [f"v{int(draw.paretovariate(0.8)) % 50}" for _ in range(300)]
+    write(tmp_path / "c", t=values)
+    [placeholder] = Template.parse(f"{{t|{filters}}}").placeholders
+    kept = frequent_values(placeholder, {v: values.count(v) for v in values}).to_pylist()
+    table = load(tmp_path / "c", 300, f"{{t|{filters}}}")
+    expected = [v if v in kept else "unknown" for v in values]
+    assert shown(table) == [[ord(c) for c in v] for v in expected]
+
+
+def test_texts_are_numbered_as_they_come() -> None:
+    distinct = _core.DistinctTexts()
+    texts = pa.array(["b", "", None, "a", "b", None, "a\0", ""])
+    ids, first_rows = distinct.number(*text_buffers(texts))
+    assert ids.tolist() == [0, 1, -1, 2, 0, -1, 3, 1]
+    assert first_rows.tolist() == [0, 1, 3, 6]
+    ids, first_rows = distinct.number(*text_buffers(texts[3:7]))
+    assert (ids.tolist(), first_rows.tolist(), len(distinct)) == ([2, 0, -1, 3], [], 4)
+    with pytest.raises(ValueError, match="offsets must rise"):
+        distinct.number(np.zeros(4, np.uint8), np.array([0, 3, 2], np.int32))
+    with pytest.raises(ValueError, match="outside of data"):
+        distinct.number(np.zeros(4, np.uint8), np.array([0, 5], np.int32))
+
+
+def test_the_hash_is_murmurs() -> None:
+    """Vectors of the published implementation."""
+    assert _core.hash_text(b"") == (0, 0)
+    assert _core.hash_text(b"hello") == (0xCBD8A7B341BD9B02, 0x5B1E906A48AE1D19)
+    assert _core.hash_text(b"The quick brown fox jumps over the lazy dog") == (
+        0xE34BBC7BBC071B6C,
+        0x7A433CA9C49A9347,
+    )
+
+
+def test_more_text_than_one_array_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_table, "_MOST_BYTES_KEPT", 3)
+    write(tmp_path / "c", t=["aa", "bb", "aa"])
+    with pytest.raises(FlagError, match=r"\{t\} would keep 2 values of 4 bytes. Keep fewer"):
+        load(tmp_path / "c", 3, "{t|top=2}")

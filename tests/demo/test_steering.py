@@ -10,6 +10,7 @@ import pytest
 import results
 import steering
 from steering import Judgement, Share
+from training_log import TrainingLog
 
 HOSTS = ("a.example.org", "b.example.org", "c.example.org", "d.example.org")
 LETTERS = dict(zip(HOSTS, ("abba", "oxox", "klik", "zuzu"), strict=True))
@@ -103,22 +104,32 @@ def test_the_verdict_follows_from_the_intervals(
     assert expected in said(*shares)
 
 
-def losses(at: str, **values: float) -> dict[str, object]:
-    return {"at": at, "iteration": 1, "meco_plain": 4.5, "baseline": 4.4, **values}
+SWITCH = (
+    " validation loss at iteration 9 | lm loss conditioned value: 4.0E+00 | lm loss plain value: "
+    "4.5E+00 | lm loss shuffled value: 4.2E+00 | lm loss shuffled minus conditioned value: 1.0E-01 "
+    "| compared share value: 8.0E-01 | \n"
+)
+END = SWITCH.replace("iteration 9", "iteration 10 on validation set").replace("4.0E", "4.6E")
+END = END.replace("1.0E-01", "-2.0E-01")
+PHASES = "> MeCo: iterations 1 to 9 conditioned, 10 to 10 cooldown (switch at sample 36 of 40)\n"
+BASELINE = " validation loss at iteration {} | lm loss plain value: 4.4E+00 | \n"
 
 
-def test_the_losses_are_explained_with_their_signs() -> None:
+def test_the_losses_are_compared_and_explained_with_their_signs() -> None:
+    meco = TrainingLog.of([PHASES, SWITCH, END])
+    rows = results.comparison(meco, TrainingLog.of([BASELINE.format(i) for i in (9, 10)]))
+    assert rows[0] == {
+        "at": "switch",
+        "iteration": 9,
+        "meco_conditioned": 4.0,
+        "meco_shuffled": 4.2,
+        "meco_plain": 4.5,
+        "value": 0.1,
+        "baseline": 4.4,
+    }
     plan = {"total": {"prefix_tokens": 10, "body_tokens": 90}}
-    switch = losses("switch", meco_conditioned=4.0, meco_shuffled=4.1)
-    end = losses("end", meco_conditioned=4.6, meco_shuffled=4.4)
-    text = results.explanation([switch, end], plan)
-    assert "Right against no URL: +0.500 at the switch, -0.100 at the end" in text
-    assert "Right against wrong URL: +0.100 at the switch, -0.200 at the end" in text
+    text = results.explanation(rows, plan)
+    assert "Wrong minus right URL: +0.100 at the switch, -0.200 at the end" in text
+    assert "No URL minus right URL: +0.500 at the switch, -0.100 at the end" in text
     assert "0.100 above the baseline" in text
     assert "10.0 % of them prefix" in text
-
-
-def test_a_run_without_the_wrong_url_is_explained_without_it() -> None:
-    plan = {"total": {"prefix_tokens": 10, "body_tokens": 90}}
-    rows = [losses(at, meco_conditioned=4.0) for at in ("switch", "end")]
-    assert "wrong" not in results.explanation(rows, plan)

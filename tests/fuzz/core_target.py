@@ -23,7 +23,7 @@ class CoreTarget(Target):
 
     def attempt(self, draw: random.Random, folder: Any) -> str:
         outcome = "refused by Python's errors"
-        for call in draw.sample([self._plan_and_sample, self._scan, self._small], 2):
+        for call in draw.sample([self._plan_and_sample, self._scan, self._small, self._texts], 2):
             try:
                 call(draw)
             except _REFUSALS:
@@ -156,6 +156,29 @@ class CoreTarget(Target):
             raise Wrong("no permutation")
         if any(not 0 <= place % 2**64 < size for place in order.tolist()):
             raise Wrong("a place outside")
+
+    def _texts(self, draw: random.Random) -> None:
+        texts = [
+            bytes(draw.choices(b"hHt:/.@ \x00\xff", k=draw.randrange(9)))
+            + draw.choice([b"", b"http://a", b"https://b.C./x"])
+            for _ in range(20)
+        ]
+        texts = [text[::-1] if draw.random() < 0.5 else text for text in texts]
+        data = self._array(draw, b"".join(texts), np.uint8)
+        offsets = self._array(draw, np.cumsum([0, *map(len, texts)]), np.int32)
+        valid = draw.choice([None, np.ones(20, dtype=bool), np.zeros(draw.choice([20, 3]), bool)])
+        distinct = _core.DistinctTexts()
+        ids, first_rows = distinct.number(data, offsets, valid)
+        if len(ids) != len(offsets) - 1 or ids[first_rows].tolist() != list(range(len(distinct))):
+            raise Wrong("numbers that do not begin with their first rows")
+        if _core.hash_texts(data, offsets).shape != (len(ids), 2):
+            raise Wrong("hashes of another shape")
+        for hosts_only in (False, True):
+            copies, borders, is_plain = _core.copy_plain_urls(data, offsets, hosts_only=hosts_only)
+            if not (np.diff(borders) >= 0).all() or borders[-1] > len(copies):
+                raise Wrong("borders that are none")
+            if ((np.diff(borders) > 0) != is_plain).any():
+                raise Wrong("an empty copy, or one of what is not plain")
 
     @staticmethod
     def _odd(draw: random.Random, usual: int) -> int:

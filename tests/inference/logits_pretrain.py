@@ -26,15 +26,10 @@ def main() -> None:
 
     import torch
     from megatron.core import mpu
-    from megatron.core.enums import ModelType
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
 
+    from megatron_meco.training.model_builders import run_pretraining
     from megatron_meco.training.provider import forward_step, train_valid_test_datasets_provider
 
     @torch.no_grad()
@@ -63,12 +58,7 @@ def main() -> None:
             write_logits(model)
         return forward_step(data_iterator, model)
 
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        step,
-    )
+    run_pretraining(args, train_valid_test_datasets_provider, step)
 
 
 if __name__ == "__main__":

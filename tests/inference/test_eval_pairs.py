@@ -18,6 +18,7 @@ scipy_stats = pytest.importorskip("scipy.stats")
 
 from inference.local_tasks import LENGTH  # noqa: E402
 from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_meco import cli  # noqa: E402
 from megatron_meco.inference.export import export  # noqa: E402
@@ -348,3 +349,20 @@ def test_a_model_against_itself_is_refused(
         assert run(model_folder, tasks, "--tasks", "local_choice", "--against", folder) == 1
         err = capsys.readouterr().err
         assert f"--against {folder}: " in err and err.count("\n") == 1
+
+
+def test_a_second_model_that_fails_loses_nothing_of_the_first(
+    model_folder: Path, tasks: Path, only_local: None, tmp_path: Path, capsys: Any
+) -> None:
+    broken, output = shutil.copytree(model_folder, tmp_path / "broken"), tmp_path / "out.json"
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--tasks", "local_choice", "--limit", 4, "--output", output]
+    assert run(model_folder, tasks, *flags) == 0
+    alone = json.loads(output.read_text())
+    output.unlink()
+    assert run(model_folder, tasks, *flags, "--against", broken) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"meco: error: --against {broken}: computes NaN"), err
+    assert json.loads(output.read_text()) == alone

@@ -19,6 +19,7 @@ from megatron_meco import cli  # noqa: E402
 from megatron_meco.errors import FlagError  # noqa: E402
 from megatron_meco.inference.candidates import (  # noqa: E402
     Candidate,
+    count_prefixes,
     most_frequent,
     read_candidates,
     read_texts,
@@ -86,13 +87,13 @@ def test_candidates_from_a_corpus_are_what_stood_there_most_often(tmp_path: Path
     table = pa.table({"url": [h and f"https://{h}/{i}" for i, h in enumerate(hosts)]})
     with pa.ipc.new_file(f"{tmp_path}/web.metadata.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
-    found = most_frequent(f"{tmp_path}/web", CONDITIONING, 2)
+    found = most_frequent(count_prefixes(f"{tmp_path}/web", CONDITIONING), 2)
     assert found == [
         Candidate(name="URL: a.org (7)", prefix="URL: a.org\n\n"),
         Candidate(name="URL: b.org (5)", prefix="URL: b.org\n\n"),
     ]
     filtered = Conditioning(r"{url.host|top=1}: ", ("url",))
-    assert [c.prefix for c in most_frequent(f"{tmp_path}/web", filtered, 9)] == [
+    assert [c.prefix for c in most_frequent(count_prefixes(f"{tmp_path}/web", filtered), 9)] == [
         *("a.org: ", "b.org: ", "c.org: "),
     ]
 
@@ -272,13 +273,13 @@ def test_prefixes_of_several_lines_stand_on_one(tmp_path: Path) -> None:
     table = pa.table({"topic": ["x", "x", "y"], "title": ["a\tb", "a\tb", "c"]})
     with pa.ipc.new_file(f"{tmp_path}/web.metadata.arrow", table.schema) as writer:
         writer.write_table(table)
-    names = [one.name for one in most_frequent(f"{tmp_path}/web", TWO, 9)]
+    names = [one.name for one in most_frequent(count_prefixes(f"{tmp_path}/web", TWO), 9)]
     assert names == [r"Topic: x\nTitle: a\tb (2)", r"Topic: y\nTitle: c (1)"]
     empty = table.slice(0, 0)
     with pa.ipc.new_file(f"{tmp_path}/no.metadata.arrow", empty.schema) as writer:
         writer.write_table(empty)
     with pytest.raises(FlagError, match="no document has a prefix"):
-        most_frequent(f"{tmp_path}/no", TWO, 9)
+        count_prefixes(f"{tmp_path}/no", TWO)
 
 
 @pytest.mark.parametrize(

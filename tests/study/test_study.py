@@ -39,7 +39,7 @@ def test_a_run_that_fails_is_told_with_the_end_of_its_log(tmp_path: Path) -> Non
     assert "Traceback" not in str(failure.value)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_whole_default_study(tmp_path: Path) -> None:
     """Runs, writes rows and a figure, and uses at the second call what the first one made."""
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
@@ -61,7 +61,7 @@ def test_the_whole_default_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_losses_are_those_of_torchrun(tmp_path: Path) -> None:
     run = Recipe(SMOKE).contradiction()[0]
     data, _ = execute.Executor(tmp_path)._prepared(run)

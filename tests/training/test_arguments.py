@@ -101,3 +101,20 @@ class TestPhaseSwitch:
         switch.check_batch(8, 0)
         with pytest.raises(RuntimeError, match="iteration 9 belongs to the cooldown"):
             switch.check_batch(8, 1)
+
+
+def test_megatrons_own_masking_with_context_parallelism_is_refused_without_meco(
+    corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loader cuts sequences where its attention counts in documents."""
+    line = f"{MODEL} {RUN} --data-path {corpus} --context-parallel-size 2"
+    command_line = arguments.CommandLine(None, on_cpu=True)
+    for masking in (False, True):
+        flags = [*line.split(), *(["--dataloader-inter-document-masking"] * masking)]
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
+        args = command_line.parse()
+        if not masking:
+            arguments._check_without_meco(args, command_line.own_flags)
+            continue
+        with pytest.raises(FlagError, match="documents would reach each other"):
+            arguments._check_without_meco(args, command_line.own_flags)

@@ -78,3 +78,30 @@ class TestAnotherMegatron:
         assert megatron_patches.rotary_scale(SimpleNamespace(_yarn_concentration_factor=1.5)) == 1.5
         with pytest.raises(MeCoError, match=r"megatron-core: has no .*_yarn_concentration_factor"):
             megatron_patches.rotary_scale(SimpleNamespace())
+
+    def test_a_function_is_called_for_its_layers_where_megatron_does_not(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from megatron.core.transformer import transformer_block
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+        from megatron.training import argument_utils
+
+        stock = transformer_block._get_block_submodules
+        patch = megatron_patches.let_functions_be_specs.__wrapped__
+        patch()
+        assert transformer_block._get_block_submodules is stock
+        monkeypatch.setattr(transformer_block, "_get_block_submodules", stock)
+        # Megatron 0.18 has none.
+        monkeypatch.delattr(argument_utils, "gpt_config_from_args", raising=False)
+        patch()
+        made = TransformerBlockSubmodules(layer_specs=[])
+
+        def make(config: object, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+            assert (config.transformer, vp_stage) == ("config", 1)
+            return made
+
+        assert transformer_block._get_block_submodules("config", make, 1) is made
+        assert transformer_block._get_block_submodules("config", made) is made
+        monkeypatch.setattr(transformer_block, "_get_block_submodules", lambda spec: spec)
+        with pytest.raises(MeCoError, match="has no transformer_block"):
+            patch()

@@ -1,0 +1,3 @@
+"""The fixtures of the export tests."""
+
+from inference.conftest import exported  # noqa: F401
