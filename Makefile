@@ -21,7 +21,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo study test test-distributed test-versions bench fuzz gpu-check check format \
+.PHONY: help venv demo study test test-fast test-distributed test-versions bench fuzz gpu-check check format \
 	sanitize clean
 
 help: ## List the targets
@@ -38,6 +38,9 @@ study: venv ## Measure what metadata does in invented worlds, over seeds (all se
 
 test: venv ## Run the test suite, two files at a time
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-fast: venv ## Run the suite without the tests that start several ranks
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not distributed" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-distributed: venv ## Run every test that starts several ranks, the slow ones too
 	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)
