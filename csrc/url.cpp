@@ -14,7 +14,8 @@ struct Tables {
   constexpr Tables() {
     for (int c = 0; c < 256; ++c) {
       const bool is_upper = c >= 'A' && c <= 'Z';
-      const bool is_other = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '-';
+      const bool is_other =
+          (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '-';
       if (is_upper || is_other) host[c] = static_cast<uint8_t>(is_upper ? c - 'A' + 'a' : c);
       path[c] = c > ' ' && c < 0x7F && c != '@';
     }

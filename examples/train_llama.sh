@@ -188,6 +188,7 @@ check_values() {
     ((MECO_NUM_LAYERS % pp == 0)) ||
         refuse "MECO_PP=$pp: MECO_NUM_LAYERS=$MECO_NUM_LAYERS is not a multiple of it."
     local gpus=$((NNODES * GPUS_PER_NODE))
+    # shellcheck disable=SC2153  # set by set_defaults
     local ranks=$((tp * pp * MECO_CP))
     ((gpus % ranks == 0)) ||
         refuse "MECO_TP=$tp, MECO_PP=$pp, MECO_CP=$MECO_CP: NNODES * GPUS_PER_NODE = $gpus GPUs are" \

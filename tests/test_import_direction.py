@@ -41,8 +41,11 @@ ALLOWED = {
 }
 
 # What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
-SOURCE = {"index_file", "manifest", "metadata", "sentences", "tokenizer", "url"}
-TOP = {"cli", "completion", "doctor", "__main__"}
+SOURCE = {
+    *("bulk", "index_file", "manifest", "metadata", "punkt", "sentences", "text_arrays"),
+    *("tokenizer", "url"),
+}
+TOP = {"cli", "completion", "doctor", "show", "__main__"}
 
 # These run in a bare Python with numpy, pyarrow and _core: no torch and no Megatron, not even
 # inside a function, nor through another module of the package.
@@ -62,6 +65,7 @@ WITHOUT_TORCH = [
     "doctor.probes",
     "doctor.verdicts",
     "corpus.metadata",
+    "corpus.text_arrays",
     "corpus.url",
     "corpus.index_file",
     "corpus.manifest",

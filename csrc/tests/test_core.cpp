@@ -515,7 +515,8 @@ void test_distinct_texts() {
   }
 }
 
-// Whatever the bytes are, nothing outside of them is touched, and copies are parts of what is there.
+// Whatever the bytes are, nothing outside of them is touched, and copies are parts of what is
+// there.
 void test_plain_urls() {
   std::mt19937 random(11);
   const char alphabet[] = "hHttps:://..--aZ9@ \n\x7f\xff/?#";
@@ -524,7 +525,8 @@ void test_plain_urls() {
     std::vector<int32_t> offsets{0};
     for (int i = 0; i < 5; ++i) {
       if (random() % 2) text += random() % 2 ? "http://" : "https://";
-      for (size_t n = random() % 12; n > 0; --n) text += alphabet[random() % (sizeof(alphabet) - 1)];
+      for (size_t n = random() % 12; n > 0; --n)
+        text += alphabet[random() % (sizeof(alphabet) - 1)];
       offsets.push_back(static_cast<int32_t>(text.size()));
     }
     const std::vector<uint8_t> data(text.begin(), text.end());

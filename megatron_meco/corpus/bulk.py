@@ -24,6 +24,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file
@@ -119,9 +120,7 @@ def _as_awkward(texts: pa.Array) -> Any:
     import awkward
 
     assert pa.types.is_string(texts.type) and not texts.null_count, texts.type
-    _, offsets, data = texts.buffers()
-    borders = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    characters = np.frombuffer(data or b"", np.uint8)
+    characters, borders, _ = text_buffers(texts)
     contents, parameters = awkward.contents, "__array__"
     return awkward.Array(
         contents.ListOffsetArray(

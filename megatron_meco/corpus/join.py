@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megatron_meco import _core
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path, open_metadata
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.records import metadata_of
+from megatron_meco.corpus.text_arrays import hash_halves
 from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
 
@@ -237,10 +237,7 @@ def _spread_documents(column: pa.ChunkedArray, documents: _Parts, counts: JoinCo
 
 def _hashed(keys: pa.Array, num_parts: int) -> tuple[NDArray[np.int64], list[pa.Array]]:
     """The part of each key, and the two halves of its hash."""
-    _, borders, data = keys.buffers()
-    offsets = np.frombuffer(borders or bytes(4), np.int32)[keys.offset :][: len(keys) + 1]
-    hashes = _core.hash_texts(np.frombuffer(data or b"", np.uint8), offsets)
-    first, second = np.ascontiguousarray(hashes.T)
+    first, second = hash_halves(keys)
     return (first % np.uint64(num_parts)).astype(np.int64), [pa.array(first), pa.array(second)]
 
 

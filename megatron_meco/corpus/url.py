@@ -18,12 +18,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tldextract
 
 from megatron_meco import _core
+from megatron_meco.corpus.text_arrays import text_buffers
 
 type StringArray = pa.Array | pa.ChunkedArray
 
@@ -138,13 +138,9 @@ def _with_plain_ones(
     """Apply a transform of URLs, with a short cut for plain ones, which most of the web's are."""
     if not isinstance(urls, pa.StringArray) or not len(urls):
         return transform(urls)
-    _, borders, data = urls.buffers()
-    offsets = np.frombuffer(borders, np.int32)[urls.offset : urls.offset + len(urls) + 1]
-    found = _core.copy_plain_urls(
-        np.frombuffer(data or b"", np.uint8), offsets, hosts_only=hosts_only
-    )
-    copies, copied_borders, is_plain = found
-    buffers = [None, pa.py_buffer(copied_borders), pa.py_buffer(copies)]
+    data, offsets, _ = text_buffers(urls)
+    copies, borders, is_plain = _core.copy_plain_urls(data, offsets, hosts_only=hosts_only)
+    buffers = [None, pa.py_buffer(borders), pa.py_buffer(copies)]
     plain = pa.Array.from_buffers(pa.string(), len(urls), buffers)
     # A null may have bytes that look like a URL.
     others = pc.or_(pc.invert(pa.array(is_plain)), urls.is_null())

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megatron_meco import _core
-from megatron_meco.corpus.bulk import GigatokenEncoder
 from megatron_meco.corpus.manifest import check_checksum
 from megatron_meco.corpus.metadata import (
     METADATA_SUFFIX,
@@ -37,6 +36,7 @@ from megatron_meco.corpus.metadata import (
     metadata_path,
     open_metadata,
 )
+from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.data.array_file import ArraySpool, load_or_build
 from megatron_meco.data.fingerprint import digest, file_identity
 from megatron_meco.data.progress import BuildProgress
@@ -46,7 +46,6 @@ from megatron_meco.data.template import (
     Template,
     cut_at_tokens,
     num_frequent,
-    text_buffers,
 )
 from megatron_meco.errors import DataError, FlagError
 
@@ -59,7 +58,16 @@ _MOST_BYTES_KEPT = 2**31 - 1  # of one array of strings
 EncodeBatch = Callable[[list[str]], list[list[int] | None]]
 """Texts to token ids without BOS or EOS; None for a text that the tokenizer refuses."""
 
-ChooseEncoder = Callable[[list[str]], GigatokenEncoder | None]
+
+class FastEncoder(Protocol):
+    """Turns many texts into one array of ids; may be called from several threads."""
+
+    def encode(self, texts: pa.Array) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the ids of all texts end to end, and each text's number of ids."""
+        ...
+
+
+ChooseEncoder = Callable[[list[str]], FastEncoder | None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ class _Encoder:
         self._special = np.array([token_ids[name] for name in template.tokens], dtype=np.int32)
         self._encode_batch = encode_batch
         self._choose = choose
-        self._fast: GigatokenEncoder | None = None
+        self._fast: FastEncoder | None = None
         self._num_slow = 0
         self._lock = threading.Lock()
 

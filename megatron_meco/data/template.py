@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.corpus import url
+from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.errors import DataError, FlagError
 
 FLAG = "--meco-template"
@@ -543,25 +544,6 @@ def num_frequent(placeholder: Placeholder, counts: NDArray[np.int64]) -> int:
         else:
             kept = min(kept, int(argument))
     return kept
-
-
-def text_buffers(
-    texts: pa.Array,
-) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.bool_] | None]:
-    """What a string or binary array is made of, without a copy.
-
-    Returns:
-        Its bytes, the borders of its n values in them (n + 1,), and which values are not null (n,);
-        None: all.
-    """
-    _, borders, data = texts.buffers()
-    offsets = np.frombuffer(borders or bytes(4), np.int32)
-    valid = texts.is_valid().to_numpy(zero_copy_only=False) if texts.null_count else None
-    return (
-        np.frombuffer(data or b"", np.uint8),
-        offsets[texts.offset : texts.offset + len(texts) + 1],
-        valid,
-    )
 
 
 def cut_at_tokens(

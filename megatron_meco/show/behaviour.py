@@ -50,8 +50,9 @@ def held_out_sources(valid: Any, num_sources: int, num_texts: int) -> list[Sourc
             continue
         tokenizer = source.config.tokenizer
         tokens, bounds = report["tokens"], report["cu_seqlens"]
-        for piece, end in zip(report["documents"], bounds[1:], strict=False):
+        for piece, bound in zip(report["documents"], bounds[1:], strict=False):
             length = piece["body_end"] - piece["body_begin"]
+            end = bound - piece["alignment_tokens"]
             if piece["prefix"] is None or piece["body_begin"] or length < _SHORTEST:
                 continue
             body = tokens[end - length : end]

@@ -43,11 +43,12 @@ def _pack(dataset: Any, index: int) -> dict[str, Any]:
     kinds = [PADDING] * len(tokens)
     documents = []
     for piece, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
-        body = end - (piece["body_end"] - piece["body_begin"])
+        body_end = end - piece["alignment_tokens"]
+        body = body_end - (piece["body_end"] - piece["body_begin"])
         prefix = body - piece["prefix_tokens"]
-        kinds[begin:end] = [BOS] * (prefix - begin) + [PREFIX] * (body - prefix)
-        kinds[body:end] = [BODY] * (end - body)
-        text = tokenizer.detokenize(tokens[body:end])
+        kinds[begin:body] = [BOS] * (prefix - begin) + [PREFIX] * (body - prefix)
+        kinds[body:body_end] = [BODY] * (body_end - body)
+        text = tokenizer.detokenize(tokens[body:body_end])
         documents.append(
             {
                 "document": piece["document"],

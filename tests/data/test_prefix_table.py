@@ -13,10 +13,11 @@ import pytest
 
 from megatron_meco import _core
 from megatron_meco.corpus.bulk import fast_encoder
+from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 from megatron_meco.data import prefix_table
 from megatron_meco.data.prefix_table import load_prefix_table
-from megatron_meco.data.template import Template, frequent_values, text_buffers
+from megatron_meco.data.template import Template, frequent_values
 from megatron_meco.errors import DataError, FlagError
 
 

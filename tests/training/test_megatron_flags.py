@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_meco import refusals
-from megatron_meco.config import layout_alignment
+from megatron_meco.config import alignment_from_args, layout_alignment
 from megatron_meco.errors import FlagError
 from megatron_meco.megatron_flags import COMPANIONS, HONOURED, OTHER_PROGRAMS, REFUSED, UNTESTED
 from megatron_meco.refusals import Flag, check_flags, check_launcher, flags_of
@@ -267,7 +267,10 @@ def test_ways_of_communication_that_a_transformer_engine_lacks(
 def test_what_a_layout_needs_of_documents(
     flags: dict[str, Flag], changes: dict[str, object], alignment: int
 ) -> None:
-    assert layout_alignment(context_parallel(flags, **changes)) == alignment
+    args = context_parallel(flags, **changes)
+    assert layout_alignment(args) == alignment_from_args(args) == alignment
+    args.meco_pad_documents_to = 96
+    assert alignment_from_args(args) == 96
 
 
 @pytest.mark.parametrize(
