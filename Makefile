@@ -21,7 +21,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo study test test-fast test-distributed test-versions bench fuzz gpu-check check format \
+.PHONY: help venv demo study test test-fast test-distributed test-versions bench fuzz gpu-check docs check format \
 	sanitize clean
 
 help: ## List the targets
@@ -56,6 +56,10 @@ bench: venv ## Run the benchmarks
 
 gpu-check: ## On a host with a GPU: run the GPU tests and measure, resumably (no network needed)
 	@PYTHON='$(PYTHON)' sh benchmarks/gpu/run.sh $(ARGS)
+
+docs: venv ## Build the documentation as a site, in build/site (no network needed)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
 
 check: venv ## Check formatting, lint, types, shell scripts and the direction of imports
 	$(BIN)/ruff format --check .
