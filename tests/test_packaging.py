@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_every_pin_of_a_dependency_satisfies_its_bounds():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert list(pins) == [canonicalize_name(name) for name in pins]
-    every = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    every = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
     bad = [
         line
         for line in every
