@@ -14,6 +14,7 @@ CXX ?= g++
 BIN := .venv/bin
 SHELL_FILES := $(wildcard examples/*.sh examples/slurm/*.sbatch tools/*.sh benchmarks/gpu/*.sh) .ci/run
 CORE_FILES := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 
 # Compiled Python files are kept even where the caller's shell forbids it: Megatron and torch take
@@ -21,7 +22,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo study test test-distributed test-versions bench fuzz gpu-check docs check format \
+.PHONY: help venv demo study test test-fast test-distributed test-versions bench fuzz gpu-check docs check format \
 	sanitize clean
 
 help: ## List the targets
@@ -38,6 +39,9 @@ study: venv ## Measure what metadata does in invented worlds, over seeds (all se
 
 test: venv ## Run the test suite, two files at a time
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-fast: venv ## Run the suite without the tests that start several ranks
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not distributed" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-distributed: venv ## Run every test that starts several ranks, the slow ones too
 	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)
@@ -58,13 +62,17 @@ docs: venv ## Build the documentation as a site, in build/site (no network neede
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "docs: build/site/index.html"
 
-check: venv ## Check formatting, lint, types, shell scripts and the direction of imports
+check: venv ## Check formatting, lint, types, shell scripts, workflows, imports and dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
-	$(BIN)/python -m pytest -q tests/test_import_direction.py
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(ISSUE_FORMS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/python -m pytest -q tests/test_import_direction.py tests/test_packaging.py
 
 format: venv ## Format the Python and C++ sources
 	$(BIN)/ruff format .

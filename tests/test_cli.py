@@ -4,11 +4,11 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import tomllib
 import types
 from pathlib import Path
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 
 import megatron_meco
 from megatron_meco import cli
@@ -69,7 +69,8 @@ def test_module_is_the_same_as_the_script():
 
 
 def test_versions_agree():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # As setuptools reads it, from `__version__`.
+    project = read_configuration(ROOT / "pyproject.toml")["project"]
     assert project["version"] == megatron_meco.__version__
     try:
         installed = importlib.metadata.version("megatron-meco")

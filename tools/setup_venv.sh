@@ -2,8 +2,8 @@
 # Makes .venv: a Python that really runs, the pinned packages, this package with its C++ extension.
 #
 # A second call finds the stamp of the first and returns at once; a change in csrc/ compiles the
-# extension alone; a change of the pins, of pyproject.toml, of the interpreter or of the folder
-# installs again. The stamp is written last, so an interrupted set-up never counts as whole.
+# extension alone; a change of the pins, of pyproject.toml, of the version, of the interpreter or of
+# the folder installs again. The stamp is written last, so an interrupted set-up never counts as whole.
 #
 # From the environment: PYTHON (tried first), CXX (the C++ compiler), and whatever pip and uv read.
 
@@ -29,10 +29,11 @@ digest() {
     else cksum; fi | cut -d ' ' -f 1
 }
 
-# What the installed packages rest on. pyvenv.cfg names the interpreter, $root the place.
+# What the installed packages rest on. pyvenv.cfg names the interpreter, $root the place; the version
+# is part of what was installed.
 environment_digest() {
     { printf '%s\n' "$root"; cat constraints.txt pyproject.toml setup.py tools/setup_venv.sh \
-        "$venv/pyvenv.cfg"; } | digest
+        "$venv/pyvenv.cfg"; grep '^__version__' megatron_meco/__init__.py; } | digest
 }
 
 # What the compiled extension rests on; the built file itself is in, should someone delete it.
