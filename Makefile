@@ -59,7 +59,7 @@ gpu-check: ## On a host with a GPU: run the GPU tests and measure, resumably (no
 	@PYTHON='$(PYTHON)' sh benchmarks/gpu/run.sh $(ARGS)
 
 docs: venv ## Build the documentation as a site, in build/site (no network needed)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "docs: build/site/index.html"
 
 check: venv ## Check formatting, lint, types, shell scripts, workflows, imports and dependencies

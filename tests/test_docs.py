@@ -7,6 +7,7 @@ import ast
 import contextlib
 import functools
 import io
+import itertools
 import json
 import re
 import shlex
@@ -167,7 +168,10 @@ def test_the_site_has_every_page() -> None:
     settings = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=_Loader)
     named = list(pages(settings["nav"]))
     assert sorted(named) == sorted(page.name for page in PAGES[1:])
-    assert settings["theme"]["font"] is False, "fonts would be fetched from elsewhere"
+    # What would make pages fetch from elsewhere.
+    assert settings["theme"]["font"] is False
+    assert "offline" not in settings["plugins"]
+    assert not any(list(blocks(page, "mermaid")) for page in PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=names[1:])
@@ -209,9 +213,22 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 
 
 def test_run_files_are_read(tmp_path: Path) -> None:
-    files = [text for page in PAGES for text in blocks(page, "yaml") if re.match(r"model:", text)]
+    files = [text for page in PAGES for text in blocks(page, "yaml") if text.startswith("model:")]
     assert len(files) >= 5
     for number, text in enumerate(files):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text)
         assert read_run(path, []), text
+
+
+def test_overrides_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: laptop-3m\ndata-path: x\ntokenizer-model: tokenizer\n")
+    lines = [line for page in PAGES for line in commands(page) + mentions(page) if "--set" in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        given = [word for before, word in itertools.pairwise(words) if before == "--set"]
+        assert given, line
+        if given != ["key=value"]:
+            assert read_run(path, given), line
