@@ -22,7 +22,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/tests/*.cpp csrc/tests/*.h)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo study test test-distributed test-versions bench fuzz gpu-check check format \
+.PHONY: help venv demo study test test-fast test-distributed test-versions bench fuzz gpu-check docs check format \
 	sanitize clean
 
 help: ## List the targets
@@ -40,6 +40,9 @@ study: venv ## Measure what metadata does in invented worlds, over seeds (all se
 test: venv ## Run the test suite, two files at a time
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
 
+test-fast: venv ## Run the suite without the tests that start several ranks
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not distributed" -n 2 --dist loadfile $(PYTEST_ARGS)
+
 test-distributed: venv ## Run every test that starts several ranks, the slow ones too
 	@$(BIN)/python -m pytest -q -m "distributed and not gpu" $(PYTEST_ARGS)
 
@@ -54,6 +57,10 @@ bench: venv ## Run the benchmarks
 
 gpu-check: ## On a host with a GPU: run the GPU tests and measure, resumably (no network needed)
 	@PYTHON='$(PYTHON)' sh benchmarks/gpu/run.sh $(ARGS)
+
+docs: venv ## Build the documentation as a site, in build/site (no network needed)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
 
 check: venv ## Check formatting, lint, types, shell scripts, workflows, imports and dependencies
 	$(BIN)/ruff format --check .

@@ -53,7 +53,7 @@ void check_vocabulary(uint64_t largest, const AssemblyOptions& options) {
                           " outside the vocabulary of " + std::to_string(options.vocab_size));
 }
 
-void count_up(int64_t* target, int64_t count) {
+MECO_VECTOR_CLONES void count_up(int64_t* target, int64_t count) {
   for (int64_t i = 0; i < count; ++i) target[i] = i;
 }
 

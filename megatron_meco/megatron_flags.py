@@ -34,25 +34,24 @@ HONOURED = names_in(
     ckpt_fully_parallel_save_process_group ckpt_load_validate_sharding_integrity
     ckpt_pg_tensors_cache_create ckpt_pg_tensors_cache_path ckpt_step clip_grad
     clone_scatter_output_in_embedding config_logger_dir context_parallel_size
-    create_attention_mask_in_dataloader
-    cross_entropy_fusion_impl cross_entropy_loss_fusion data_args_path data_cache_path
-    data_parallel_random_init data_path dataloader_inter_document_masking ddp_average_in_collective
-    ddp_bucket_size ddp_num_buckets ddp_pad_buckets_for_high_nccl_busbw
-    ddp_param_name_patterns_for_fp32_local_accumulation ddp_reduce_scatter_with_fp32_accumulation
-    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers decoupled_lr decoupled_min_lr
-    defer_embedding_wgrad_compute deprecated_use_mcore_models deterministic_mode
-    disable_bf16_reduced_precision_matmul disable_jit_fuser disable_msc_deprecated
-    disable_straggler_on_startup disable_symmetric_registration dist_ckpt_format_deprecated
-    dist_ckpt_optim_fully_reshardable dist_ckpt_save_pre_mcore_014 dist_ckpt_strictness
-    dist_ckpt_workers distrib_optim_fully_reshardable_mem_efficient distribute_saved_activations
-    distributed_backend distributed_timeout_minutes distributed_timeout_seconds_after_init
-    dump_param_to_param_group_map embedding_init_method_std empty_unused_memory_level
-    enable_experimental enable_ft_package enable_msc enable_one_logger encoder_num_layers
-    end_weight_decay error_injection_rate error_injection_type eval_global_batch_size eval_interval
-    eval_iters eval_micro_batch_size exit_duration_in_mins exit_interval exit_on_missing_checkpoint
-    exit_signal exit_signal_handler exit_signal_handler_for_dataloader
-    exit_signal_handler_for_training exp_avg_dtype exp_avg_sq_dtype
-    fault_injector_delay_start_iteration fault_injector_fault_delay
+    create_attention_mask_in_dataloader cross_entropy_fusion_impl cross_entropy_loss_fusion
+    data_args_path data_cache_path data_parallel_random_init data_path
+    dataloader_inter_document_masking ddp_average_in_collective ddp_bucket_size ddp_num_buckets
+    ddp_pad_buckets_for_high_nccl_busbw ddp_param_name_patterns_for_fp32_local_accumulation
+    ddp_reduce_scatter_with_fp32_accumulation decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers decoupled_lr decoupled_min_lr defer_embedding_wgrad_compute
+    deprecated_use_mcore_models deterministic_mode disable_bf16_reduced_precision_matmul
+    disable_jit_fuser disable_msc_deprecated disable_straggler_on_startup
+    disable_symmetric_registration dist_ckpt_format_deprecated dist_ckpt_optim_fully_reshardable
+    dist_ckpt_save_pre_mcore_014 dist_ckpt_strictness dist_ckpt_workers
+    distrib_optim_fully_reshardable_mem_efficient distribute_saved_activations distributed_backend
+    distributed_timeout_minutes distributed_timeout_seconds_after_init dump_param_to_param_group_map
+    embedding_init_method_std empty_unused_memory_level enable_experimental enable_ft_package
+    enable_msc enable_one_logger encoder_num_layers end_weight_decay error_injection_rate
+    error_injection_type eval_global_batch_size eval_interval eval_iters eval_micro_batch_size
+    exit_duration_in_mins exit_interval exit_on_missing_checkpoint exit_signal exit_signal_handler
+    exit_signal_handler_for_dataloader exit_signal_handler_for_training exp_avg_dtype
+    exp_avg_sq_dtype fault_injector_delay_start_iteration fault_injector_fault_delay
     fault_injector_fault_probabilities fault_injector_fault_types fault_injector_mtti_seconds
     fault_injector_num_ranks fault_injector_offset_seconds fault_injector_ranks fault_injector_seed
     ffn_hidden_size finetune first_last_layers_bf16 flash_attention_version
@@ -76,14 +75,14 @@ HONOURED = names_in(
     main_params_dtype make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval
     masked_softmax_fusion max_position_embeddings memory_snapshot_path merge_file metadata_path
     micro_batch_size microbatch_group_size_per_vp_stage mid_level_dataset_surplus min_loss_scale
-    min_lr mmap_bin_files model_parallel_size muon_coefficient_type muon_extra_scale_factor
-    muon_fp32_matmul_prec muon_momentum muon_nesterov muon_num_ns_steps muon_scalar_optimizer
-    muon_scale_mode muon_split_qkv muon_tp_mode muon_use_syrk nccl_communicator_config_path nccl_ub
-    no_load_optim no_load_rng no_persist_layer_norm no_rope_freq no_save_optim no_save_rng
-    no_weight_decay_cond_type non_persistent_ckpt_type non_persistent_global_ckpt_dir
-    non_persistent_local_ckpt_algo non_persistent_local_ckpt_dir non_persistent_save_interval
-    normalization null_tokenizer_eod_id null_tokenizer_pad_id num_attention_heads
-    num_dataset_builder_threads num_distributed_optimizer_instances num_layers
+    min_lr mmap_bin_files model_parallel_size mtp_num_layers muon_coefficient_type
+    muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov muon_num_ns_steps
+    muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode muon_use_syrk
+    nccl_communicator_config_path nccl_ub no_load_optim no_load_rng no_persist_layer_norm
+    no_rope_freq no_save_optim no_save_rng no_weight_decay_cond_type non_persistent_ckpt_type
+    non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo non_persistent_local_ckpt_dir
+    non_persistent_save_interval normalization null_tokenizer_eod_id null_tokenizer_pad_id
+    num_attention_heads num_dataset_builder_threads num_distributed_optimizer_instances num_layers
     num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage
     num_query_groups num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges
     object_storage_cache_path one_logger_async one_logger_project one_logger_run_name openai_gelu
@@ -175,14 +174,16 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "Drop one of the two.",
     ),
     "mrope_section": ("the rotary positions of images have no place in text",),
-    "mtp_num_layers": ("multi-token prediction would train on prefix tokens",),
     "multi_latent_attention": ("latent attention over packed documents is not tested",),
     "multiple_validation_sets": ("MeCo reports its validation losses from one set",),
     "non_persistent_ckpt_type": (
         "a restart cannot compare its samples with those of a local checkpoint",
         "Use --non-persistent-ckpt-type global.",
     ),
-    "num_experts": ("padding would count in the experts' load and auxiliary losses",),
+    "num_experts": (
+        "padding would count in the experts' load, auxiliary losses and bias: the router gets no "
+        "padding mask, and with one its expert bias fails (Megatron-LM #6114)",
+    ),
     "per_dataset_sequences_path": ("MeCo reads the lengths of documents from the .idx files",),
     "phase_transition_iterations": (
         "it saves and ends the run; MeCo switches inside the run",

@@ -239,7 +239,6 @@ _VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
     "ckpt_format": lambda value: value in ("fsdp_dtensor", "torch_dcp"),
     # Megatron takes 0 for none.
     "num_experts": bool,
-    "mtp_num_layers": bool,
 }
 
 _VALUES_LOCAL: dict[str, Callable[[Any], bool]] = {
@@ -251,9 +250,9 @@ _VALUES_LOCAL: dict[str, Callable[[Any], bool]] = {
 _NOT_ON_LOCAL_LAYERS = names_in(
     """
     attention_backend cross_entropy_fusion_impl flash_attention_version fp8 fp8_output_proj
-    fp8_param_gather hybrid_layer_pattern hybrid_override_pattern layernorm_zero_centered_gamma
-    log_max_attention_logit normalization qk_clip softmax_type tp_comm_overlap use_flash_attn
-    window_attn_skip_freq window_size
+    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit mtp_num_layers
+    normalization qk_clip softmax_type tp_comm_overlap use_flash_attn window_attn_skip_freq
+    window_size
     """
 )
 
@@ -437,6 +436,60 @@ def _check_micro_batch(args: argparse.Namespace) -> None:
             )
 
 
+# Layers of a hybrid pattern: why they are refused, everywhere or without Transformer Engine.
+_HYBRID_LAYERS = {
+    "E": REFUSED["num_experts"][0],
+    "D": REFUSED["experimental_attention_variant"][0],
+    "+": REFUSED["multi_latent_attention"][0],
+    "/": "nobody has shown that further heads of these layers keep packed documents apart",
+}
+_HYBRID_LAYERS_OF_ENGINE = {
+    "G": "the layers for hosts without Transformer Engine have no gated delta net",
+}
+
+
+def _check_hybrid_pattern(args: argparse.Namespace) -> None:
+    """Refuse layers that a letter of the pattern brings in, and that their own flag would not."""
+    refused = dict(_HYBRID_LAYERS)
+    if args.transformer_impl == "local":
+        refused |= _HYBRID_LAYERS_OF_ENGINE
+    for flag in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        pattern = getattr(args, flag, None) or ""
+        for letter in pattern:
+            if letter in refused:
+                raise FlagError(
+                    f"layer {letter!r}: {refused[letter]}",
+                    where=shown(f"--{flag.replace('_', '-')}", pattern),
+                    remedy="Build the model of M (Mamba), * (attention), - (MLP) and, with "
+                    "Transformer Engine, G (gated delta net).",
+                )
+
+
+def _check_further_heads(args: argparse.Namespace) -> None:
+    """Refuse kinds of multi-token prediction other than the one that is shown to be right."""
+    if not getattr(args, "mtp_num_layers", None):
+        return
+    others = {
+        "mtp_standalone": "a stage with further heads alone gets no tokens",
+        "mtp_hybrid_override_pattern": _HYBRID_LAYERS["/"],
+        "hybrid_layer_pattern": _HYBRID_LAYERS["/"],
+        "mtp_hsm": "nobody has shown that it keeps packed documents apart",
+    }
+    for name, reason in others.items():
+        if getattr(args, name, None):
+            raise FlagError(
+                f"does not go with --mtp-num-layers under --meco: {reason}",
+                where=shown(f"--{name.replace('_', '-')}", getattr(args, name)),
+                remedy="Drop one of the two.",
+            )
+    if args.pipeline_model_parallel_size > 1:
+        raise FlagError(
+            "multi-token prediction is not tested with --meco in pipeline stages",
+            where=f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
+            remedy="Drop --mtp-num-layers, or use one stage.",
+        )
+
+
 def _check_rotary(args: argparse.Namespace) -> None:
     """RoPE rotates pairs of dimensions; with an odd number the model fails at its first step."""
     heads, width = args.num_attention_heads, args.hidden_size
@@ -563,6 +616,8 @@ def _engine_version() -> str | None:
 
 
 _RULES = (
+    _check_further_heads,
+    _check_hybrid_pattern,
     _check_context_parallelism,
     _check_rotary,
     _check_batch_schedule,

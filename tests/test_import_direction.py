@@ -35,6 +35,7 @@ ALLOWED = {
     "data": DATA,
     "training": DATA | {"training"},
     "inference": DATA | {"training", "inference"},
+    "bridge": DATA | {"training", "bridge"},
     "run": DATA | {"training", "run"},
     "top": DATA | {"corpus", "training", "inference", "run", "top"},
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.study import trainer
 from benchmarks.study.execute import Executor
 from benchmarks.study.figure import draw
 from benchmarks.study.recipe import HERE, Recipe, Run
@@ -131,7 +133,8 @@ class Study:
                     elapsed = time.monotonic() - begin
                     self._tell(f"  {done}/{len(runs)} {elapsed:5.0f} s  {futures[future].name}")
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                trainer.interrupt()
                 raise
         self.results += [future.result() for future in futures]
 
@@ -171,6 +174,9 @@ def main() -> int:
         parser.error("--jobs: give 1 or more")
     recipe = Recipe(args.recipe, args.seeds, shuffle_labels=args.shuffle_labels)
     study = Study(recipe, args.work.absolute(), args.jobs, lambda line: print(line, flush=True))
+    # A closed terminal and a `kill` end the runs as an interrupt does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     name = name_of(args.full, args.shuffle_labels, args.seeds)
     stages = [study.run_default, *([study.run_full] if args.full else [])]
     try:

@@ -14,8 +14,11 @@ import multiprocessing
 import multiprocessing.util
 import os
 import runpy
+import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +37,9 @@ ENVIRONMENT = {
 }
 # Imported by the server: all that costs a run seconds.
 _PRELOADED = "benchmarks.study.preloaded"
+_SECONDS_TO_END = 5.0
+_running: set[Any] = set()
+_interrupted = threading.Event()
 
 
 class RunFailed(Exception):
@@ -77,27 +83,38 @@ def call(function: Callable[..., int], arguments: tuple[Any, ...], log: Path) ->
     Raises:
         RunFailed: When it returned another status than 0, or raised.
     """
+    if _interrupted.is_set():
+        raise RunFailed("interrupted")
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOADED])
     process = context.Process(target=_logged, args=(function, arguments, str(log)))
     process.start()
+    _running.add(process)
     try:
         process.join()
     finally:
-        # After an interrupt.
-        if process.is_alive():
-            process.terminate()
-            process.join()
+        _running.discard(process)
     if process.exitcode != 0:
         lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         end = "\n".join(lines[-15:])
         raise RunFailed(f"exit status {process.exitcode}, see {log}, which ends:\n{end}")
 
 
-def command(flags: Sequence[str]) -> list[str]:
-    """Return the command that does the same by itself."""
-    return [".venv/bin/torchrun", "--nproc-per-node", "1", SCRIPT, *flags]
+def interrupt() -> None:
+    """End all processes that `call` waits for, from another thread, and start no more.
+
+    By an interrupt, so that they end processes of their own, such as Megatron's writer. An
+    interrupt may be lost in a destructor, so it is repeated; the last resort is a kill.
+    """
+    _interrupted.set()
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+        alive = [process for process in _running if process.is_alive()]
+        for process in alive:
+            os.kill(process.pid, number)
+        end = time.monotonic() + _SECONDS_TO_END
+        while any(process.is_alive() for process in alive) and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 def _train(flags: list[str]) -> int:

@@ -158,6 +158,19 @@ class Recipe:
         command = [*python(), str(HERE / "plots.py"), shown(meco_log), shown(baseline_log)]
         return [*command, "--output", self.path("losses.png")]
 
+    def page(self, meco_log: Path, baseline_log: Path) -> list[str]:
+        """Return the command that writes an HTML page about corpus, packs, losses and models."""
+        command = [*meco("show"), "--log", f"meco={shown(meco_log)}"]
+        command += ["--log", f"baseline={shown(baseline_log)}"]
+        for name, run, iteration in (
+            ("cooled-down", "meco", self.iterations),
+            ("conditioned", "meco", self.switch),
+            ("baseline", "baseline", self.iterations),
+        ):
+            command += ["--model", f"{name}={self.model(run, iteration)}"]
+        command += ["--sampling-seed", str(self.seed), "--output", self.path("show.html")]
+        return [*command, *self._data_flags(), "--meco-template", TEMPLATE]
+
     def doctor(self) -> list[str]:
         """Return the command that checks the installation."""
         return meco("doctor")

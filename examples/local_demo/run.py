@@ -72,6 +72,7 @@ class Demo:
             "Export: before the cooldown, after it, and the baseline": self.export,
             "Sample texts under every URL and under none": self.sample,
             "Judge: do the texts look like the source that their URL names?": self.judge,
+            "Show: a page about all of it": self.page,
         }
         for self.step, (title, do) in enumerate(steps.items(), start=1):
             left, right = f"{self.step}/{len(steps)}  {title} ", f" {self.elapsed()}"
@@ -164,6 +165,10 @@ class Demo:
         """Classify the texts and say what follows."""
         self.show(self.recipe.judge(), "judge")
 
+    def page(self) -> None:
+        """Write the page."""
+        self.show(self.recipe.page(self.logs["meco"], self.logs["baseline"]), "show")
+
     @property
     def models(self) -> list[tuple[str, int]]:
         """The checkpoints that are compared: run and iteration."""
@@ -173,6 +178,7 @@ class Demo:
     def say_goodbye(self) -> None:
         """Say where everything lies and what to try next."""
         places = {
+            "show.html": "a page about all of it, for a browser",
             "losses.png": "the picture of both losses",
             "results.json": "the losses, and the plan behind them",
             "steering.json": "the steering accuracies, with intervals",

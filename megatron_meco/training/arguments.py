@@ -511,6 +511,22 @@ def _check_platform(args: argparse.Namespace, on_cpu: bool) -> None:
         engine = try_transformer_engine()
         if engine.reason:
             raise _engine_error(engine)
+    _check_mamba(args)
+
+
+def _check_mamba(args: argparse.Namespace) -> None:
+    """Refuse Mamba layers without their kernels, where Megatron fails in the layer."""
+    patterns = (getattr(args, f"hybrid_{name}_pattern", None) for name in ("layer", "override"))
+    if not any("M" in (pattern or "") for pattern in patterns):
+        return
+    for package in ("mamba_ssm", "causal_conv1d"):
+        if importlib.util.find_spec(package) is None:
+            raise FlagError(
+                f"Mamba layers need the Python package {package}, which is not installed",
+                where="--hybrid-layer-pattern",
+                remedy="Install mamba-ssm and causal-conv1d (on a host with a GPU), or leave the "
+                "M out of the pattern.",
+            )
 
 
 def _engine_error(engine: EngineState) -> FlagError:
@@ -530,7 +546,7 @@ def _engine_error(engine: EngineState) -> FlagError:
 
 def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
     """Kernels of a run, from its validated flags and the libraries that Megatron imported."""
-    from megatron_meco.training.attention import PACKED_LOCAL_SPEC, varlen_serves
+    from megatron_meco.training.attention import varlen_serves
     from megatron_meco.training.versions import optimizer_library
 
     kernels = choose_kernels(
@@ -539,7 +555,7 @@ def kernels_of(args: argparse.Namespace, on_cpu: bool) -> Kernels:
         varlen=varlen_serves(args.params_dtype, args.attention_dropout),
         optimizer=optimizer_library(),
     )
-    if args.spec not in (None, PACKED_LOCAL_SPEC):
+    if args.spec is not None and not args.spec[0].startswith("megatron_meco."):
         chosen = f"as --spec {' '.join(args.spec)} says"
         kernels = replace(kernels, attention=chosen, layers=chosen)
     if args.context_parallel_size > 1 and args.meco:
@@ -630,9 +646,14 @@ def apply_meco(args: argparse.Namespace) -> None:
     # Megatron 0.18 has no such flag.
     packed = getattr(args, "dataloader_inter_document_masking", False)
     if packed and _uses_local_layers(args):
+        # Megatron's local attention does not support packed documents.
+        if getattr(args, "hybrid_layer_pattern", None):
+            from megatron_meco.training.hybrid_layers import PACKED_LOCAL_HYBRID_SPEC
+
+            args.spec = PACKED_LOCAL_HYBRID_SPEC
+            return
         from megatron_meco.training.attention import PACKED_LOCAL_SPEC
 
-        # Megatron's local attention does not support packed documents.
         args.spec = PACKED_LOCAL_SPEC
         let_functions_be_specs()
 
@@ -644,10 +665,8 @@ def _uses_local_layers(args: argparse.Namespace) -> bool:
         "experimental_attention_variant",
         "heterogeneous_layers_config_path",
         "heterogeneous_layers_config_encoded_json",
-        "hybrid_layer_pattern",
         "num_experts",
         "multi_latent_attention",
-        "mtp_num_layers",
     )
     chosen = any(getattr(args, name, None) for name in others)
     return args.transformer_impl == "local" and not chosen

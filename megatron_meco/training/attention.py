@@ -361,7 +361,7 @@ def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> Transfo
     """
     transformer: TransformerConfig = config.transformer
     _check_architecture(transformer)
-    norm = _norm_class(transformer)
+    norm = norm_class(transformer)
     layer = get_gpt_layer_local_spec(
         qk_layernorm=transformer.qk_layernorm,
         normalization=transformer.normalization,
@@ -383,14 +383,21 @@ def _check_architecture(transformer: TransformerConfig) -> None:
     for refused, what, where in (
         (transformer.num_moe_experts, "a mixture of experts", "--num-experts"),
         (transformer.multi_latent_attention, "latent attention", "--multi-latent-attention"),
-        (transformer.mtp_num_layers, "multi-token prediction", "--mtp-num-layers"),
         (transformer.layernorm_zero_centered_gamma, "a 1p norm", "--apply-layernorm-1p"),
     ):
         if refused:
             raise _unsupported(what, where)
 
 
-def _norm_class(transformer: TransformerConfig) -> type[torch.nn.Module]:
+def norm_class(transformer: TransformerConfig) -> type[torch.nn.Module]:
+    """The norm of `--normalization` that may be used with sequence parallelism.
+
+    Args:
+        transformer: The model's configuration.
+
+    Raises:
+        FlagError: These layers have no such norm.
+    """
     if transformer.normalization == "RMSNorm":
         return SequenceParallelRMSNorm
     if transformer.normalization == "LayerNorm":

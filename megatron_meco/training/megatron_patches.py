@@ -217,7 +217,7 @@ def rotary_scale(attention: Any) -> float:
     from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
 
     factor_of = getattr(yarn, "_yarn_get_concentration_factor_from_config", None)
-    if factor_of is None or not _has_signature(factor_of, "config"):
+    if factor_of is None or not hasattr(attention, "config"):
         raise _unknown_megatron(f"{type(attention).__name__}.{name}")
     return float(factor_of(attention.config))
 

@@ -17,6 +17,8 @@ from megatron.core.transformer.spec_utils import import_module
 from megatron.training import argument_utils, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 
+from megatron_meco.errors import FlagError
+
 
 def run_pretraining(
     args: argparse.Namespace, datasets_provider: Callable[..., Any], forward_step: Any
@@ -89,6 +91,12 @@ def _gpt_builder(
     from megatron.training import get_args
 
     args = get_args()
+    if args.mtp_num_layers:
+        raise FlagError(
+            "this script builds such models from Megatron 0.19 on",
+            where=f"--mtp-num-layers {args.mtp_num_layers}",
+            remedy="Use this Megatron's own pretrain_gpt.py, wrapped by with_meco.",
+        )
     print_rank_0("building GPT model ...")
     config = config or core_transformer_config_from_args(args)
     if args.spec is not None:

@@ -598,6 +598,16 @@ class TestRefusals:
         with pytest.raises(FlagError, match=flag):
             make_config(str(tmp_path / "c"), **option)
 
+    def test_context_parallelism_wants_documents_of_two_chunks_for_each_rank(
+        self, tmp_path: Path
+    ) -> None:
+        prefix = str(tmp_path / "c")
+        for padded_to in (4, 8):
+            meco = MeCoConfig(pad_documents_to=padded_to)
+            make_config(prefix, meco=meco, context_parallel_size=padded_to // 2)
+        with pytest.raises(FlagError, match="Give --meco-pad-documents-to 12"):
+            make_config(prefix, meco=MeCoConfig(pad_documents_to=6), context_parallel_size=2)
+
     def test_a_damaged_cache_is_named_and_not_read(self, tmp_path: Path) -> None:
         prefix = write_corpus(tmp_path / "c", random_bodies(50), {"url": hosts(50)})
         build(make_config(prefix), 10)

@@ -36,10 +36,6 @@ SLOW = {
         "--overlap-param-gather",
     ),
     "CP 2, best-fit": (2, "--context-parallel-size 2 --meco-packing best-fit"),
-    "CP 2, split, prefix once": (
-        2,
-        "--context-parallel-size 2 --meco-packing split --meco-prefix-once",
-    ),
 }
 
 

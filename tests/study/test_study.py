@@ -7,6 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,22 @@ def test_a_run_that_fails_is_told_with_the_end_of_its_log(tmp_path: Path) -> Non
         missing = str(tmp_path / "missing")
         trainer.meco(["export", "--load", missing, "--output", missing], tmp_path / "log")
     assert "Traceback" not in str(failure.value)
+
+
+def test_an_interrupt_ends_what_runs_and_starts_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_interrupted", threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(trainer.call, time.sleep, (600,), tmp_path / "log")
+        # The log is opened once the process is ready.
+        while not (tmp_path / "log").is_file() and not waiting.done():
+            time.sleep(0.1)
+        trainer.interrupt()
+        with pytest.raises(trainer.RunFailed, match="exit status"):
+            waiting.result(timeout=60)
+    with pytest.raises(trainer.RunFailed, match="interrupted"):
+        trainer.meco(["--version"], tmp_path / "log")
 
 
 @pytest.mark.timeout(900)

@@ -2,7 +2,7 @@
 
 Run as a script, on a GPU in bf16 where there is one: `leakage.py RENDEZVOUS MODE LAYERS`. The CPU
 platform must be there before Megatron is imported. Modes: `packed`; `causal`, the same without
-documents; `rotary`, which compares our RoPE with Megatron's.
+documents; `rotary`, which compares our RoPE with Megatron's; `kinds`, `packed` for each of KINDS.
 """
 
 from __future__ import annotations
@@ -27,11 +27,36 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 LENGTH, BOUNDS, VOCAB_SIZE = 48, [0, 13, 14, 30, 48], 100
 
 
-def make_model(layers: str) -> Any:
+# What makes a model other than a plain Llama.
+KINDS: dict[str, dict[str, Any]] = {
+    "qk-norm": {"qk_layernorm": True},
+    "qk-l2-norm": {"qk_l2_norm": True},
+    "layer-norm, biases": {"normalization": "LayerNorm", "add_bias_linear": True},
+    "tied embeddings": {"tied": True},
+    "no positions": {"positions": "none"},
+    "yarn": {
+        "positions": "yarn",
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 16,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.5,
+        "yarn_correction_range_round_to_int": True,
+    },
+}
+
+
+def make_model(layers: str, **changes: Any) -> Any:
     precision = {} if ON_CPU else {"bf16": True, "params_dtype": torch.bfloat16}
     torch.manual_seed(1)
     model = tiny_llama.make_model(
-        layers, vocab_size=VOCAB_SIZE, length=LENGTH, use_cpu_initialization=True, **precision
+        layers,
+        vocab_size=VOCAB_SIZE,
+        length=LENGTH,
+        use_cpu_initialization=True,
+        **precision,
+        **changes,
     )
     model = model.cuda().eval()
     # As Megatron's Float16Module does to a model that it trains.
@@ -93,8 +118,14 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
     tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH)).cuda()
+    report: Any
     if mode == "rotary":
-        report: Any = compare_rotary(tokens)
+        report = compare_rotary(tokens)
+    elif mode == "kinds":
+        report = {
+            kind: change_documents(make_model(layers, **changes), tokens, parameters())
+            for kind, changes in KINDS.items()
+        }
     else:
         params = parameters() if mode == "packed" else None
         report = change_documents(make_model(layers), tokens, params)

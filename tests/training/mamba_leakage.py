@@ -56,7 +56,13 @@ def make_mixer() -> MambaMixer:
 def parameters(mode: str) -> PackedSeqParams:
     cu_seqlens = torch.tensor([*BOUNDS, BOUNDS[-1]], dtype=torch.int32)
     if mode == "borders":
-        return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=LENGTH,
+            max_seqlen_kv=LENGTH,
+        )
     args = Namespace(
         seq_length=LENGTH,
         micro_batch_size=1,

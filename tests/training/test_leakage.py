@@ -42,3 +42,31 @@ def test_the_same_check_sees_the_state_leak_without_document_numbers(tmp_path: P
     report = report_of(MAMBA, tmp_path / "borders", "borders")
     assert not report["documents"][0]["others_identical"]
     assert report["difference_to_documents_alone"] > 1e-3
+
+
+HYBRID = Path(__file__).parent / "hybrid_leakage.py"
+APART = [{"others_identical": True, "own_changed": True}] * 4
+
+
+def test_a_hybrid_model_keeps_documents_apart(tmp_path: Path) -> None:
+    """Mamba, attention and MLP layers in turn."""
+    assert report_of(HYBRID, tmp_path / "meco", "M*-M*-", "meco") == APART
+
+
+def test_the_same_check_sees_a_hybrid_model_leak_without_document_numbers(tmp_path: Path) -> None:
+    rows = report_of(HYBRID, tmp_path / "borders", "M*-M*-", "borders")
+    assert not rows[0]["others_identical"]
+
+
+def test_other_kinds_of_llama_keep_documents_apart(tmp_path: Path) -> None:
+    kinds = report_of(SCRIPT, tmp_path / "kinds", "kinds", "local")
+    assert len(kinds) == 6
+    assert kinds == dict.fromkeys(kinds, APART)
+
+
+def test_further_heads_keep_documents_apart_and_do_not_train_on_prefixes(tmp_path: Path) -> None:
+    """Megatron's multi-token prediction, given the loss mask as MeCo's training step gives it."""
+    report = report_of(Path(__file__).parent / "mtp_leakage.py", tmp_path / "mtp")
+    assert report["documents"] == APART
+    assert report["same_gradients_with_mask"]
+    assert not report["same_gradients_without_mask"], "the check sees nothing"

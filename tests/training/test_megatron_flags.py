@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_meco import refusals
-from megatron_meco.config import layout_alignment
+from megatron_meco.config import alignment_from_args, layout_alignment
 from megatron_meco.errors import FlagError
 from megatron_meco.megatron_flags import COMPANIONS, HONOURED, OTHER_PROGRAMS, REFUSED, UNTESTED
 from megatron_meco.refusals import Flag, check_flags, check_launcher, flags_of
@@ -110,7 +110,7 @@ def test_what_contradicts_meco_cannot_be_let_through(flags: dict[str, Flag]) -> 
         ("softmax_type", "off-by-one"),
         ("layernorm_zero_centered_gamma", True),
         ("qk_clip", True),
-        ("hybrid_layer_pattern", "M*"),
+        ("mtp_num_layers", 1),
         ("attention_backend", SimpleNamespace(name="flash")),
     ],
 )
@@ -267,4 +267,50 @@ def test_ways_of_communication_that_a_transformer_engine_lacks(
 def test_what_a_layout_needs_of_documents(
     flags: dict[str, Flag], changes: dict[str, object], alignment: int
 ) -> None:
-    assert layout_alignment(context_parallel(flags, **changes)) == alignment
+    args = context_parallel(flags, **changes)
+    assert layout_alignment(args) == alignment_from_args(args) == alignment
+    args.meco_pad_documents_to = 96
+    assert alignment_from_args(args) == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_experts": 8},
+            "--num-experts 8: does not go with --meco: padding would count.*#6114",
+        ),
+        ({"multi_latent_attention": True}, "--multi-latent-attention: does not go with"),
+        ({"hybrid_layer_pattern": "M*E"}, "--hybrid-layer-pattern M.E: layer 'E': padding would"),
+        ({"hybrid_override_pattern": "MD"}, "--hybrid-override-pattern MD: layer 'D'"),
+        ({"hybrid_layer_pattern": "M+"}, r"layer '\+': latent attention"),
+        ({"hybrid_layer_pattern": "M*/**"}, "layer '/': nobody has shown that further heads"),
+        ({"hybrid_layer_pattern": "MG", "transformer_impl": "local"}, "layer 'G': the layers for"),
+        ({"mtp_num_layers": 1, "transformer_impl": "local"}, "--mtp-num-layers 1: the layers for"),
+        ({"mtp_num_layers": 1, "mtp_standalone": True}, "--mtp-standalone: does not go with"),
+        (
+            {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2},
+            "--pipeline-model-parallel-size 2: multi-token prediction",
+        ),
+    ],
+)
+def test_kinds_of_models_that_are_not_right_are_refused_by_name(
+    flags: dict[str, Flag], changes: dict[str, object], message: str
+) -> None:
+    args = argparse.Namespace(**{name: flag.default for name, flag in flags.items()} | changes)
+    with pytest.raises(FlagError, match=message):
+        check_flags(args, flags, local_layers=args.transformer_impl == "local")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hybrid_layer_pattern": "M*-|MG*-"},
+        {"hybrid_layer_pattern": "M*-", "transformer_impl": "local"},
+        {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3},
+        {"qk_layernorm": True, "position_embedding_type": "yarn", "window_size": (128, 0)},
+    ],
+)
+def test_kinds_of_models_that_go(flags: dict[str, Flag], changes: dict[str, object]) -> None:
+    args = argparse.Namespace(**{name: flag.default for name, flag in flags.items()} | changes)
+    check_flags(args, flags, local_layers=args.transformer_impl == "local")

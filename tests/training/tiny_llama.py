@@ -17,7 +17,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_meco.training.attention import packed_local_layer_spec
 
 
-def make_model(layers: str, *, vocab_size: int, length: int, **changes: Any) -> GPTModel:
+def make_model(
+    layers: str,
+    *,
+    vocab_size: int,
+    length: int,
+    positions: str = "rope",
+    tied: bool = False,
+    **changes: Any,
+) -> GPTModel:
     """`layers`: local, transformer_engine, or local with Megatron's own RoPE: stock-rope."""
     # Heads of 64: flash kernels have no smaller ones in every version.
     values: dict[str, Any] = {
@@ -38,7 +46,11 @@ def make_model(layers: str, *, vocab_size: int, length: int, **changes: Any) -> 
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
     }
+    # Megatron sets those of YaRN on the finished configuration.
+    yarn = {name: changes.pop(name) for name in list(changes) if name.startswith("yarn_")}
     config = TransformerConfig(**(values | changes))
+    for name, value in yarn.items():
+        setattr(config, name, value)
     if layers == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
@@ -50,6 +62,6 @@ def make_model(layers: str, *, vocab_size: int, length: int, **changes: Any) -> 
         spec,
         vocab_size,
         length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+        position_embedding_type=positions,
+        share_embeddings_and_output_weights=tied,
     )

@@ -34,7 +34,7 @@ def test_losses_from_one_checkpoint(
     assert losses == {
         step: pytest.approx(loss, rel=1e-5) for step, loss in EXPECTED["training"].items()
     }
-    validation = {name: float(loss) for name, loss in found.validation[8].items()}
+    validation = {name: float(found.validation[8][name]) for name in EXPECTED["validation"]}
     assert validation == {
         name: pytest.approx(loss, rel=1e-5) for name, loss in EXPECTED["validation"].items()
     }

@@ -1,0 +1,97 @@
+"""Forward a pack through a HybridModel twice, one document changed in between.
+
+Run as a script: `hybrid_leakage.py RENDEZVOUS PATTERN MODE`. Modes: `meco`, with the parameters of
+MeCo's training step; `borders`, with the attention's document borders alone. The layers are
+Megatron's, the stack is MeCo's for hosts without Transformer Engine, the scan is the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from megatron_meco.training.cpu import enable_cpu_platform
+
+enable_cpu_platform()
+
+import reference_mamba  # noqa: E402
+
+reference_mamba.install()
+
+from itertools import pairwise  # noqa: E402
+
+import mamba_leakage  # noqa: E402
+import torch  # noqa: E402
+from mamba_leakage import BOUNDS, LENGTH, parameters  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_meco.training.hybrid_layers import packed_local_hybrid_spec  # noqa: E402
+
+VOCAB_SIZE = 100
+
+
+def make_model(pattern: str) -> HybridModel:
+    config = TransformerConfig(
+        num_layers=len(pattern),
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        mamba_state_dim=8,
+        mamba_head_dim=8,
+        mamba_num_groups=2,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        apply_rope_fusion=False,
+        use_cpu_initialization=True,
+    )
+    return HybridModel(
+        config,
+        packed_local_hybrid_spec,
+        VOCAB_SIZE,
+        LENGTH,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type="rope",
+    ).eval()
+
+
+def main() -> None:
+    rendezvous, pattern, mode = sys.argv[1:]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    mamba_leakage.provider.update_seqlen_stats_from_cu_seqlens = lambda _: None
+    model = make_model(pattern)
+    tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH))
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(BOUNDS)])[None]
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, positions, None, packed_seq_params=parameters(mode))[0]
+
+    before = logits(tokens)
+    rows = []
+    for begin, end in pairwise(BOUNDS):
+        changed = tokens.clone()
+        changed[0, begin:end] = (changed[0, begin:end] + 7) % VOCAB_SIZE
+        same = (logits(changed) == before).all(dim=-1)
+        inside = torch.zeros(LENGTH, dtype=torch.bool)
+        inside[begin:end] = True
+        rows.append(
+            {
+                "others_identical": bool(same[~inside].all()),
+                "own_changed": bool((~same[inside]).all()),
+            }
+        )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Multi-token prediction over packed documents: what reaches another document, and what is trained.
+
+Run as a script: `mtp_leakage.py RENDEZVOUS`. Two further heads by Megatron's own code, on MeCo's
+layers for hosts without Transformer Engine. Prints, for each document, what became of the further
+heads' states of the others when it changed; and whether gradients depend on labels outside the
+loss mask, with the mask that MeCo's training step hands to the model and without it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+from megatron_meco.training.cpu import enable_cpu_platform
+
+enable_cpu_platform()
+
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_meco.training.attention import packed_local_layer_spec  # noqa: E402
+
+LENGTH, BOUNDS, VOCAB_SIZE, HEADS = 48, [0, 13, 14, 30, 48], 100, 2
+
+
+def make_model() -> GPTModel:
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        apply_rope_fusion=False,
+        use_cpu_initialization=True,
+        mtp_num_layers=HEADS,
+        mtp_loss_scaling_factor=0.5,
+    )
+    spec = packed_local_layer_spec(SimpleNamespace(transformer=config))
+    return GPTModel(
+        config,
+        spec,
+        VOCAB_SIZE,
+        LENGTH,
+        position_embedding_type="rope",
+        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
+    )
+
+
+def main() -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    model = make_model()
+    bounds = torch.tensor([*BOUNDS, BOUNDS[-1]], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=LENGTH,
+        max_seqlen_kv=LENGTH,
+    )
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(BOUNDS)])[None]
+    tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH))
+    labels = tokens.roll(-1, 1)
+    # The first tokens of each document are a prefix, and none is predicted across a border.
+    mask = torch.ones(1, LENGTH)
+    for begin, end in pairwise(BOUNDS):
+        mask[0, begin : begin + 3] = 0
+        mask[0, end - 1] = 0
+    states: list[torch.Tensor] = []
+    model.mtp.register_forward_hook(lambda *hooked: states.append(hooked[-1].detach().clone()))
+
+    def heads(ids: torch.Tensor) -> torch.Tensor:
+        states.clear()
+        with torch.no_grad():
+            model(ids, positions, None, labels=labels, loss_mask=mask, packed_seq_params=packed)
+        # The states of the model itself come first.
+        return states[0].view(1 + HEADS, LENGTH, -1)
+
+    before = heads(tokens)
+    rows = []
+    for begin, end in pairwise(BOUNDS):
+        changed = tokens.clone()
+        changed[0, begin:end] = (changed[0, begin:end] + 7) % VOCAB_SIZE
+        same = (heads(changed) == before).all(dim=-1)
+        others = torch.ones(LENGTH, dtype=torch.bool)
+        others[begin:end] = False
+        rows.append(
+            {
+                "others_identical": bool(same[:, others].all()),
+                "own_changed": bool((~same[:, begin:end]).all()),
+            }
+        )
+
+    def gradients(targets: torch.Tensor, given: torch.Tensor | None) -> list[torch.Tensor]:
+        model.zero_grad()
+        losses = model(
+            tokens, positions, None, labels=targets, loss_mask=given, packed_seq_params=packed
+        )
+        (losses * mask).sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    other = torch.where(mask == 0, (labels + 11) % VOCAB_SIZE, labels)
+    report = {"documents": rows}
+    for name, given in (("with_mask", mask), ("without_mask", None)):
+        pairs = zip(gradients(labels, given), gradients(other, given), strict=True)
+        report[f"same_gradients_{name}"] = all(torch.equal(a, b) for a, b in pairs)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
