@@ -284,18 +284,20 @@
   };
 
   const matrices = (list) => {
-    const part = section("matrix", "Held-out texts under each source's metadata", "Rows: where the texts come from. Columns: the metadata that the model is given. The colour is the loss less the row's mean over the metadata: blue is better than that mean.");
+    const part = section("matrix", "Held-out texts under each source's metadata", "Rows: where the texts come from. Columns: the metadata that the model is given. The colour is the loss less the row's mean over the metadata: blue is better than that mean. All models share one scale.");
+    const centre = (row) => {
+      const mean = row.slice(0, -1).reduce((sum, x) => sum + x, 0) / (row.length - 1);
+      return row.map((x) => x - mean);
+    };
+    // One scale for all models, so that colours can be compared.
+    const most = Math.max(1e-9, ...list.flatMap((each) => each.loss.flatMap(centre)).map(Math.abs));
     list.forEach((each, number) => {
       add(part, "h3", each.name);
       const value = each.wrong_minus_right;
       add(part, "p", `Wrong less right metadata: ${value.mean.toFixed(4)} nats per token, standard error ${value.stderr.toFixed(4)}, over ${value.texts} texts.`);
       const names = each.sources.map(name);
       const columns = [...names, "no metadata"];
-      const centred = each.loss.map((row) => {
-        const mean = row.slice(0, -1).reduce((sum, x) => sum + x, 0) / (row.length - 1);
-        return row.map((x) => x - mean);
-      });
-      const most = Math.max(1e-9, ...centred.flat().map(Math.abs));
+      const centred = each.loss.map(centre);
       chart(part, `matrix-${number}`, 160 + 34 * names.length, () => [
         [{
           type: "heatmap", z: centred, x: columns.map((x) => escaped(short(x, 24))), y: names.map((x) => escaped(short(x, 24))),
