@@ -191,7 +191,7 @@ class PlainRun:
         num_steps: Optimizer steps of the whole run; the cooldown is its last part.
         global_batch_size: Samples of an optimizer step, over all ranks.
         meco: What was chosen about metadata.
-        num_valid_samples: Samples for `validation_batches`; each pack makes two.
+        num_valid_samples: Samples for `validation_batches`; each pack makes three.
         split: Megatron's `--split`: weights of training, validation and test documents.
         seed: Megatron's `--seed`.
         vocab_size: Number of embeddings of the model; None: that of the tokenizer.

@@ -18,6 +18,7 @@ ARGS = Namespace(
     attention_dropout=0.0,
     spec=None,
     optimizer="adam",
+    context_parallel_size=1,
 )
 
 
