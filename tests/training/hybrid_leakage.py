@@ -18,14 +18,11 @@ import reference_mamba  # noqa: E402
 
 reference_mamba.install()
 
-from itertools import pairwise  # noqa: E402
-
 import mamba_leakage  # noqa: E402
 import torch  # noqa: E402
+from apart import change_documents, other_ids, positions_of, start  # noqa: E402
 from mamba_leakage import BOUNDS, LENGTH, parameters  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_meco.training.hybrid_layers import packed_local_hybrid_spec  # noqa: E402
@@ -61,35 +58,18 @@ def make_model(pattern: str) -> HybridModel:
 
 def main() -> None:
     rendezvous, pattern, mode = sys.argv[1:]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(1)
+    start(rendezvous)
     mamba_leakage.provider.update_seqlen_stats_from_cu_seqlens = lambda _: None
     model = make_model(pattern)
-    tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH))
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(BOUNDS)])[None]
+    tokens = torch.randint(0, VOCAB_SIZE, (LENGTH,))
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return model(ids, positions, None, packed_seq_params=parameters(mode))[0]
+            return model(ids[None], positions_of(BOUNDS), None, packed_seq_params=parameters(mode))[
+                0
+            ]
 
-    before = logits(tokens)
-    rows = []
-    for begin, end in pairwise(BOUNDS):
-        changed = tokens.clone()
-        changed[0, begin:end] = (changed[0, begin:end] + 7) % VOCAB_SIZE
-        same = (logits(changed) == before).all(dim=-1)
-        inside = torch.zeros(LENGTH, dtype=torch.bool)
-        inside[begin:end] = True
-        rows.append(
-            {
-                "others_identical": bool(same[~inside].all()),
-                "own_changed": bool((~same[inside]).all()),
-            }
-        )
+    rows = change_documents(logits, tokens, BOUNDS, other_ids(VOCAB_SIZE))
     print(json.dumps(rows))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
 from typing import Any
 
 from megatron_meco.training.cpu import enable_cpu_platform, should_use_cpu
@@ -20,9 +19,8 @@ if ON_CPU:
 
 import tiny_llama  # noqa: E402
 import torch  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from apart import change_documents, documents, other_ids, positions_of, start  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 LENGTH, BOUNDS, VOCAB_SIZE = 48, [0, 13, 14, 30, 48], 100
 
@@ -65,21 +63,12 @@ def make_model(layers: str, **changes: Any) -> Any:
 
 def parameters(longest: int = LENGTH) -> PackedSeqParams:
     """The documents; `longest` decides how many positions Megatron's table of angles has."""
-    # An empty document at the end, as the fixed length of cu_seqlens brings.
-    cu_seqlens = torch.tensor([*BOUNDS, BOUNDS[-1]], dtype=torch.int32, device="cuda")
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    return documents(BOUNDS, longest, "cuda")
 
 
 def logits_of(model: Any, tokens: torch.Tensor, params: PackedSeqParams | None) -> Any:
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(BOUNDS)]).cuda()
     with torch.no_grad():
-        return model(tokens, positions[None], None, packed_seq_params=params)[0]
+        return model(tokens[None], positions_of(BOUNDS).cuda(), None, packed_seq_params=params)[0]
 
 
 def compare_rotary(tokens: torch.Tensor) -> dict[str, bool]:
@@ -89,46 +78,30 @@ def compare_rotary(tokens: torch.Tensor) -> dict[str, bool]:
     return {"equal": bool((ours == stock).all())}
 
 
-def change_documents(
+def change_each(
     model: Any, tokens: torch.Tensor, params: PackedSeqParams | None
 ) -> list[dict[str, bool]]:
-    before = logits_of(model, tokens, params)
-    report = []
-    for begin, end in pairwise(BOUNDS):
-        changed = tokens.clone()
-        changed[0, begin:end] = (changed[0, begin:end] + 7) % VOCAB_SIZE
-        same = (logits_of(model, changed, params) == before).all(dim=-1)
-        others = torch.ones(LENGTH, dtype=torch.bool, device=same.device)
-        others[begin:end] = False
-        report.append(
-            {
-                "others_identical": bool(same[others].all()),
-                "own_changed": bool((~same[begin:end]).all()),
-            }
-        )
-    return report
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        return logits_of(model, ids, params)
+
+    return change_documents(logits, tokens, BOUNDS, other_ids(VOCAB_SIZE))
 
 
 def main() -> None:
     rendezvous, mode, layers = sys.argv[1:]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(1)
-    tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH)).cuda()
+    start(rendezvous)
+    tokens = torch.randint(0, VOCAB_SIZE, (LENGTH,)).cuda()
     report: Any
     if mode == "rotary":
         report = compare_rotary(tokens)
     elif mode == "kinds":
         report = {
-            kind: change_documents(make_model(layers, **changes), tokens, parameters())
+            kind: change_each(make_model(layers, **changes), tokens, parameters())
             for kind, changes in KINDS.items()
         }
     else:
         params = parameters() if mode == "packed" else None
-        report = change_documents(make_model(layers), tokens, params)
+        report = change_each(make_model(layers), tokens, params)
     print(json.dumps(report))
 
 

@@ -20,12 +20,11 @@ import reference_mamba  # noqa: E402
 reference_mamba.install()
 
 import torch  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from apart import change_documents, documents, start  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules  # noqa: E402
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_meco.training import provider  # noqa: E402
@@ -54,15 +53,9 @@ def make_mixer() -> MambaMixer:
 
 
 def parameters(mode: str) -> PackedSeqParams:
-    cu_seqlens = torch.tensor([*BOUNDS, BOUNDS[-1]], dtype=torch.int32)
+    borders = documents(BOUNDS)
     if mode == "borders":
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=LENGTH,
-            max_seqlen_kv=LENGTH,
-        )
+        return borders
     args = Namespace(
         seq_length=LENGTH,
         micro_batch_size=1,
@@ -70,17 +63,12 @@ def parameters(mode: str) -> PackedSeqParams:
         apply_rope_fusion=False,
         hybrid_layer_pattern="M",
     )
-    return provider.packed_seq_params(args, cu_seqlens, training=True)
+    return provider.packed_seq_params(args, borders.cu_seqlens_q, training=True)
 
 
 def main() -> None:
     rendezvous, mode = sys.argv[1:]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(1)
+    start(rendezvous)
     provider.update_seqlen_stats_from_cu_seqlens = lambda _: None  # wants a run's arguments
     mixer = make_mixer()
     hidden = torch.randn(LENGTH, 1, 16)
@@ -88,22 +76,10 @@ def main() -> None:
 
     def output(states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return mixer(states, packed_seq_params=params)[0]
+            return mixer(states, packed_seq_params=params)[0].squeeze(1)
 
-    before = output(hidden)
-    rows = []
-    for begin, end in pairwise(BOUNDS):
-        changed = hidden.clone()
-        changed[begin:end] += 1.0
-        same = (output(changed) == before).all(dim=-1).flatten()
-        inside = torch.zeros(LENGTH, dtype=torch.bool)
-        inside[begin:end] = True
-        rows.append(
-            {
-                "others_identical": bool(same[~inside].all()),
-                "own_changed": bool((~same[inside]).all()),
-            }
-        )
+    rows = change_documents(output, hidden, BOUNDS, lambda states: states + 1.0)
+    together = output(hidden)
     # Each document by itself.
     alone = []
     for begin, end in pairwise(BOUNDS):
@@ -112,7 +88,7 @@ def main() -> None:
             qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, total_tokens=end - begin
         )
         alone.append(output(hidden[begin:end]))
-    difference = float((torch.cat(alone) - before).abs().max())
+    difference = float((torch.cat(alone) - together).abs().max())
     print(json.dumps({"documents": rows, "difference_to_documents_alone": difference}))
 
 

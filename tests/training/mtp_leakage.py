@@ -18,11 +18,9 @@ from megatron_meco.training.cpu import enable_cpu_platform
 enable_cpu_platform()
 
 import torch  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from apart import change_documents, documents, other_ids, positions_of, start  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_meco.training.attention import packed_local_layer_spec  # noqa: E402
@@ -57,22 +55,9 @@ def make_model() -> GPTModel:
 
 
 def main() -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(1)
+    start(sys.argv[1])
     model = make_model()
-    bounds = torch.tensor([*BOUNDS, BOUNDS[-1]], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=LENGTH,
-        max_seqlen_kv=LENGTH,
-    )
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(BOUNDS)])[None]
+    packed, positions = documents(BOUNDS), positions_of(BOUNDS)
     tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH))
     labels = tokens.roll(-1, 1)
     # The first tokens of each document are a prefix, and none is predicted across a border.
@@ -86,24 +71,13 @@ def main() -> None:
     def heads(ids: torch.Tensor) -> torch.Tensor:
         states.clear()
         with torch.no_grad():
-            model(ids, positions, None, labels=labels, loss_mask=mask, packed_seq_params=packed)
+            model(
+                ids[None], positions, None, labels=labels, loss_mask=mask, packed_seq_params=packed
+            )
         # The states of the model itself come first.
         return states[0].view(1 + HEADS, LENGTH, -1)
 
-    before = heads(tokens)
-    rows = []
-    for begin, end in pairwise(BOUNDS):
-        changed = tokens.clone()
-        changed[0, begin:end] = (changed[0, begin:end] + 7) % VOCAB_SIZE
-        same = (heads(changed) == before).all(dim=-1)
-        others = torch.ones(LENGTH, dtype=torch.bool)
-        others[begin:end] = False
-        rows.append(
-            {
-                "others_identical": bool(same[:, others].all()),
-                "own_changed": bool((~same[:, begin:end]).all()),
-            }
-        )
+    rows = change_documents(heads, tokens[0], BOUNDS, other_ids(VOCAB_SIZE))
 
     def gradients(targets: torch.Tensor, given: torch.Tensor | None) -> list[torch.Tensor]:
         model.zero_grad()
