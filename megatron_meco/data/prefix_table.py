@@ -381,7 +381,7 @@ def _count_frequent(texts: _Texts) -> dict[Placeholder, pa.Array]:
 
 
 def _frequent_values(texts: _Texts, placeholder: Placeholder) -> pa.Array:
-    """What `frequent_values` gives, with numbers in memory and not the texts."""
+    """The values that the frequency filters keep, with numbers in memory and not the texts."""
     distinct = _core.DistinctTexts()
     counts = np.zeros(1 << 16, dtype=np.int64)
     for values in texts.values(placeholder):

@@ -516,20 +516,13 @@ class Template:
         )
 
 
-def frequent_values(placeholder: Placeholder, counts: Mapping[str, int]) -> pa.Array:
-    """The values that a placeholder's frequency filters keep.
-
-    `top=0.2%` keeps the most frequent 0.2 % of the distinct values (the paper's 'top 0.2 % URLs'),
-    `top=5000` the 5,000 most frequent, `min_documents=100` those of at least 100 documents. Ties
-    fall alphabetically, so the result does not depend on the order of the documents.
-    """
-    ranked = sorted(counts, key=lambda value: (-counts[value], value))
-    kept = num_frequent(placeholder, np.array(list(counts.values()), dtype=np.int64))
-    return pa.array(ranked[:kept], pa.string())
-
-
 def num_frequent(placeholder: Placeholder, counts: NDArray[np.int64]) -> int:
     """How many of the most frequent values a placeholder's frequency filters keep.
+
+    `top=0.2%` keeps the most frequent 0.2 % of the distinct values (the paper's 'top 0.2 % URLs'),
+    `top=5000` the 5,000 most frequent, `min_documents=100` those of at least 100 documents. Of
+    equally frequent values the first ones of the alphabet stay, so the result does not depend on
+    the order of the documents.
 
     Args:
         placeholder: With frequency filters.

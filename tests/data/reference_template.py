@@ -1,6 +1,6 @@
 """A slow, obvious oracle of templates: one document at a time, one character at a time.
 
-Shares no code with the package. A rendered prefix is a list of texts and of `("token", name)`.
+Shares no code with the package but `num_frequent`. A rendered prefix is a list of texts and of `("token", name)`.
 Numbers are exact decimals. URLs must be clean: `https://host/path`.
 """
 
@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from megatron_meco.data.template import Placeholder, num_frequent
 from tests.reference import MASK64, hash_pair, permutation
 
 SHUFFLE_STREAM = int.from_bytes(b"SHUFFLED", "big")
@@ -181,3 +186,13 @@ def _values_in(parts: list[tuple[str, Any]]) -> list[str]:
             [content] if kind == "value" else _values_in(content) if kind == "group" else []
         )
     ]
+
+
+def frequent_values(placeholder: Placeholder, counts: Mapping[str, int]) -> pa.Array:
+    """The values that a placeholder's frequency filters keep, by sorting all of them.
+
+    The number is the package's `num_frequent`; which ones is decided here.
+    """
+    ranked = sorted(counts, key=lambda value: (-counts[value], value))
+    kept = num_frequent(placeholder, np.array(list(counts.values()), dtype=np.int64))
+    return pa.array(ranked[:kept], pa.string())

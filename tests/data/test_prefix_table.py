@@ -17,8 +17,9 @@ from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 from megatron_meco.data import prefix_table
 from megatron_meco.data.prefix_table import load_prefix_table
-from megatron_meco.data.template import Template, frequent_values
+from megatron_meco.data.template import Template
 from megatron_meco.errors import DataError, FlagError
+from tests.data.reference_template import frequent_values
 
 
 def write(prefix: Path, **columns: list[str | None]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_meco.data.template import Draws, PrefixText, Template, Token, frequent_values
+from megatron_meco.data.template import Draws, PrefixText, Template, Token
 from megatron_meco.errors import DataError, FlagError
+from tests.data.reference_template import frequent_values
 
 URL = "https://user@En.Wikipedia.org:8080/wiki/Bill_Gates?x=1#y"
 
