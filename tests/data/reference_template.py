@@ -1,7 +1,7 @@
 """A slow, obvious oracle of templates: one document at a time, one character at a time.
 
-Shares no code with the package but `num_frequent`. A rendered prefix is a list of texts and of `("token", name)`.
-Numbers are exact decimals. URLs must be clean: `https://host/path`.
+Shares no code with the package but `num_frequent`. A rendered prefix is a list of texts and of
+`("token", name)`. Numbers are exact decimals. URLs must be clean: `https://host/path`.
 """
 
 from __future__ import annotations
