@@ -13,7 +13,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from training_log import TrainingLog
+
+from megatron_meco.run.training_log import History
 
 MECO, BASELINE, INK, FAINT = "#2563eb", "#ea580c", "#1f2937", "#6b7280"
 
@@ -25,12 +26,12 @@ def main() -> int:
     parser.add_argument("baseline", type=Path, help="log of the run without")
     parser.add_argument("--output", type=Path, required=True, help="the PNG to write")
     args = parser.parse_args()
-    draw(TrainingLog.read(args.meco), TrainingLog.read(args.baseline), args.output)
+    draw(History.read(args.meco), History.read(args.baseline), args.output)
     print(f"written to {args.output}")
     return 0
 
 
-def draw(meco: TrainingLog, baseline: TrainingLog, output: Path) -> None:
+def draw(meco: History, baseline: History, output: Path) -> None:
     """Write the picture of two runs.
 
     Args:
@@ -57,7 +58,7 @@ def draw(meco: TrainingLog, baseline: TrainingLog, output: Path) -> None:
     figure.savefig(output, dpi=130)
 
 
-def draw_training(axes: Axes, log: TrainingLog, colour: str, label: str) -> None:
+def draw_training(axes: Axes, log: History, colour: str, label: str) -> None:
     """Draw a run's training loss."""
     iterations = [step.iteration for step in log.steps]
     losses = [step.loss for step in log.steps]
@@ -66,7 +67,7 @@ def draw_training(axes: Axes, log: TrainingLog, colour: str, label: str) -> None
 
 
 def draw_validation(
-    axes: Axes, log: TrainingLog, name: str, colour: str, marker: str, label: str
+    axes: Axes, log: History, name: str, colour: str, marker: str, label: str
 ) -> None:
     """Draw what validation said under one name."""
     points = [(v.iteration, v.losses[name]) for v in log.validations.values() if name in v.losses]
@@ -78,7 +79,7 @@ def draw_validation(
         )
 
 
-def draw_switch(axes: Axes, log: TrainingLog) -> None:
+def draw_switch(axes: Axes, log: History) -> None:
     """Mark where the run goes over to plain documents."""
     if log.phases is None:
         return
@@ -89,7 +90,7 @@ def draw_switch(axes: Axes, log: TrainingLog) -> None:
         axes.text(switch, 0.02, text, ha=side, color=FAINT, transform=axes.get_xaxis_transform())
 
 
-def limits(*logs: TrainingLog) -> tuple[float, float]:
+def limits(*logs: History) -> tuple[float, float]:
     """Return the range of losses to show: all but the steep beginning."""
     shown = [step.loss for log in logs for step in log.steps[len(log.steps) // 20 :]]
     low, high = min(shown, default=0.0), max(shown, default=1.0)

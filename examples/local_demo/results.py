@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from training_log import TrainingLog
+
+from megatron_meco.run.training_log import History
 
 
-def comparison(meco: TrainingLog, baseline: TrainingLog) -> list[dict[str, Any]]:
+def comparison(meco: History, baseline: History) -> list[dict[str, Any]]:
     """Return the validation losses of both runs at the switch and at the end.
 
     Args:

@@ -28,8 +28,10 @@ from recipe import BATCH_SIZE, HERE, ROOT, SEQUENCE_LENGTH, TEMPLATE, Recipe, sh
 from registers import REGISTERS
 from results import comparison, print_comparison
 from rich.console import Console
-from training_log import TrainingLog
-from training_progress import TrainingProgress, clock
+from training_progress import TrainingProgress
+
+from megatron_meco.run.training_log import History
+from megatron_meco.run.watch import clock
 
 # 2.5 million tokens. No document is seen twice.
 DEFAULT_ITERATIONS = 1200
@@ -138,7 +140,7 @@ class Demo:
     def compare(self) -> None:
         """Print the table of validation losses."""
         plan = json.loads((self.output / "plan.json").read_text())
-        rows = comparison(*(TrainingLog.read(self.logs[name]) for name in ("meco", "baseline")))
+        rows = comparison(*(History.read(self.logs[name]) for name in ("meco", "baseline")))
         print_comparison(self.console, rows, plan)
         results = {"validation": rows, "plan": plan}
         (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

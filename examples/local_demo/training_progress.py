@@ -13,9 +13,9 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from training_log import Phases, Step, TrainingLog, Validation
 
-_STEPS_OF_ESTIMATE = 20
+from megatron_meco.run.training_log import History, Phases, Step, Validation
+from megatron_meco.run.watch import clock
 
 
 class TrainingProgress:
@@ -27,7 +27,7 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, *, has_prefixes: bool) -> None:
-        self.log = TrainingLog()
+        self.log = History()
         self._has_prefixes = has_prefixes
         self._console = console
         self._begin = time.monotonic()
@@ -74,7 +74,7 @@ class TrainingProgress:
             phase = self.log.phases.phase_of(step.iteration)
         state = (
             f"{step.iteration}/{step.num_iterations}  loss {step.loss:.3f}  "
-            f"lr {step.learning_rate:.1e}  {clock(self._seconds_left(step))} left"
+            f"lr {step.learning_rate:.1e}  {clock(self.log.seconds_left() or 0)} left"
         )
         self._bar.update(
             self._task,
@@ -86,11 +86,6 @@ class TrainingProgress:
         tenth = max(1, step.num_iterations // 10)
         if not self._console.is_terminal and step.iteration % tenth == 0:
             self._console.print(f"{phase:<11} {state}")
-
-    def _seconds_left(self, step: Step) -> float:
-        recent = sorted(s.seconds for s in self.log.steps[-_STEPS_OF_ESTIMATE:])
-        # The median: a step that waited for another program says nothing about the next one.
-        return recent[len(recent) // 2] * (step.num_iterations - step.iteration)
 
     def _print_phases(self, phases: Phases) -> None:
         self._console.print(
@@ -114,8 +109,3 @@ class TrainingProgress:
             f"{len(steps)} iterations in {clock(time.monotonic() - self._begin)}, {mean:.2f} s "
             f"each; training loss {steps[0].loss:.2f} -> {steps[-1].loss:.2f}"
         )
-
-
-def clock(seconds: float) -> str:
-    """Return minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

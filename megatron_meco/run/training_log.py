@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 _NUMBER = r"[-+.\deEnaifNAIF]+"
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
@@ -198,6 +201,58 @@ class TrainingLog:
             return None
         self._told.add(found.text)
         return found
+
+
+@dataclass
+class History:
+    """The losses of a run so far.
+
+    Attributes:
+        steps: The lines about training steps that tell a loss, in order.
+        validations: The evaluations by iteration; of two at the same one, the later.
+        phases: How the run is divided; None before the run says so, and without MeCo.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    validations: dict[int, Validation] = field(default_factory=dict)
+    phases: Phases | None = None
+    _reader: TrainingLog = field(default_factory=TrainingLog, compare=False, repr=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a log, finished or growing.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            return cls.of(lines)
+
+    @classmethod
+    def of(cls, lines: Iterable[str]) -> Self:
+        """Read a log that is at hand."""
+        history = cls()
+        for line in lines:
+            history.feed(line)
+        return history
+
+    def feed(self, line: str) -> Step | Validation | Phases | None:
+        """Take in one line; returns what it adds to the history."""
+        event = self._reader.feed(line)
+        # Megatron leaves the loss out when it skipped every step of the interval.
+        if isinstance(event, Step) and "lm loss:" in line:
+            self.steps.append(event)
+        elif isinstance(event, Validation):
+            self.validations[event.iteration] = event
+        elif isinstance(event, Phases):
+            self.phases = event
+        else:
+            return None
+        return event
+
+    def seconds_left(self) -> float | None:
+        """As `TrainingLog.seconds_left`."""
+        return self._reader.seconds_left()
 
 
 def _step(line: str) -> Step | None:

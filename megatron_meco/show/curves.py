@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meco.errors import FlagError
-from megatron_meco.run.training_log import Phases, Step, TrainingLog, Validation
+from megatron_meco.run.training_log import History
 
 _MOST_POINTS = 4000
 
@@ -31,33 +31,24 @@ def curves_report(name: str, path: Path) -> dict[str, Any]:
     def refuse(reason: str) -> FlagError:
         return FlagError(reason, where=f"--log {path}", remedy="Name the output of a training run.")
 
-    log = TrainingLog()
-    steps: dict[int, float] = {}
-    validations: dict[int, dict[str, float]] = {}
-    switch = None
     try:
         if not path.is_file():
             raise refuse("no such file")
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                event = log.feed(line)
-                if isinstance(event, Step) and math.isfinite(event.loss):
-                    steps[event.iteration] = event.loss
-                elif isinstance(event, Validation):
-                    validations[event.iteration] = event.losses
-                elif isinstance(event, Phases):
-                    switch = event.switch_iteration
+        history = History.read(path)
     except OSError as error:
         raise refuse(f"cannot be read ({error.strerror})") from error
+    # A run that was restarted tells some steps twice: the later ones count.
+    steps = {step.iteration: step.loss for step in history.steps if math.isfinite(step.loss)}
     if not steps:
         raise refuse("holds no training step")
     iterations = sorted(steps)[:: math.ceil(len(steps) / _MOST_POINTS)]
     return {
         "name": name,
-        "switch": switch,
+        "switch": None if history.phases is None else history.phases.switch_iteration,
         "steps": {"iteration": iterations, "loss": [steps[i] for i in iterations]},
         "validations": [
-            {"iteration": i, "losses": _finite(validations[i])} for i in sorted(validations)
+            {"iteration": i, "losses": _finite(validation.losses)}
+            for i, validation in sorted(history.validations.items())
         ],
     }
 

@@ -10,7 +10,8 @@ import pytest
 import results
 import steering
 from steering import Judgement, Share
-from training_log import TrainingLog
+
+from megatron_meco.run.training_log import History
 
 HOSTS = ("a.example.org", "b.example.org", "c.example.org", "d.example.org")
 LETTERS = dict(zip(HOSTS, ("abba", "oxox", "klik", "zuzu"), strict=True))
@@ -116,8 +117,8 @@ BASELINE = " validation loss at iteration {} | lm loss plain value: 4.4E+00 | \n
 
 
 def test_the_losses_are_compared_and_explained_with_their_signs() -> None:
-    meco = TrainingLog.of([PHASES, SWITCH, END])
-    rows = results.comparison(meco, TrainingLog.of([BASELINE.format(i) for i in (9, 10)]))
+    meco = History.of([PHASES, SWITCH, END])
+    rows = results.comparison(meco, History.of([BASELINE.format(i) for i in (9, 10)]))
     assert rows[0] == {
         "at": "switch",
         "iteration": 9,

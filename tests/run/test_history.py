@@ -1,4 +1,4 @@
-"""The demo reads Megatron's log lines as Megatron 0.19.2 prints them."""
+"""The losses of a run, from log lines as Megatron 0.19.2 prints them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.local_demo.training_log import Phases, Step, TrainingLog, Validation
+from megatron_meco.run.training_log import History, Phases, Step, Validation
 
 STEP = (
     " [2026-11-22 14:05:26.501542] iteration        9/      20 | consumed samples:           36 | "
@@ -40,7 +40,7 @@ NOISE = [
 
 
 def test_a_training_step() -> None:
-    log = TrainingLog()
+    log = History()
     step = log.feed(STEP)
     assert step == Step(
         iteration=9,
@@ -48,6 +48,9 @@ def test_a_training_step() -> None:
         loss=8.639625,
         learning_rate=6.604685e-4,
         seconds=pytest.approx(0.5842),
+        batch_size=4,
+        skipped=0,
+        nan=0,
     )
     assert log.steps == [step]
 
@@ -55,43 +58,43 @@ def test_a_training_step() -> None:
 def test_a_step_without_a_loss_is_passed_over() -> None:
     """Megatron leaves the loss out when it skipped the step."""
     skipped = STEP.replace("lm loss: 8.639625E+00 | ", "")
-    assert TrainingLog().feed(skipped) is None
+    assert History().feed(skipped) is None
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1.5E+01", "-2.0e-3"])
 def test_any_number_that_python_prints(value: str) -> None:
-    step = TrainingLog().feed(STEP.replace("8.639625E+00", value))
+    step = History().feed(STEP.replace("8.639625E+00", value))
     assert isinstance(step, Step)
     assert str(step.loss) == str(float(value))
 
 
 def test_both_validation_losses_during_training_and_at_the_end() -> None:
-    log = TrainingLog.of([AT_ITERATION, AT_THE_END])
+    log = History.of([AT_ITERATION, AT_THE_END])
     assert log.validations[10].losses == {"conditioned": 8.667645, "plain": 8.667905}
     assert log.validations[20].losses == {"conditioned": 8.502378, "plain": 8.502438}
 
 
 def test_validation_of_a_run_without_meco() -> None:
     line = " validation loss at iteration 5 | lm loss value: 7.5E+00 | lm loss PPL: 1.8E+03 | \n"
-    assert TrainingLog().feed(line) == Validation(iteration=5, losses={"": 7.5})
+    assert History().feed(line) == Validation(iteration=5, losses={"": 7.5})
 
 
 def test_of_two_evaluations_at_one_iteration_the_later_counts() -> None:
     later = AT_ITERATION.replace("8.667905E+00", "8.5E+00")
-    assert TrainingLog.of([AT_ITERATION, later]).validations[10].losses["plain"] == 8.5
+    assert History.of([AT_ITERATION, later]).validations[10].losses["plain"] == 8.5
 
 
 def test_the_switch() -> None:
-    phases = TrainingLog().feed(PHASES)
+    phases = History().feed(PHASES)
     assert phases == Phases(switch_iteration=18, num_iterations=20)
     assert [phases.phase_of(i) for i in (1, 18, 19)] == ["conditioned", "conditioned", "cooldown"]
 
 
 @pytest.mark.parametrize("line", NOISE)
 def test_other_lines_tell_nothing(line: str) -> None:
-    log = TrainingLog()
+    log = History()
     assert log.feed(line) is None
-    assert log == TrainingLog()
+    assert log == History()
 
 
 def test_a_whole_file(tmp_path: Path) -> None:
@@ -99,6 +102,6 @@ def test_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "log"
     lines = [*NOISE, PHASES, STEP, AT_ITERATION, AT_THE_END]
     path.write_bytes(b"\xff\xfe warning\n" + "".join(lines).encode())
-    log = TrainingLog.read(path)
+    log = History.read(path)
     assert (len(log.steps), sorted(log.validations)) == (1, [10, 20])
     assert log.phases is not None
