@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from megatron_meco.corpus.index_file import check_index
+from megatron_meco.corpus.index_file import CorpusIndex, check_index
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
@@ -29,6 +28,12 @@ from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
 
 _SAMPLED_VALUES = 1000
+_DOCUMENTS_AT_ONCE = 1 << 20
+_EMPTY = {
+    "value": pa.array([], pa.large_string()),
+    "documents": pa.array([], pa.int64()),
+    "tokens": pa.array([], pa.int64()),
+}
 
 
 @dataclass
@@ -71,11 +76,13 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
         DataError: There is no metadata, or it cannot be read.
     """
     table = open_metadata(prefix)
-    tokens = _tokens(prefix)
+    index = check_index(prefix) if Path(f"{prefix}.idx").is_file() else None
+    if index is not None:
+        check_row_count(prefix, index.num_documents)
     reports = []
     for name in table.column_names:
         column = table[name]
-        values = _counts([pc.value_counts(chunk) for chunk in column.chunks])
+        values = count_values(column, index).values
         report = FieldReport(
             name=name,
             present=1 - column.null_count / max(len(column), 1),
@@ -83,52 +90,85 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
             most_frequent=_shares(values, top, len(column)),
         )
         if holds_urls(name, column):
-            hosts = _counts([pc.value_counts(host(chunk)) for chunk in column.chunks])
+            hosts = count_values(column, index, host).values
             report.hosts = len(hosts)
             report.most_frequent_hosts = _shares(hosts, top, len(column))
-            if tokens is not None:
-                sums = _tokens_of_hosts(column, tokens)
-                total = max(1, int(tokens.sum()))
+            if index is not None:
+                total = max(1, len(index.tokens))
                 report.tokens_of_hosts = [
-                    sums[name] / total for name, _ in report.most_frequent_hosts
+                    number / total for number in hosts["tokens"][:top].to_pylist()
                 ]
         reports.append(report)
     return table.num_rows, reports
 
 
-def _tokens(prefix: str) -> np.ndarray[Any, Any] | None:
-    """Tokens of each document, EOD included; None without an index."""
-    if not Path(f"{prefix}.idx").is_file():
-        return None
-    index = check_index(prefix)
-    check_row_count(prefix, index.num_documents)
-    return np.diff(index.bounds(0, index.num_documents))
+@dataclass(frozen=True)
+class ValueCounts:
+    """How often each value of a column occurs.
+
+    Attributes:
+        values: Columns `value`, `documents`, `tokens`; the most frequent first, equally frequent
+            ones in the order of the alphabet.
+        without: Documents that have no value.
+        is_exact: False when rare values were dropped while counting.
+    """
+
+    values: pa.Table
+    without: int
+    is_exact: bool
 
 
-def _tokens_of_hosts(column: pa.ChunkedArray, tokens: np.ndarray[Any, Any]) -> Counter[str]:
-    sums: Counter[str] = Counter()
-    row = 0
-    for chunk in column.chunks:
-        part = pa.table({"host": host(chunk), "tokens": tokens[row : row + len(chunk)]})
-        row += len(chunk)
-        found = part.group_by("host").aggregate([("tokens", "sum")]).to_pydict()
-        pairs = zip(found["host"], found["tokens_sum"], strict=True)
-        sums.update({name: number for name, number in pairs if name is not None})
-    return sums
+def count_values(
+    column: pa.ChunkedArray,
+    index: CorpusIndex | None,
+    transform: Callable[[pa.ChunkedArray], pa.ChunkedArray] | None = None,
+    most: int | None = None,
+) -> ValueCounts:
+    """Count the documents and tokens of each distinct value.
+
+    Args:
+        column: One text for each document.
+        index: The corpus; None: all documents count as of no tokens.
+        transform: Applied to the texts first, such as `url.host`; None: they stay.
+        most: Distinct values to hold in memory, roughly; beyond, those of the fewest tokens go.
+    """
+    total = pa.table(_EMPTY)
+    waiting: list[pa.Table] = []
+    without = 0
+    is_exact = True
+    for begin in range(0, len(column), _DOCUMENTS_AT_ONCE):
+        texts = column.slice(begin, _DOCUMENTS_AT_ONCE)
+        if transform is not None:
+            texts = transform(texts)
+        texts = texts.cast(pa.string()).cast(pa.large_string())
+        without += texts.null_count
+        tokens = np.zeros(len(texts), np.int64)
+        if index is not None:
+            tokens = np.diff(index.bounds(begin, begin + len(texts)))
+        ones = np.ones(len(texts), np.int64)
+        part = pa.table({"value": texts, "documents": ones, "tokens": tokens})
+        waiting.append(_summed([part.filter(pc.is_valid(part["value"]))]))
+        # Rarely, because the sum goes through all distinct values so far.
+        if sum(map(len, waiting)) > max(len(total), _DOCUMENTS_AT_ONCE):
+            total, waiting = _summed([total, *waiting]), []
+            if most is not None and len(total) > most:
+                is_exact = False
+                total = total.sort_by([("tokens", "descending")]).slice(0, most)
+    total = _summed([total, *waiting])
+    order = [("documents", "descending"), ("value", "ascending")]
+    return ValueCounts(total.sort_by(order), without, is_exact)
 
 
-def _counts(parts: list[Any]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        values, counts = part.field("values").to_pylist(), part.field("counts").to_pylist()
-        total.update({v: n for v, n in zip(values, counts, strict=True) if v is not None})
-    return total
+def _summed(parts: list[pa.Table]) -> pa.Table:
+    groups = pa.concat_tables(parts).group_by("value")
+    sums = groups.aggregate([("documents", "sum"), ("tokens", "sum")])
+    return sums.rename_columns(["value", "documents", "tokens"])
 
 
-def _shares(counts: Counter[str], top: int, num_rows: int) -> list[tuple[str, float]]:
-    # By name among equals: a counter keeps them in the order of the file.
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [(value, count / num_rows) for value, count in ordered[:top]]
+def _shares(counts: pa.Table, top: int, num_rows: int) -> list[tuple[str, float]]:
+    first = counts.slice(0, top).to_pydict()
+    pairs = zip(first["value"], first["documents"], strict=True)
+    return [(value, count / num_rows) for value, count in pairs]
 
 
 def holds_urls(name: str, column: pa.ChunkedArray) -> bool:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from megatron_meco.corpus.index_file import CorpusIndex, check_index
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
-from megatron_meco.corpus.metadata_report import holds_urls
+from megatron_meco.corpus.metadata_report import count_values, holds_urls
 from megatron_meco.corpus.url import host
 
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -76,31 +75,14 @@ def _field_facts(
     name: str, column: pa.ChunkedArray, index: CorpusIndex, top: int
 ) -> dict[str, Any]:
     by_host = holds_urls(name, column)
-    total = None
-    is_exact = True
-    begin = 0
-    for lengths in _document_lengths(index):
-        values = column.slice(begin, len(lengths)).cast(pa.string())
-        begin += len(lengths)
-        values = host(values) if by_host else values
-        ones = pa.array(np.ones(len(lengths), np.int64))
-        part = pa.table({"value": values, "documents": ones, "tokens": pa.array(lengths)})
-        total = part if total is None else pa.concat_tables([total, part])
-        sums = total.group_by("value").aggregate([("documents", "sum"), ("tokens", "sum")])
-        total = sums.rename_columns(["value", "documents", "tokens"])
-        if len(total) > 2 * _MOST_VALUES:
-            is_exact = False
-            total = total.sort_by([("tokens", "descending")]).slice(0, _MOST_VALUES)
-    facts = {"name": name, "by": "host" if by_host else "value", "is_exact": is_exact}
-    if total is None:
-        return {**facts, "distinct": 0, "documents_without": 0, "values": []}
-    known = total.filter(pc.is_valid(total["value"]))
-    known = known.sort_by([("tokens", "descending"), ("value", "ascending")])
+    counts = count_values(column, index, host if by_host else None, _MOST_VALUES)
+    # By tokens, which `count_values` does not sort by.
+    values = counts.values.sort_by([("tokens", "descending"), ("value", "ascending")])
     return {
-        **facts,
-        "distinct": len(known),
-        "documents_without": index.num_documents - int(pc.sum(known["documents"]).as_py() or 0)
-        if is_exact
-        else 0,
-        "values": known.slice(0, top).to_pylist(),
+        "name": name,
+        "by": "host" if by_host else "value",
+        "distinct": len(values),
+        "is_exact": counts.is_exact,
+        "documents_without": counts.without,
+        "values": values.slice(0, top).to_pylist(),
     }

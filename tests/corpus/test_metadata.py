@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from megatron_meco.corpus import metadata
+from megatron_meco.corpus import metadata, metadata_report
 from megatron_meco.corpus.metadata import (
     MetadataWriter,
     check_row_count,
@@ -153,3 +155,24 @@ def test_importing_loads_neither_torch_nor_megatron() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["texts", "dictionaries", "nothing"])
+def test_values_are_counted_across_batches(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(metadata_report, "_DOCUMENTS_AT_ONCE", 37)
+    draw = random.Random(2)
+    values = [
+        None if draw.random() < 0.1 else f"v{int(draw.paretovariate(0.7)) % 99}"
+        for _ in range(2000)
+    ]
+    parts = [pa.array(values[:700]), pa.array(values[700:])]
+    if kind == "dictionaries":
+        parts = [part.dictionary_encode() for part in parts]
+    column = pa.chunked_array([pa.nulls(50)] if kind == "nothing" else parts)
+    counts = metadata_report.count_values(column, None)
+    expected = Counter(value for value in column.to_pylist() if value is not None)
+    found = counts.values.to_pydict()
+    assert list(zip(found["value"], found["documents"], strict=True)) == sorted(
+        expected.items(), key=lambda item: (-item[1], item[0])
+    )
+    assert counts.is_exact and counts.without == column.null_count
