@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from memory import Peak
 from tokenizers import Tokenizer
 
 from megatron_meco.corpus.bulk import GigatokenEncoder, fast_encoder
@@ -62,26 +63,8 @@ def write_metadata(prefix: Path, num_documents: int, num_hosts: int) -> None:
             writer.append_batch(pa.RecordBatch.from_arrays([urls], names=["url"]))
 
 
-class AnonymousMemory:
-    """The largest anonymous memory of this process inside the block, above that before it."""
-
-    def __enter__(self) -> AnonymousMemory:
-        self.before = self.peak = _anonymous()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._stop.wait(0.05):
-            self.peak = max(self.peak, _anonymous())
-
-
 def _anonymous() -> int:
+    """Anonymous memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -166,7 +149,7 @@ def measure(
             return timed[-1]
 
         clock, processor = time.perf_counter(), time.process_time()
-        with AnonymousMemory() as memory:
+        with Peak(_anonymous, 0.05) as memory:
             table = load_prefix_table(
                 str(prefix),
                 num_documents,
@@ -178,7 +161,7 @@ def measure(
                 fast_encoder=choose,
             )
         clock, processor = time.perf_counter() - clock, time.process_time() - processor
-        peak = max(peak, memory.peak - memory.before)
+        peak = max(peak, memory.bytes - memory.before)
         num_bytes, seconds = (timed[0].num_bytes, timed[0].seconds) if timed else (0, 1.0)
         rates["table"].append(num_bytes / clock)
         rates["table_cpu"].append(num_bytes / processor)

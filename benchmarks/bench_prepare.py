@@ -30,12 +30,12 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+from memory import Peak
 
 from megatron_meco.errors import MeCoError
 
@@ -197,30 +197,15 @@ def bare(source: Path, tokenizer: Path, work: Path, workers: int, settings: Any)
     return statistics.mean(end - begin for begin, end in spans)
 
 
-class PeakMemory:
-    """The largest resident memory of this process's children together, looked at often."""
-
-    def __enter__(self) -> PeakMemory:
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(0.1):
-            total = 0
-            for child in me.children(recursive=True):
-                try:
-                    total += child.memory_info().rss
-                except psutil.Error:
-                    continue
-            self.peak = max(self.peak, total)
+def _resident_of_children() -> int:
+    """Resident memory of this process's children together."""
+    total = 0
+    for child in psutil.Process().children(recursive=True):
+        try:
+            total += child.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
 
 
 def main() -> int:
@@ -269,10 +254,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             work = scratch / "work"
             work.mkdir()
             begin = time.monotonic()
-            with PeakMemory() as memory:
+            with Peak(_resident_of_children, 0.1) as memory:
                 told = run(path, tokenizer, work, args.workers, settings)
             if run is ours:
-                peak = max(peak, memory.peak)
+                peak = max(peak, memory.bytes)
             if run is ours:
                 seconds["running"].append(told)
                 told = None
