@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from distributed.conftest import Train
-from distributed.test_layouts import difference
+from distributed.test_layouts import check_layout
 from runs import Result, train
 
 # Enough for every layout here: twice four ranks, or twice two with two of sequence parallelism.
@@ -44,34 +44,19 @@ def aligned_rank(run_from_weights: Train) -> Result:
     return run_from_weights(ALIGNED, 1)
 
 
-def check(run: Result, reference: Result) -> None:
-    found = difference(run, reference)
-    print(f"largest difference: {found:.1e}")  # shown by -rP
-    assert len(reference.samples) == 6
-    assert run.samples == reference.samples
-    assert found < TOLERANCE
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", FAST)
 def test_context_parallel_ranks_give_the_losses_of_one(
     name: str, run_from_weights: Train, aligned_rank: Result
 ) -> None:
-    ranks, flags = FAST[name]
-    check(run_from_weights(f"{ALIGNED} {flags}", ranks), aligned_rank)
+    check_layout(run_from_weights, ALIGNED, FAST[name], aligned_rank)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_more_layouts(name: str, run_from_weights: Train, aligned_rank: Result) -> None:
-    ranks, flags = SLOW[name]
-    reference = aligned_rank
-    meco = flags[flags.index("--meco-") :] if "--meco-" in flags else ""
-    if meco:
-        reference = run_from_weights(f"{ALIGNED} {meco}", 1)
-        assert reference.losses != aligned_rank.losses
-    check(run_from_weights(f"{ALIGNED} {flags}", ranks), reference)
+    check_layout(run_from_weights, ALIGNED, SLOW[name], aligned_rank)
 
 
 @pytest.mark.distributed

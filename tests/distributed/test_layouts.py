@@ -75,6 +75,9 @@ def test_every_layout_of_the_documentation_is_here() -> None:
     assert len(rows) == len(documented) >= 21
 
 
+COMMON = "--calculate-per-token-loss"
+
+
 def difference(a: Result, b: Result) -> float:
     """Largest difference of a training or validation loss, relative."""
     errors = [relative_error(a.losses[i], b.losses[i], b.losses[i]) for i in a.losses]
@@ -97,8 +100,20 @@ def relative_error(a: str, b: str, scale: str) -> float:
 def check(run: Result, reference: Result) -> None:
     found = difference(run, reference)
     print(f"largest difference: {found:.1e}")  # shown by -rP
+    assert len(reference.samples) == 6
     assert run.samples == reference.samples
     assert found < TOLERANCE
+
+
+def check_layout(train: Train, common: str, layout: tuple[int, str], one_rank: Result) -> None:
+    """Run a layout and compare it with one rank that makes the same samples."""
+    ranks, flags = layout
+    reference = one_rank
+    meco = flags[flags.index("--meco-") :] if "--meco-" in flags else ""
+    if meco:
+        reference = train(f"{common} {meco}", 1)
+        assert reference.losses != one_rank.losses
+    check(train(f"{common} {flags}", ranks), reference)
 
 
 @pytest.mark.distributed
@@ -106,22 +121,14 @@ def check(run: Result, reference: Result) -> None:
 def test_a_layout_gives_the_losses_of_one_rank(
     name: str, run_from_weights: Train, one_rank: Result
 ) -> None:
-    ranks, flags = FAST[name]
-    assert len(one_rank.samples) == 6
-    check(run_from_weights(f"--calculate-per-token-loss {flags}", ranks), one_rank)
+    check_layout(run_from_weights, COMMON, FAST[name], one_rank)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_more_layouts(name: str, run_from_weights: Train, one_rank: Result) -> None:
-    ranks, flags = SLOW[name]
-    reference = one_rank
-    meco = flags[flags.index("--meco-") :] if "--meco-" in flags else ""
-    if meco:
-        reference = run_from_weights(f"--calculate-per-token-loss {meco}", 1)
-        assert reference.losses != one_rank.losses
-    check(run_from_weights(f"--calculate-per-token-loss {flags}", ranks), reference)
+    check_layout(run_from_weights, COMMON, SLOW[name], one_rank)
 
 
 @pytest.mark.distributed
