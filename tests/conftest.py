@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from runs import write_pages, write_tokenizer
+from runs import prepare_pages, write_tokenizer
 
 _scratch = pytest.StashKey[str]()
 
@@ -44,15 +44,5 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> str:
     """300 pages from three hosts, prepared by `meco prepare`'s own function."""
-    from megatron_meco.corpus.prepare import PrepareConfig, prepare
-
     folder = tmp_path_factory.mktemp("corpus")
-    prepare(
-        PrepareConfig(
-            inputs=(write_pages(folder / "pages.jsonl"),),
-            output=folder / "pages",
-            tokenizer_type="HuggingFaceTokenizer",
-            tokenizer_model=str(tokenizer_folder),
-        )
-    )
-    return str(folder / "pages")
+    return prepare_pages(folder, tokenizer_folder)

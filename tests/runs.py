@@ -74,6 +74,22 @@ def write_pages(path: Path, num_documents: int = 300) -> Path:
     return path
 
 
+def prepare_pages(folder: Path, tokenizer: Path, num_documents: int = 300) -> str:
+    """Write pages and prepare them by `meco prepare`'s own function; returns the corpus."""
+    # Here: collecting tests stays fast.
+    from megatron_meco.corpus.prepare import PrepareConfig, prepare
+
+    prepare(
+        PrepareConfig(
+            inputs=(write_pages(folder / "pages.jsonl", num_documents),),
+            output=folder / "pages",
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tokenizer),
+        )
+    )
+    return str(folder / "pages")
+
+
 def write_gpu_libraries(folder: Path) -> Path:
     """Transformer Engine and apex as they look installed, in a state that no import survives."""
     error = 'raise RuntimeError("{} used on a CPU")\n'

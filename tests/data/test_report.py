@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import write_pages, write_tokenizer
+from runs import prepare_pages, write_tokenizer
 
 from megatron_meco.cli import main
-from megatron_meco.corpus.prepare import PrepareConfig, prepare
 
 LENGTH = 64
 
@@ -21,14 +20,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The flags of a run on 300 prepared pages."""
     folder = tmp_path_factory.mktemp("report")
     tokenizer = write_tokenizer(folder / "tokenizer")
-    prepare(
-        PrepareConfig(
-            inputs=(write_pages(folder / "pages.jsonl"),),
-            output=folder / "pages",
-            tokenizer_type="HuggingFaceTokenizer",
-            tokenizer_model=str(tokenizer),
-        )
-    )
+    prepare_pages(folder, tokenizer)
     return [
         *f"--data-path {folder}/pages --tokenizer-type HuggingFaceTokenizer".split(),
         *f"--tokenizer-model {tokenizer} --seq-length {LENGTH} --split 80,20,0".split(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from inference.launched import Trained, train_with_logits
 from inference.local_tasks import LENGTH, write_tasks
-from runs import write_pages
+from runs import prepare_pages
 
 # torch and what is built on it are imported where they are used: collecting stays fast.
 
@@ -30,18 +30,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Trained:
     """Four iterations with MeCo on one rank; wide heads, an uncommon RoPE base."""
-    from megatron_meco.corpus.prepare import PrepareConfig, prepare
     from megatron_meco.inference.export import export
 
     folder = tmp_path_factory.mktemp("trained")
-    prepare(
-        PrepareConfig(
-            inputs=(write_pages(folder / "pages.jsonl", 200),),
-            output=folder / "pages",
-            tokenizer_type="HuggingFaceTokenizer",
-            tokenizer_model=str(tokenizer_folder),
-        )
-    )
+    prepare_pages(folder, tokenizer_folder, 200)
     corpus, logits = str(folder / "pages"), folder / "logits.pt"
     train_with_logits(corpus, tokenizer_folder, folder / "ckpt", logits)
     export(folder / "ckpt", folder / "model")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import write_pages, write_tokenizer
+from runs import prepare_pages, write_tokenizer
 
 from megatron_meco.cli import main
-from megatron_meco.corpus.prepare import PrepareConfig, prepare
 from megatron_meco.errors import FlagError
 from megatron_meco.show.curves import curves_report
 from megatron_meco.show.page import render_page, write_page
@@ -39,14 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("show")
     tokenizer = write_tokenizer(folder / "tokenizer")
-    prepare(
-        PrepareConfig(
-            inputs=(write_pages(folder / "pages.jsonl"),),
-            output=folder / "pages",
-            tokenizer_type="HuggingFaceTokenizer",
-            tokenizer_model=str(tokenizer),
-        )
-    )
+    prepare_pages(folder, tokenizer)
     args = run_args(tokenizer, max_position_embeddings=LENGTH, seq_length=LENGTH)
     write_checkpoint(folder / "checkpoint", args, random_tensors(args))
     export(folder / "checkpoint", folder / "model")
