@@ -25,6 +25,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_meco.config import MeCoConfig
 from megatron_meco.corpus.tokenizer import build_tokenizer
+from megatron_meco.data.borders import documents_of, merged
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig
 from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.data.run_datasets import build_datasets
@@ -347,13 +348,9 @@ def make_batch(samples: Sequence[Mapping[str, torch.Tensor]], borders: Borders) 
     values: dict[str, Any] = {"view": torch.stack(views)}
     length = tokens.size(1)
     if borders == "document_ids":
-        places = torch.arange(length, dtype=bounds.dtype).expand_as(tokens).contiguous()
-        numbers = torch.searchsorted(bounds, places, right=True, out_int32=True) - 1
-        values["document_ids"] = numbers
+        values["document_ids"] = documents_of(bounds, length).int()
     elif borders == "cu_seqlens":
-        begins = length * torch.arange(len(samples), dtype=bounds.dtype)
-        ends = (bounds[:, 1:] + begins[:, None]).flatten()
-        values["cu_seqlens"] = torch.cat([bounds[0, :1], ends])
+        values["cu_seqlens"] = merged(bounds, length)
         values["max_seqlen"] = length
         tokens, positions, targets = (x.view(1, -1) for x in (tokens, positions, targets))
     return PackedBatch({"tokens": tokens, "targets": targets, "position_ids": positions, **values})

@@ -45,12 +45,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_meco.data.borders import positions_of
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.training.context_parallel import (
     Attend,
     RankLayout,
     gather_sequence,
-    positions_of,
 )
 from megatron_meco.training.megatron_patches import rotary_scale
 

@@ -20,6 +20,7 @@ import torch
 from megatron.core import mpu
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from megatron_meco.data.borders import merged
 from megatron_meco.training.context_parallel import places_by_rank
 
 Batch = dict[str, Any]
@@ -145,7 +146,7 @@ def meco_batch(
         _check_chunks(vectors[:, :num_bounds], mpu.get_context_parallel_world_size())
     vectors = _on_all_ranks(vectors, (size, width))
     batch: Batch = dict.fromkeys(_KEYS)
-    batch["cu_seqlens"] = _merge(vectors[:, :num_bounds], length)
+    batch["cu_seqlens"] = merged(vectors[:, :num_bounds], length)
     batch["facts"] = vectors[:, num_bounds:head].T
     if edge:
         columns = vectors[:, head:]
@@ -178,14 +179,6 @@ def _keep_own_part(batch: Batch, num_tokens: int) -> None:
     own = places[mpu.get_context_parallel_rank()]
     for key in ("tokens", "labels", "position_ids", "loss_mask"):
         batch[key] = batch[key][:, own]
-
-
-def _merge(bounds: torch.Tensor, length: int) -> torch.Tensor:
-    """Borders of documents in the flat micro-batch, from those in each sample."""
-    if len(bounds) == 1:
-        return bounds[0]
-    begins = length * torch.arange(len(bounds), dtype=torch.int32, device=bounds.device)
-    return torch.cat([bounds[0, :1], (bounds[:, 1:] + begins[:, None]).reshape(-1)])
 
 
 def _on_all_ranks(vectors: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:

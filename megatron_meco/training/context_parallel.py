@@ -18,35 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_meco.data.borders import documents_of
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def documents_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The document of each token of a pack.
-
-    Args:
-        cu_seqlens: (documents + 1,), int32, from 0 to `num_tokens`; empty documents are allowed.
-        num_tokens: The length of the pack.
-
-    Returns:
-        (num_tokens,), int64, rising.
-    """
-    places = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens, places, right=True) - 1
-
-
-def positions_of(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The position of each token of a pack within its document.
-
-    Args:
-        cu_seqlens: (documents + 1,), int32, from 0 to `num_tokens`; empty documents are allowed.
-        num_tokens: The length of the pack.
-
-    Returns:
-        (num_tokens,), int64.
-    """
-    places = torch.arange(num_tokens, device=cu_seqlens.device)
-    return places - cu_seqlens[documents_of(cu_seqlens, num_tokens)]
 
 
 def places_by_rank(cu_seqlens: Tensor, num_tokens: int, num_ranks: int) -> Tensor:

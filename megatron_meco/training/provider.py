@@ -33,6 +33,7 @@ from megatron.training.global_vars import get_wandb_writer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megatron_meco.config import MeCoConfig, View
+from megatron_meco.data.borders import documents_of
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig
 from megatron_meco.data.evaluation import EVALUATION_VIEWS
 from megatron_meco.data.report import Run, most_documents, plan_report, summary_lines
@@ -366,9 +367,7 @@ def document_numbers(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     Returns:
         (1, num_tokens), int32, rising.
     """
-    places = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    numbers = torch.searchsorted(cu_seqlens, places, right=True, out_int32=True) - 1
-    return numbers.unsqueeze(0)
+    return documents_of(cu_seqlens, num_tokens).int().unsqueeze(0)
 
 
 def _announce(args: argparse.Namespace) -> None:
