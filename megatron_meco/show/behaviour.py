@@ -78,7 +78,7 @@ def matrix_report(name: str, loaded: LoadedModel, sources: Sequence[Source]) -> 
         `name`; `sources` (their prefixes); `texts` (how many of each); `loss` (rows: the texts'
         source; columns: the prefix, the last one none; nats per token, the mean over texts);
         `wrong_minus_right`: mean, standard error and number over all texts of the mean loss under
-        the other sources' prefixes less the loss under its own.
+        the other sources' prefixes minus the loss under its own.
     """
     texts = [text for source in sources for text in source.texts]
     prefixes = [source.prefix for source in sources]

@@ -211,7 +211,7 @@
       };
       return [
         [{ type: "heatmap", xgap: 1, ygap: 1, text: fold(texts[p]), hovertemplate: "%{text}<extra></extra>", y0: 0, dy: width, ...looks[view.value]() }],
-        { yaxis: { autorange: "reversed", title: { text: "token" } }, xaxis: { title: { text: "+" } }, margin: { l: 60, r: 10, t: 10, b: 40 } },
+        { yaxis: { autorange: "reversed", title: { text: "first token of the row" } }, xaxis: { title: { text: "token within the row" } }, margin: { l: 60, r: 10, t: 10, b: 40 } },
       ];
     });
     const documents = add(part, "div", null, { className: "documents", id: "documents" });
@@ -248,7 +248,7 @@
   const dashes = { conditioned: "solid", shuffled: "dot", plain: "dash", "": "solid" };
 
   const losses = (runs) => {
-    const part = section("losses", "Losses", "Nats per token. Validation uses the same tokens in each view: under their own metadata, under another document's, and under none. Only the difference between wrong and right is the value of metadata: before the cooldown a model has seen no plain documents, and any metadata helps it.");
+    const part = section("losses", "Losses", "Nats per token. Validation uses the same tokens in each view: under their own metadata, under another document's, and under none. Only the difference between wrong and right is the value of metadata: before the cooldown a model has seen no plain documents, and any metadata helps it. Each evaluation takes other documents: compare the lines at one iteration, not one line over iterations.");
     const switches = () => runs.filter((run) => run.switch).map((run) => ({ type: "line", x0: run.switch, x1: run.switch, y0: 0, y1: 1, yref: "paper", line: { color: colour("--soft"), width: 1, dash: "dot" } }));
     add(part, "h3", "Training");
     chart(part, "training", 300, () => [
@@ -269,7 +269,7 @@
     const value = "shuffled minus conditioned";
     const three = runs.filter((run) => run.validations.some((v) => v.losses[value] !== undefined));
     if (three.length) {
-      add(part, "h3", "Value of metadata: loss under wrong less loss under right metadata");
+      add(part, "h3", "Value of metadata: loss under wrong minus loss under right metadata");
       chart(part, "value", 260, () => [
         three.map((run, i) => ({ type: "scatter", mode: "lines+markers", name: escaped(run.name), x: run.validations.map((v) => v.iteration), y: run.validations.map((v) => v.losses[value]), line: { color: palette[i % 6] }, hovertemplate: "iteration %{x}: %{y:.4f}" })),
         { shapes: switches(), xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: "nats per token" } }, showlegend: true },
@@ -278,13 +278,13 @@
     runs.forEach((run) => {
       if (!run.validations.length) return;
       add(part, "h3", run.name);
-      const columns = { ...Object.fromEntries(kinds(run).map((kind) => [kind, views[kind]])), ...(three.includes(run) ? { [value]: "wrong less right" } : {}) };
+      const columns = { ...Object.fromEntries(kinds(run).map((kind) => [kind, views[kind]])), ...(three.includes(run) ? { [value]: "wrong minus right" } : {}) };
       numbers(part, ["iteration", ...Object.values(columns)], run.validations.map((v) => [whole(v.iteration), ...Object.keys(columns).map((kind) => (v.losses[kind] ?? NaN).toFixed(4))]));
     });
   };
 
   const matrices = (list) => {
-    const part = section("matrix", "Held-out texts under each source's metadata", "Rows: where the texts come from. Columns: the metadata that the model is given. The colour is the loss less the row's mean over the metadata: blue is better than that mean. All models share one scale.");
+    const part = section("matrix", "Held-out texts under each source's metadata", "Rows: where the texts come from. Columns: the metadata that the model is given. The colour is the loss minus the row's mean over the sources' metadata: blue is better than that mean. All models share one scale.");
     const centre = (row) => {
       const mean = row.slice(0, -1).reduce((sum, x) => sum + x, 0) / (row.length - 1);
       return row.map((x) => x - mean);
@@ -294,7 +294,7 @@
     list.forEach((each, number) => {
       add(part, "h3", each.name);
       const value = each.wrong_minus_right;
-      add(part, "p", `Wrong less right metadata: ${value.mean.toFixed(4)} nats per token, standard error ${value.stderr.toFixed(4)}, over ${value.texts} texts.`);
+      add(part, "p", `Wrong minus right metadata: ${value.mean.toFixed(4)} nats per token, standard error ${value.stderr.toFixed(4)}, over ${value.texts} texts.`);
       const names = each.sources.map(name);
       const columns = [...names, "no metadata"];
       const centred = each.loss.map(centre);
