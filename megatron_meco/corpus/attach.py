@@ -393,7 +393,9 @@ def run_attach(args: argparse.Namespace) -> int:
         for path in paths or ():
             check_local(path, flag)
             if not path.endswith(_TABLES) or not os.path.isfile(path):
-                what = "not a kind of table known here" if os.path.isfile(path) else "no such file"
+                what = "not a kind of table known here"
+                if not os.path.isfile(path):
+                    what = "not a plain file" if os.path.exists(path) else "no such file"
                 remedy = f"Give files that end in {', '.join(_TABLES)}."
                 raise DataError(what, where=path, remedy=remedy)
     if args.join:

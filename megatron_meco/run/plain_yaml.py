@@ -104,16 +104,19 @@ def read_text(path: Path) -> str:
     where = str(path)
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
-            raise RunFileError(f"is {kind}", where=where, remedy="Name a YAML file.")
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
+        data = b""
+        # A pipe would be waited for.
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                data = file.read(_LARGEST + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RunFileError(
             f"cannot be read ({reason})", where=where, remedy="Name a YAML file."
         ) from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
+        raise RunFileError(f"is {kind}", where=where, remedy="Name a YAML file.")
     if len(data) > _LARGEST:
         raise RunFileError(
             f"is larger than {_LARGEST:,} bytes, so it is no run file",

@@ -33,7 +33,7 @@ def curves_report(name: str, path: Path) -> dict[str, Any]:
 
     try:
         if not path.is_file():
-            raise refuse("no such file")
+            raise refuse("is not a plain file" if path.exists() else "no such file")
         history = History.read(path)
     except OSError as error:
         raise refuse(f"cannot be read ({error.strerror})") from error

@@ -202,8 +202,9 @@ def test_files_that_are_no_run_files(tmp_path: Path) -> None:
         (Path("/dev/null"), "not a plain file"),
         (tmp_path / ("x" * 300), "File name too long"),
     ):
-        with pytest.raises(MeCoError, match=message):
+        with pytest.raises(MeCoError, match=message) as refusal:
             read_run(path)
+        assert str(refusal.value).count("Name a YAML file.") == 1
 
 
 def test_two_names_of_one_argument(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_the_losses_of_a_log(folder: Path) -> None:
         (["{folder}/nothing.yaml"], "nothing.yaml"),
         (["{folder}"], "no folder of a run"),
         (["--log", "{folder}/gone.log"], "gone.log: no such file"),
+        (["--log", "/dev/null"], "/dev/null: is not a plain file. Name"),
         (["--log", "{folder}/pages.jsonl"], "holds no training step"),
         (["{folder}/pages", "--model", "{folder}/model"], "--model: needs a run"),
         (["{folder}/pages", "-o", "{folder}"], "is a folder"),
