@@ -141,18 +141,22 @@ def right_and_wrong(arm: Arm) -> list[Row]:
     for result in arm.results:
         wrong = {} if result.run is None else arm.shuffled.get((result.run, result.task), {})
         for metric, values in wrong.items():
-            right = result.scores["conditioned"][metric]
-            pair = paired(right, values)
-            rows.append(
-                Row(
-                    task=result.task,
-                    num_fewshot=result.num_fewshot,
-                    metric=metric,
-                    pair=pair,
-                    num_dropped=len(right) - pair.num_documents,
-                )
-            )
+            rows.append(_row(result, metric, result.scores["conditioned"][metric], values))
     return rows
+
+
+def _row(
+    result: TaskResult, metric: str, scores: Scores, others: Scores, condition: str = ""
+) -> Row:
+    pair = paired(scores, others)
+    return Row(
+        task=result.task,
+        num_fewshot=result.num_fewshot,
+        metric=metric,
+        pair=pair,
+        condition=condition,
+        num_dropped=len(scores) - pair.num_documents,
+    )
 
 
 # ---- Two models ----
@@ -245,17 +249,8 @@ def one_and_other(one: Arm, other: Arm) -> list[Row]:
             yours["right - shuffled"] = _differences(yours, other.shuffled[result.run, result.task])
         for condition, metrics in mine.items():
             for metric, values in metrics.items():
-                pair = paired(values, yours.get(condition, {}).get(metric, {}))
-                rows.append(
-                    Row(
-                        task=result.task,
-                        num_fewshot=result.num_fewshot,
-                        metric=metric,
-                        pair=pair,
-                        condition=condition,
-                        num_dropped=len(values) - pair.num_documents,
-                    )
-                )
+                others = yours.get(condition, {}).get(metric, {})
+                rows.append(_row(result, metric, values, others, condition))
     return rows
 
 
