@@ -146,16 +146,20 @@ def right_and_wrong(arm: Arm) -> list[Row]:
 
 
 def _row(
-    result: TaskResult, metric: str, scores: Scores, others: Scores, condition: str = ""
+    result: TaskResult,
+    metric: str,
+    values: Mapping[Document, float],
+    others: Mapping[Document, float],
+    condition: str = "",
 ) -> Row:
-    pair = paired(scores, others)
+    pair = paired(values, others)
     return Row(
         task=result.task,
         num_fewshot=result.num_fewshot,
         metric=metric,
         pair=pair,
         condition=condition,
-        num_dropped=len(scores) - pair.num_documents,
+        num_dropped=len(values) - pair.num_documents,
     )
 
 
