@@ -218,14 +218,21 @@ class Follower:
             "shuffled minus conditioned": "wrong minus right",
             "": "",
         }
-        losses = [
-            " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
-            for name, value in validation.losses.items()
-        ]
+
+        def shown(losses: dict[str, float]) -> str:
+            parts = [
+                " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
+                for name, value in losses.items()
+            ]
+            return ", ".join(parts)
+
         phases = self._log.phases
         at_switch = phases is not None and phases.switch_iteration == validation.iteration
         note = " (at the switch)" if at_switch else ""
-        self.say(f"iteration {validation.iteration:,}{note}: validation loss {', '.join(losses)}")
+        whole = shown(validation.losses)
+        self.say(f"iteration {validation.iteration:,}{note}: validation loss {whole}")
+        for name, losses in validation.sets.items():
+            self.say(f"  validation set {name}: {shown(losses)}")
 
     def _warn_of_silence(self) -> None:
         quiet = time.monotonic() - self._heard

@@ -36,15 +36,16 @@ _KEYS = (
     "position_ids",
     "tokens",
 )
-# Behind the borders of documents: prefix tokens, and the view of a validation sample.
-_NUM_FACTS = 2
+# Behind the borders of documents: prefix tokens, and the view and set of a validation sample.
+_NUM_FACTS = 3
 _VECTOR = "meco_sample"
 # Samples of the baseline have no `meco_view`; all are plain.
 _PLAIN = torch.tensor(0)
+_FIRST_SET = torch.tensor(0)
 
 
 class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """MeCo's samples as vectors: `cu_seqlens`, two facts, tokens, positions, loss mask.
+    """MeCo's samples as vectors: `cu_seqlens`, three facts, tokens, positions, loss mask.
 
     Args:
         dataset: Samples with Megatron's keys, such as those of `MeCoGPTDataset`.
@@ -69,7 +70,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             idx: Index for the dataset.
 
         Returns:
-            meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
+            meco_sample: (num_bounds + 3 * sequence_length + 4,), int32; the loss mask in it is
                 float32 bit by bit. In evaluation the mask is 2 for labels that are compared
                 between views, which are all in the loss.
 
@@ -87,6 +88,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             bounds,
             sample["meco_prefix_tokens"].view(1),
             sample.get("meco_view", _PLAIN).view(1),
+            sample.get("meco_set", _FIRST_SET).view(1),
             # Labels are the tokens from the second on, and one more.
             sample["tokens"],
             sample["labels"][-1:],
@@ -124,7 +126,8 @@ def meco_batch(
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
         compared: In evaluation, as the loss mask but bool: labels compared between views.
-        facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
+        facts: (3, micro-batch), int32: prefix tokens of each sample, its `View`, and the number of
+            its validation set.
         The rest of Megatron's keys: None.
 
     Raises:
