@@ -78,7 +78,7 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
     """The user's choices about metadata."""
 
     phase: str = CONDITIONED
-    """`CONDITIONED` (documents with prefixes) or `COOLDOWN` (documents alone)."""
+    """`CONDITIONED` (documents with prefixes); `PLAIN` or `COOLDOWN` (documents alone)."""
 
     document_share: tuple[float, float] = (0.0, 1.0)
     """Training documents of this phase: a half-open range of the permuted order, as fractions."""
@@ -146,7 +146,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
 
     Attributes:
         corpus_prefix: Path of the corpus without suffix.
-        prefixes: Prefix of each document; None in the cooldown and with an empty template.
+        prefixes: Prefix of each document; None outside of the conditioned phase and with an empty
+            template.
         plan: Documents of each pack.
 
     Raises:
@@ -319,6 +320,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             return None
         if self.config.phase == COOLDOWN:
             return "the cooldown has no prefixes"
+        if self.config.phase != CONDITIONED:
+            return "the plain phase has no prefixes"
         if not self.config.meco.template:
             return "there is no template"
         if self.config.hide_prefixes:
@@ -386,7 +389,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         return np.concatenate([self.dataset.get(int(s)) for s in range(begin, end)])
 
     def _load_prefixes(self) -> PrefixTable | None:
-        if self.config.phase == COOLDOWN or not self.config.meco.template:
+        if self.config.phase != CONDITIONED or not self.config.meco.template:
             return None
         tokenizer, template = self.config.tokenizer, self.config.template
         return load_prefix_table(

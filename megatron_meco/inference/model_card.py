@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_meco import __version__
-from megatron_meco.config import COOLDOWN, MeCoConfig, add_meco_arguments
+from megatron_meco.config import COOLDOWN, PLAIN, MeCoConfig, add_meco_arguments
 from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.data.report import start_of
 from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.training.arguments import schedule_from_args
@@ -109,13 +110,21 @@ def _training_lines(card: dict[str, Any]) -> list[str]:
         return [*lines, "- Trained without metadata."]
     lines += [
         f"- Trained with metadata conditioning, template {_code(card['template'])}, in iterations "
-        f"1 to {schedule['switch_iteration']:,}; the rest is the cooldown on plain documents.",
+        f"{schedule.get('start_iteration', 0) + 1:,} to {schedule['switch_iteration']:,}; the rest "
+        f"is the cooldown on plain documents{_before(schedule)}.",
         f"- Packing: {card['packing']}, sequences of {card['sequence_length']:,} tokens, seed "
         f"{card['seed']}.",
     ]
-    if schedule["phase"] != COOLDOWN:
+    if schedule["phase"] == PLAIN:
+        lines.append("- **Exported before its conditioned phase: it has seen no metadata yet.**")
+    elif schedule["phase"] != COOLDOWN:
         lines.append("- **Exported before its cooldown: expect it to do worse without metadata.**")
     return lines
+
+
+def _before(schedule: dict[str, Any]) -> str:
+    start = schedule.get("start_iteration")
+    return f", as were iterations 1 to {start:,}" if start else ""
 
 
 def _data_lines(card: dict[str, Any]) -> list[str]:
@@ -179,6 +188,7 @@ def _schedule(args: Namespace, iteration: int) -> dict[str, Any]:
         "num_samples": schedule.num_samples,
         "switch_iteration": schedule.switch_iteration,
         "switch_sample": schedule.switch_sample,
+        **start_of(schedule),
         # Of the last step that this checkpoint has seen.
         "phase": schedule.phase_of_iteration(max(iteration - 1, 0)),
     }

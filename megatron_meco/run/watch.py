@@ -171,10 +171,7 @@ class Follower:
         if isinstance(event, Step):
             self._show_step(event)
         elif isinstance(event, Phases):
-            self.say(
-                f"iterations 1 to {event.switch_iteration:,} conditioned, "
-                f"{event.switch_iteration + 1:,} to {event.num_iterations:,} cooldown"
-            )
+            self.say(event.describe())
         elif isinstance(event, Saved):
             self.say(f"checkpoint of iteration {event.iteration:,} in {event.folder}", "green")
         elif isinstance(event, Validation):
@@ -223,7 +220,10 @@ class Follower:
             for name, value in validation.losses.items()
         ]
         phases = self._log.phases
-        at_switch = phases is not None and phases.switch_iteration == validation.iteration
+        at_switch = phases is not None and validation.iteration in (
+            phases.start_iteration,
+            phases.switch_iteration,
+        )
         note = " (at the switch)" if at_switch else ""
         self.say(f"iteration {validation.iteration:,}{note}: validation loss {', '.join(losses)}")
 

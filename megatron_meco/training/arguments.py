@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_arguments
+from megatron_meco.config import FINGERPRINT_KEYS, PLAIN, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.evaluation import EvaluationBlocks
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
@@ -453,8 +453,7 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
-        if not args.meco_cooldown_data_path:
-            schedule.documents_held_out(config)
+        schedule.document_shares(config, own_cooldown=bool(args.meco_cooldown_data_path))
     check_blends(args)
     check_corpora(corpus_prefixes(args), Template.parse(config.template))
     cooldown = cooldown_blend(args)
@@ -605,18 +604,21 @@ def _check_samples(args: argparse.Namespace) -> None:
 
 
 def _check_skipped_iterations(args: argparse.Namespace) -> None:
-    """Refuse to skip the step whose checkpoint is the one at the switch."""
+    """Refuse to skip a step whose checkpoint is the one at a switch."""
     if not args.meco or not args.save:
         return
-    switch = schedule_from_args(args).switch_iteration
-    # Includes those of --result-rejected-tracker-filename.
-    if switch in args.iterations_to_skip:
-        raise FlagError(
-            f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} is "
-            "the last one of the conditioned phase",
-            where="--iterations-to-skip",
-            remedy="Leave it out, or move the switch with --meco-cooldown-start-iteration.",
-        )
+    for switch, _, before, _ in schedule_from_args(args).switches:
+        # Includes those of --result-rejected-tracker-filename.
+        if switch in args.iterations_to_skip:
+            flag = (
+                "--meco-start-iteration" if before == PLAIN else "--meco-cooldown-start-iteration"
+            )
+            raise FlagError(
+                f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} "
+                f"is the last one of the {before} phase",
+                where="--iterations-to-skip",
+                remedy=f"Leave it out, or move the switch with {flag}.",
+            )
 
 
 def apply_meco(args: argparse.Namespace) -> None:
@@ -630,10 +632,10 @@ def apply_meco(args: argparse.Namespace) -> None:
 
         args.dataloader_inter_document_masking = True
         args.create_attention_mask_in_dataloader = False
-        switch = schedule_from_args(args).switch_iteration
+        switches = [at for at, *_ in schedule_from_args(args).switches]
         for name in ("save_interval", "save_retain_interval"):
             if getattr(args, name):
-                setattr(args, name, SaveInterval(getattr(args, name), also=switch))
+                setattr(args, name, SaveInterval(getattr(args, name), also=switches))
         largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
         if args.pipeline_model_parallel_size > 1 and largest > 1:
             # A packed micro-batch is sent as [mbs * s, 1, h]; the next stage expects [s, mbs, h].

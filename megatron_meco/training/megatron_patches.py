@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,29 +35,29 @@ from megatron_meco.errors import MeCoError
 
 
 class SaveInterval(int):
-    """An interval of Megatron's training loop that is also due at one further iteration.
+    """An interval of Megatron's training loop that is also due at further iterations.
 
     Megatron saves where `iteration % save_interval` is 0, and keeps an older checkpoint where
     `iteration % save_retain_interval` is 0. It has no hook for other iterations. `%` with this
-    interval is 0 at each multiple and at `also`. It is pickled as a plain int, so checkpoints do
-    not depend on this package.
+    interval is 0 at each multiple and at those of `also`. It is pickled as a plain int, so
+    checkpoints do not depend on this package.
 
     Attributes:
-        also: The further iteration.
+        also: The further iterations.
     """
 
-    also: int
+    also: frozenset[int]
 
-    def __new__(cls, interval: int, *, also: int) -> SaveInterval:
-        """Make an interval that is due at `also` too."""
+    def __new__(cls, interval: int, *, also: Collection[int]) -> SaveInterval:
+        """Make an interval that is due at those of `also` too."""
         value = super().__new__(cls, interval)
-        value.also = also
+        value.also = frozenset(also)
         return value
 
     def __rmod__(self, iteration: int) -> int:
         # `iteration % interval`: Python asks the right operand first because its type is a subclass
         # of the left operand's type.
-        return 0 if iteration == self.also else int(iteration) % int(self)
+        return 0 if iteration in self.also else int(iteration) % int(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)

@@ -53,6 +53,10 @@ def fingerprint(
     config = MeCoConfig.from_args(args)
     template = Template.parse(config.template)
     held_out = None if cooldown_blend else schedule.documents_held_out(config)
+    start: dict[str, Any] = {}
+    if schedule.start_sample:
+        share = schedule.documents_of_start(config, held_out or 0.0)
+        start = {"start_sample": schedule.start_sample, "documents_of_start": share}
     values = {
         "meco": True,
         "template": config.template,
@@ -73,6 +77,8 @@ def fingerprint(
             "samples": schedule.num_samples,
             "switch_sample": schedule.switch_sample,
             "documents_held_out": held_out,
+            # Runs that start with the conditioned phase keep their fingerprints.
+            **start,
         },
     }
     assert tuple(values) == FINGERPRINT_KEYS

@@ -16,12 +16,14 @@ from megatron_meco.training.megatron_patches import SaveInterval
 
 class TestSaveInterval:
     def test_it_is_due_at_multiples_and_at_the_switch(self) -> None:
-        interval = SaveInterval(5, also=8)
+        interval = SaveInterval(5, also=[8])
         assert [i for i in range(1, 16) if i % interval == 0] == [5, 8, 10, 15]
         assert interval == 5
+        both = SaveInterval(5, also=[3, 8])
+        assert [i for i in range(1, 16) if i % both == 0] == [3, 5, 8, 10, 15]
 
     def test_it_is_pickled_as_an_int(self) -> None:
-        again = pickle.loads(pickle.dumps(SaveInterval(5, also=8)))
+        again = pickle.loads(pickle.dumps(SaveInterval(5, also=[8])))
         assert type(again) is int
         assert again == 5
 
