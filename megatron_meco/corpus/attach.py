@@ -48,8 +48,8 @@ from megatron_meco.corpus.tokenizer import (
     resolve_eod,
     text_encoder,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")

@@ -29,8 +29,8 @@ from megatron_meco.corpus.records import (
     text_of,
 )
 from megatron_meco.corpus.sources import Part, check_unchanged
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
+from megatron_meco.wording import counted
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

@@ -40,9 +40,9 @@ from megatron_meco.corpus.task_writer import (
     read_record,
     report_progress_to,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.whole_file import whole_file
+from megatron_meco.wording import counted
 
 _COUNTS = 4
 _SECONDS_BETWEEN_LOOKS = 0.2

@@ -23,7 +23,7 @@ from megatron_meco.corpus.outputs import is_utf8
 from megatron_meco.corpus.readers import open_decompressed
 from megatron_meco.corpus.records import BadRecord
 from megatron_meco.corpus.sources import open_source
-from megatron_meco.corpus.wording import counted
+from megatron_meco.wording import counted
 
 # Row groups may hold texts of megabytes: a batch of a thousand would be gigabytes.
 _PARQUET_ROWS = 100

@@ -44,9 +44,9 @@ from megatron_meco.corpus.tokenizer import (
     resolve_bos,
     resolve_eod,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import WorkFolder
 from megatron_meco.errors import DataError, MeCoError
+from megatron_meco.wording import counted
 
 _TASK_BYTES = 1 << 30
 

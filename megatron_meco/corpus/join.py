@@ -26,8 +26,8 @@ from megatron_meco.corpus.metadata import MetadataWriter, metadata_path, open_me
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.records import metadata_of
 from megatron_meco.corpus.text_arrays import hash_halves
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 Duplicates = Literal["refuse", "first", "last"]
 DUPLICATES: tuple[Duplicates, ...] = ("refuse", "first", "last")

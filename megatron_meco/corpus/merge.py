@@ -43,8 +43,8 @@ from megatron_meco.corpus.task_writer import (
     task_prefix,
     write_synced,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, MeCoError
+from megatron_meco.wording import counted
 
 _COPY_BYTES = 8 << 20
 _HISTOGRAM_BINS = 1 << 20

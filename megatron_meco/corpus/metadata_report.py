@@ -24,8 +24,8 @@ from megatron_meco.corpus.index_file import CorpusIndex, check_index
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _SAMPLED_VALUES = 1000
 _DOCUMENTS_AT_ONCE = 1 << 20

@@ -33,7 +33,6 @@ from megatron_meco.corpus.outputs import check_fields, check_output, check_prefi
 from megatron_meco.corpus.sentences import check_language
 from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks, tell_repeated
 from megatron_meco.corpus.task_writer import MegatronWriter
-from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import (
     ENCODERS,
     WorkFolder,
@@ -42,6 +41,7 @@ from megatron_meco.corpus.work_folder import (
     sample_texts,
 )
 from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.wording import counted
 
 EXECUTORS = ("local", "slurm", "ray")
 

@@ -20,9 +20,9 @@ from megatron_meco.corpus.prepare import EXECUTORS, PrepareConfig, PrepareReport
 from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES
 from megatron_meco.corpus.tokenizer import TOKENIZER_TYPES
-from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import ENCODERS
 from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.wording import counted
 
 _EXAMPLE = """example:
   meco prepare pages-*.jsonl.gz --output data/corpus \\

@@ -16,7 +16,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_meco.corpus.wording import counted
+from megatron_meco.wording import counted
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -27,8 +27,8 @@ from megatron_meco.corpus.outputs import (
     output_paths,
     work_folder_of,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
+from megatron_meco.wording import counted
 
 _SUFFIXES = {
     ".jsonl": "jsonl",

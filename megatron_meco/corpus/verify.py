@@ -33,9 +33,9 @@ from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.readers import count_lines
 from megatron_meco.corpus.sources import find_files, plan_tasks
 from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of, with_eod
-from megatron_meco.corpus.wording import counted
 from megatron_meco.corpus.work_folder import build_encoder
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _BLOCK = 1 << 20
 _REBUILD = "Prepare the corpus again."

@@ -35,8 +35,8 @@ from megatron_meco.corpus.sentences import sentences_digest
 from megatron_meco.corpus.sources import Part, SourceFile
 from megatron_meco.corpus.task_writer import write_synced
 from megatron_meco.corpus.tokenizer import build_tokenizer, resolve_eod, text_encoder
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
+from megatron_meco.wording import counted
 
 _PLAN = "plan.json"
 _SAMPLED_TASKS = 8
