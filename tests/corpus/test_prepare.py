@@ -26,9 +26,10 @@ from megatron_meco.corpus.metadata import check_row_count, open_metadata
 from megatron_meco.corpus.prepare import (
     PrepareConfig,
     PrepareReport,
+    add_prepare_arguments,
     prepare,
+    run_prepare,
 )
-from megatron_meco.corpus.prepare_command import add_prepare_arguments, run_prepare
 from megatron_meco.corpus.readers import count_lines, read_chunks
 from megatron_meco.corpus.records import Rejected
 from megatron_meco.corpus.sources import Part
