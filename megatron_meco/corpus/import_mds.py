@@ -24,8 +24,11 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_meco import __version__
-from megatron_meco.corpus.bulk import EncodedDocuments
+from megatron_meco.corpus.documents import Rejected
+from megatron_meco.corpus.encoder import EncodedDocuments
 from megatron_meco.corpus.executors import LocalExecutor, check_workers, run_with_progress
+from megatron_meco.corpus.input_bytes import is_remote
+from megatron_meco.corpus.input_files import tell_repeated, warn
 from megatron_meco.corpus.manifest import MANIFEST_FORMAT
 from megatron_meco.corpus.mds import (
     INDEX_NAME,
@@ -45,9 +48,8 @@ from megatron_meco.corpus.outputs import (
     check_output,
     check_prefix,
 )
-from megatron_meco.corpus.records import Rejected
-from megatron_meco.corpus.sources import is_remote, tell_repeated, warn
-from megatron_meco.corpus.task_writer import TaskFiles, read_record, tell_progress
+from megatron_meco.corpus.progress import tell_progress
+from megatron_meco.corpus.task_writer import TaskFiles, read_record
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     build_tokenizer,
@@ -296,10 +298,11 @@ class MdsImporter(PipelineStep):  # type: ignore[misc]
         fields = list(self.metadata_fields)
         done = 0
         with TaskFiles(self.folder, rank, self.settings, fields) as files:
+            record = files.record
             for shard in self.tasks[rank]:
                 self._write_shard(files, shard)
                 done += shard.stored_bytes
-                tell_progress(rank, done, done, files.record)
+                tell_progress(rank, done, record.documents, record.tokens, done)
             files.finish([])
         yield from ()
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megatron_meco.corpus.metadata import MetadataWriter, metadata_path, open_metadata
+from megatron_meco.corpus.documents import metadata_of
+from megatron_meco.corpus.metadata import metadata_path, open_metadata, replace_metadata
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.records import metadata_of
 from megatron_meco.corpus.text_arrays import hash_halves
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.wording import counted
@@ -325,7 +325,7 @@ def _write(
     progress: DocumentProgress,
 ) -> None:
     names = [*metadata.column_names, *(f for f in fields if f not in metadata.column_names)]
-    with MetadataWriter(prefix, names) as writer:
+    with replace_metadata(prefix, names) as writer:
         for part in range(joined.number):
             old = metadata.slice(part * rows_per_part, rows_per_part)
             new = joined.table(part)

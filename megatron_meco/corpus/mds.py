@@ -25,7 +25,8 @@ import numpy as np
 import xxhash
 import zstandard
 
-from megatron_meco.corpus.sources import is_remote, open_source, walk_once
+from megatron_meco.corpus.input_bytes import is_remote, open_source
+from megatron_meco.corpus.input_files import walk_once
 from megatron_meco.errors import DataError, FlagError
 
 INDEX_NAME = "index.json"

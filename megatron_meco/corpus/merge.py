@@ -21,26 +21,26 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
-from megatron_meco.corpus.bulk import load_settings
+from megatron_meco.corpus.documents import Rejected
 from megatron_meco.corpus.index_file import header
 from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
-from megatron_meco.corpus.outputs import (
-    PUBLISHING,
-    check_output,
-    check_prefix,
-    check_work_folder,
-    output_paths,
-    remove_work_folder,
-)
-from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.outputs import check_output, check_prefix, output_paths
 from megatron_meco.corpus.task_writer import (
     TaskRecord,
-    cannot_write,
     read_record,
     record_path,
     task_prefix,
+)
+from megatron_meco.corpus.work_folder import (
+    PUBLISHING,
+    cannot_write,
+    check_work_folder,
+    load_settings,
+    remove_work_folder,
     write_synced,
 )
 from megatron_meco.errors import DataError, MeCoError
@@ -149,6 +149,41 @@ def merge_tasks(
     except OSError as error:
         raise cannot_write(error, prefix) from error
     return merged
+
+
+class MergeStep(PipelineStep):  # type: ignore[misc]
+    """Joins the tasks: the only step of the Slurm job that follows theirs.
+
+    Args:
+        folder: The work folder.
+        prefix: Where the corpus goes.
+        num_tasks: The number of tasks.
+        manifest: What `PREFIX.prepare.json` says beside the counts.
+        overwrite: Whether to replace a corpus that is already there.
+    """
+
+    name = "Merge"
+    type = "WRITER"
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: Path,
+        num_tasks: int,
+        manifest: dict[str, Any],
+        overwrite: bool = False,
+    ):
+        super().__init__()
+        self.folder, self.prefix = folder, prefix
+        self.num_tasks, self.manifest = num_tasks, manifest
+        self.overwrite = overwrite
+
+    def run(
+        self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
+        """Join the tasks; yields nothing."""
+        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest, None, self.overwrite)
+        yield from ()
 
 
 def _records(folder: Path, num_tasks: int) -> list[TaskRecord]:

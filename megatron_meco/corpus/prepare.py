@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -24,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_meco import __version__
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.documents import Rejected, RejectedRecords, TaskReader
+from megatron_meco.corpus.encoder import ENCODERS, build_encoder, encoder_digest
 from megatron_meco.corpus.executors import (
     LocalExecutor,
-    MergeStep,
     check_slurm_options,
     check_workers,
     parse_options,
@@ -35,22 +36,24 @@ from megatron_meco.corpus.executors import (
     run_with_progress,
     submit_to_slurm,
 )
+from megatron_meco.corpus.input_bytes import Part
+from megatron_meco.corpus.input_files import SourceFile, find_files, plan_tasks, tell_repeated
 from megatron_meco.corpus.manifest import MANIFEST_FORMAT
-from megatron_meco.corpus.merge import MergedCorpus, merge_tasks, num_finished, with_state
+from megatron_meco.corpus.merge import (
+    MergedCorpus,
+    MergeStep,
+    merge_tasks,
+    num_finished,
+    with_state,
+)
 from megatron_meco.corpus.outputs import check_fields, check_output, check_prefix, logs_of
-from megatron_meco.corpus.records import Rejected
-from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES, check_language
-from megatron_meco.corpus.sources import Part, SourceFile, find_files, plan_tasks, tell_repeated
+from megatron_meco.corpus.sentences import SENTENCE_LANGUAGES, check_language, sentences_digest
 from megatron_meco.corpus.task_writer import MegatronWriter
 from megatron_meco.corpus.tokenizer import TOKENIZER_TYPES
 from megatron_meco.corpus.work_folder import (
-    ENCODERS,
     WorkFolder,
-    build_encoder,
-    plan_of,
-    sample_texts,
 )
-from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.errors import DataError, FlagError, MeCoError
 from megatron_meco.wording import counted
 
 _EXAMPLE = """example:
@@ -60,6 +63,9 @@ _EXAMPLE = """example:
       --executor-option time=10:00:00 --executor-option partition=cpu \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model llama3/
 """
+
+_SAMPLED_TASKS = 8
+_SAMPLED_DOCUMENTS = 64
 
 EXECUTORS = ("local", "slurm", "ray")
 
@@ -176,7 +182,7 @@ def _begin(
 ) -> dict[str, Any]:
     """Load the tokenizer, choose the encoder, and see whether earlier work may go on."""
     print("loading the tokenizer ...", file=sys.stderr, flush=True)
-    sample = sample_texts(tasks, config.text_field)
+    sample = _sample_texts(tasks, config.text_field)
     chosen = build_encoder(
         config.tokenizer_type,
         config.tokenizer_model,
@@ -195,10 +201,41 @@ def _begin(
         print(
             f"sentences: {language}, learned from {counted(len(sample), 'text')}", file=sys.stderr
         )
-    plan = plan_of(files, config.text_field, config.metadata_fields, chosen)
+    plan = _plan_of(files, config.text_field, config.metadata_fields, chosen)
     is_alone = config.executor == "local"
     work.begin(plan, chosen, restart=config.overwrite, is_alone=is_alone)
     return chosen
+
+
+def _sample_texts(tasks: list[list[Part]], text_field: str) -> list[str]:
+    """Return texts from all over the input; what cannot be read comes up when it is prepared."""
+    texts: list[str] = []
+    step = max(len(tasks) // _SAMPLED_TASKS, 1)
+    for rank in range(0, len(tasks), step):
+        reader = TaskReader(tasks, text_field, RejectedRecords(), ())
+        try:
+            found = itertools.islice(reader.run(rank=rank), _SAMPLED_DOCUMENTS)
+            texts += [document.text for document in found]
+        except DataError:
+            continue
+    return texts
+
+
+def _plan_of(
+    files: list[SourceFile],
+    text_field: str,
+    metadata_fields: tuple[str, ...],
+    chosen: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what must be the same for an unfinished preparation to go on."""
+    return {
+        "format": 2,
+        "inputs": [[file.path, file.num_bytes, file.stamp] for file in files],
+        "text_field": text_field,
+        "metadata_fields": list(metadata_fields),
+        "tokenizer": [encoder_digest(chosen), chosen["eod"], chosen["vocab_size"], chosen["dtype"]],
+        "sentences": sentences_digest(chosen["sentences"]),
+    }
 
 
 def _run(

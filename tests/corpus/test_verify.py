@@ -14,7 +14,7 @@ import pytest
 from small_corpus import write_corpus
 
 from megatron_meco import cli
-from megatron_meco.corpus import sources
+from megatron_meco.corpus import input_files
 from megatron_meco.corpus.index_file import check_index
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.prepare import PrepareConfig, prepare
@@ -35,7 +35,7 @@ def corpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Path, Path]:
     """A corpus and what it was made of."""
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 1500)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 1500)
     source, prefix = write_jsonl(*RECORDS), tmp_path / "out" / "corpus"
     prepare(
         PrepareConfig(

@@ -9,24 +9,37 @@ compressed file in parallel.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from megatron_meco.corpus.sources import READ_SUFFIXES, open_source
 from megatron_meco.errors import DataError
 
-_CHUNK_BYTES = 1 << 20
-_BLOCK_BYTES = 1 << 18
+COMPRESSIONS = (".gz", ".zst")
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 # Long-range archives use windows up to 2 GiB, above the library's default limit.
 _ZSTD_MAX_WINDOW = 1 << 31
+FORMAT_BY_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".warc": "warc",
+    ".wet": "warc",
+}
 # What others begin with: read as lines or rows, they would be rejected piece by piece.
 _OTHER_FORMATS = {
     b"PAR1": "Parquet",
@@ -40,6 +53,69 @@ _OTHER_FORMATS = {
     **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
     **{b"BZh%d\x17rE8P\x90" % level: "bzip2" for level in range(1, 10)},
 }
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL for fsspec."""
+    return "://" in path
+
+
+def filesystem_of(name: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a path or URL, and the name in it."""
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(name)
+    return filesystem, path
+
+
+def open_source(path: str) -> BinaryIO:
+    """Open a file for reading as it is stored.
+
+    Args:
+        path: A path or URL.
+
+    Returns:
+        The file, which can seek.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if not is_remote(path):
+        # A pipe would be waited for, for ever.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "not a plain file", path)
+        return open(path, "rb")
+    filesystem, name = filesystem_of(path)
+    return cast(BinaryIO, filesystem.open(name, "rb"))
+
+
+def is_compressed(path: str, magic: bytes) -> bool:
+    """Whether a file is gzip or Zstandard, by its name or its first four bytes."""
+    return path.endswith(COMPRESSIONS) or magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or the byte range of a plain JSONL file, that one task reads."""
+
+    path: str
+    """A path, or a URL that fsspec opens."""
+
+    format: str
+    """`jsonl`, `parquet`, `arrow`, `csv` or `warc`."""
+
+    begin: int
+    """The first byte; lines that begin in the range belong to it."""
+
+    end: int
+    """One past the last byte."""
+
+    is_whole: bool
+    """Whether the part is the whole file."""
+
+    stamp: str = ""
+    """The file's `SourceFile.stamp`; empty: it is not looked at again."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +269,8 @@ def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[byte
                 raise DataError(
                     f"is {other}, not what its name says",
                     where=path,
-                    remedy=f"Name the file by its format ({', '.join(READ_SUFFIXES)}, with .gz or "
-                    ".zst where that is usual), or convert it.",
+                    remedy=f"Name the file by its format ({', '.join(FORMAT_BY_SUFFIX)}, with .gz "
+                    "or .zst where that is usual), or convert it.",
                 )
             file.seek(begin)
             if path.endswith(".gz") or magic.startswith(_GZIP_MAGIC):
