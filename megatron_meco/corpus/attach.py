@@ -80,16 +80,17 @@ _ORDER = "Give exactly the files that the corpus was made of, in the same order.
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What the stored documents are compared with."""
+    """What the stored documents are compared with.
+
+    Attributes:
+        encoder: Texts to ids, without BOS and EOD.
+        bos: May stand before a stored document.
+        eod: May stand behind it.
+    """
 
     encoder: TextEncoder
-    """Texts to ids, without BOS and EOD."""
-
     bos: int | None
-    """May stand before a stored document."""
-
     eod: int
-    """May stand behind it."""
 
     def is_stored_as(self, text: str, stored: np.ndarray[Any, Any]) -> bool:
         """Whether these tokens are this text, with or without BOS and EOD around it."""

@@ -31,33 +31,34 @@ _EXCERPT = 200
 
 @dataclass(slots=True)
 class SourceDocument(Document):  # type: ignore[misc]
-    """A document that knows where it came from."""
+    """A document that knows where it came from.
+
+    Attributes:
+        path: The input file.
+        line: Its line, row or record there, counted from 1 from the beginning of the part.
+        begin: The first byte of the part of the file.
+    """
 
     path: str = ""
-    """The input file."""
-
     line: int = 0
-    """Its line, row or record there, counted from 1 from the beginning of the part."""
-
     begin: int = 0
-    """The first byte of the part of the file."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line, or another kind of record, that did not become a document."""
+    """A line, or another kind of record, that did not become a document.
+
+    Attributes:
+        path: The input file, as the user named it.
+        line: The line's number, counted from 1; in other formats the number of the row or record.
+        reason: Why; one of a small set, so that reasons can be counted.
+        excerpt: The beginning of the line.
+    """
 
     path: str
-    """The input file, as the user named it."""
-
     line: int
-    """The line's number, counted from 1; in other formats the number of the row or record."""
-
     reason: str
-    """Why; one of a small set, so that reasons can be counted."""
-
     excerpt: str
-    """The beginning of the line."""
 
 
 class RejectedRecords:

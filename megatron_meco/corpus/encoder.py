@@ -326,19 +326,19 @@ def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) ->
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents as ids, cut into Megatron sequences; EODs are not among them."""
+    """Documents as ids, cut into Megatron sequences; EODs are not among them.
+
+    Attributes:
+        ids: The ids of all documents end to end, shape [ids].
+        lengths: Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer.
+        sequence_lengths: Ids per sequence, none zero, int64, shape [sequences].
+        num_sequences: Sequences per document, int64, shape [documents]; 0 where it has no ids.
+    """
 
     ids: np.ndarray[Any, Any]
-    """The ids of all documents end to end, shape [ids]."""
-
     lengths: np.ndarray[Any, Any]
-    """Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer."""
-
     sequence_lengths: np.ndarray[Any, Any]
-    """Ids per sequence, none zero, int64, shape [sequences]."""
-
     num_sequences: np.ndarray[Any, Any]
-    """Sequences per document, int64, shape [documents]; 0 where it has no ids."""
 
     def sequence_lengths_with_eod(self) -> np.ndarray[Any, Any]:
         """Return tokens per sequence with an EOD in the last one of each document."""

@@ -67,34 +67,30 @@ _LENGTH = "length"
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What to import."""
+    """What to import.
+
+    Attributes:
+        folders: Folders of shards, in the order of their documents; URLs need an index of their
+            own.
+        output: The prefix of the files to write, as in Megatron's `--data-path`.
+        tokenizer_type: Megatron's `--tokenizer-type`: the tokenizer that made the ids.
+        tokenizer_model: Megatron's `--tokenizer-model`.
+        ids_column: The column of token ids.
+        token_dtype: The type of the ids where the column is `bytes`.
+        metadata_fields: The columns to keep as metadata; none: no metadata file.
+        workers: Tasks that run at once; 1 works in this process.
+        overwrite: Whether to replace a corpus that is already there.
+    """
 
     folders: tuple[str, ...]
-    """Folders of shards, in the order of their documents; URLs need an index of their own."""
-
     output: Path
-    """The prefix of the files to write, as in Megatron's `--data-path`."""
-
     tokenizer_type: str
-    """Megatron's `--tokenizer-type`: the tokenizer that made the ids."""
-
     tokenizer_model: str | None = None
-    """Megatron's `--tokenizer-model`."""
-
     ids_column: str = "input_ids"
-    """The column of token ids."""
-
     token_dtype: str | None = None
-    """The type of the ids where the column is `bytes`."""
-
     metadata_fields: tuple[str, ...] = ("url",)
-    """The columns to keep as metadata; none: no metadata file."""
-
     workers: int = 1
-    """Tasks that run at once; 1 works in this process."""
-
     overwrite: bool = False
-    """Whether to replace a corpus that is already there."""
 
 
 def import_mds(config: ImportConfig) -> MergedCorpus:

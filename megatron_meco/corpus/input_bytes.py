@@ -97,42 +97,40 @@ def is_compressed(path: str, magic: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or the byte range of a plain JSONL file, that one task reads."""
+    """A file, or the byte range of a plain JSONL file, that one task reads.
+
+    Attributes:
+        path: A path, or a URL that fsspec opens.
+        format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
+        begin: The first byte; lines that begin in the range belong to it.
+        end: One past the last byte.
+        is_whole: Whether the part is the whole file.
+        stamp: The file's `SourceFile.stamp`; empty: it is not looked at again.
+    """
 
     path: str
-    """A path, or a URL that fsspec opens."""
-
     format: str
-    """`jsonl`, `parquet`, `arrow`, `csv` or `warc`."""
-
     begin: int
-    """The first byte; lines that begin in the range belong to it."""
-
     end: int
-    """One past the last byte."""
-
     is_whole: bool
-    """Whether the part is the whole file."""
-
     stamp: str = ""
-    """The file's `SourceFile.stamp`; empty: it is not looked at again."""
 
 
 @dataclass(frozen=True)
 class LineChunk:
-    """Consecutive whole lines of one file."""
+    """Consecutive whole lines of one file.
+
+    Attributes:
+        path: The file, as the user named it.
+        first_line: The number of the first line, counted from 1.
+        data: The lines with their ends; the last line of a file may lack its end.
+        source_bytes: How far into the file (compressed) reading had come.
+    """
 
     path: str
-    """The file, as the user named it."""
-
     first_line: int
-    """The number of the first line, counted from 1."""
-
     data: bytes
-    """The lines with their ends; the last line of a file may lack its end."""
-
     source_bytes: int
-    """How far into the file (compressed) reading had come."""
 
 
 def read_chunks(

@@ -44,19 +44,19 @@ _MAX_TASK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the input."""
+    """One file of the input.
+
+    Attributes:
+        path: A path, or a URL that fsspec opens.
+        format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
+        num_bytes: Its size as it is stored.
+        stamp: What changes when the file does: a date or an ETag; empty where there is none.
+    """
 
     path: str
-    """A path, or a URL that fsspec opens."""
-
     format: str
-    """`jsonl`, `parquet`, `arrow`, `csv` or `warc`."""
-
     num_bytes: int
-    """Its size as it is stored."""
-
     stamp: str
-    """What changes when the file does: a date or an ETag; empty where there is none."""
 
 
 def find_files(

@@ -41,19 +41,22 @@ _MOST_PARTS = 200
 
 @dataclass(kw_only=True)
 class JoinCounts:
-    """What came together and what did not."""
+    """What came together and what did not.
+
+    Attributes:
+        matched: Documents with a row of their key.
+        without_key: Documents whose metadata lacks the key.
+        rows_doubled: Rows whose key another row has, beyond the one that is used.
+        rows_unused: Rows, of different keys, that belong to no document.
+    """
 
     documents: int = 0
     matched: int = 0
-    """Documents with a row of their key."""
     without_key: int = 0
-    """Documents whose metadata lacks the key."""
     rows: int = 0
     rows_without_key: int = 0
     rows_doubled: int = 0
-    """Rows whose key another row has, beyond the one that is used."""
     rows_unused: int = 0
-    """Rows, of different keys, that belong to no document."""
 
     def __str__(self) -> str:
         missing = self.documents - self.matched - self.without_key

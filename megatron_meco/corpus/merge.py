@@ -52,37 +52,31 @@ _HISTOGRAM_BINS = 1 << 20
 
 @dataclass
 class MergedCorpus:
-    """What all tasks wrote together."""
+    """What all tasks wrote together.
+
+    Attributes:
+        documents: Documents.
+        tokens: Tokens, EODs included.
+        sequences: Megatron sequences.
+        text_bytes: Bytes of text.
+        median_tokens: Median tokens per document, EOD included.
+        rejected: Rejected records by reason.
+        first_rejected: The first of them.
+        missing_metadata: Documents without a value, by metadata field.
+        checksums: CRC-32 of the files by the end of their names, as eight hexadecimal digits.
+        files: The files written.
+    """
 
     documents: int = 0
-    """Documents."""
-
     tokens: int = 0
-    """Tokens, EODs included."""
-
     sequences: int = 0
-    """Megatron sequences."""
-
     text_bytes: int = 0
-    """Bytes of text."""
-
     median_tokens: float = 0.0
-    """Median tokens per document, EOD included."""
-
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rejected records by reason."""
-
     first_rejected: Rejected | None = None
-    """The first of them."""
-
     missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
-
     checksums: dict[str, str] = field(default_factory=dict)
-    """CRC-32 of the files by the end of their names, as eight hexadecimal digits."""
-
     files: list[Path] = field(default_factory=list)
-    """The files written."""
 
 
 def num_finished(folder: Path, num_tasks: int) -> int:

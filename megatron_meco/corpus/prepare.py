@@ -72,49 +72,42 @@ EXECUTORS = ("local", "slurm", "ray")
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What to prepare, and how."""
+    """What to prepare, and how.
+
+    Attributes:
+        inputs: Files, folders or patterns, local or URLs for fsspec, in the order of their
+            documents.
+        output: The prefix of the files to write, as in Megatron's `--data-path`.
+        tokenizer_type: Megatron's `--tokenizer-type`.
+        tokenizer_model: Megatron's `--tokenizer-model`.
+        tokenizer_extra: Further tokenizer settings under Megatron's names.
+        text_field: Where a record's text is; dots lead into nested objects.
+        metadata_fields: The fields to keep as metadata; none: no metadata file.
+        sentence_language: Store each document as one sequence per sentence of this language; None:
+            as one sequence.
+        encoder: `auto`: gigatoken where its ids are the same; `gigatoken`: or refuse;
+            `huggingface`.
+        executor: `local`, `slurm` or `ray`.
+        executor_options: Settings of datatrove's executor for Slurm or Ray.
+        workers: Tasks that run at once; 1 works in this process.
+        strict: Whether the first record that is no document ends the preparation.
+        overwrite: Whether to replace a corpus that is already there.
+    """
 
     inputs: tuple[str | Path, ...]
-    """Files, folders or patterns, local or URLs for fsspec, in the order of their documents."""
-
     output: Path
-    """The prefix of the files to write, as in Megatron's `--data-path`."""
-
     tokenizer_type: str
-    """Megatron's `--tokenizer-type`."""
-
     tokenizer_model: str | None = None
-    """Megatron's `--tokenizer-model`."""
-
     tokenizer_extra: dict[str, Any] = field(default_factory=dict)
-    """Further tokenizer settings under Megatron's names."""
-
     text_field: str = "text"
-    """Where a record's text is; dots lead into nested objects."""
-
     metadata_fields: tuple[str, ...] = ("url",)
-    """The fields to keep as metadata; none: no metadata file."""
-
     sentence_language: str | None = None
-    """Store each document as one sequence per sentence of this language; None: as one sequence."""
-
     encoder: str = "auto"
-    """`auto`: gigatoken where its ids are the same; `gigatoken`: or refuse; `huggingface`."""
-
     executor: str = "local"
-    """`local`, `slurm` or `ray`."""
-
     executor_options: dict[str, Any] = field(default_factory=dict)
-    """Settings of datatrove's executor for Slurm or Ray."""
-
     workers: int = 1
-    """Tasks that run at once; 1 works in this process."""
-
     strict: bool = False
-    """Whether the first record that is no document ends the preparation."""
-
     overwrite: bool = False
-    """Whether to replace a corpus that is already there."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -122,19 +115,19 @@ class PrepareConfig:
 
 @dataclass
 class PrepareReport(MergedCorpus):
-    """What came out of a preparation; empty apart from `job` where Slurm will write the files."""
+    """What came out of a preparation; empty apart from `job` where Slurm will write the files.
+
+    Attributes:
+        eod: The end-of-document id.
+        eod_text: The end-of-document token.
+        encoder: How texts were encoded, in one line.
+        job: The id of the last Slurm job.
+    """
 
     eod: int = -1
-    """The end-of-document id."""
-
     eod_text: str = ""
-    """The end-of-document token."""
-
     encoder: str = ""
-    """How texts were encoded, in one line."""
-
     job: str = ""
-    """The id of the last Slurm job."""
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:

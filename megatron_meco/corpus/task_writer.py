@@ -44,28 +44,25 @@ _TASK_SUFFIXES = (".bin", ".lengths", ".sequences", ".rejected.jsonl")
 
 @dataclass
 class TaskRecord:
-    """What a finished task says of itself."""
+    """What a finished task says of itself.
+
+    Attributes:
+        documents: Documents written.
+        tokens: Tokens written, EODs included.
+        sequences: Megatron sequences that the documents consist of.
+        text_bytes: Bytes of their text in UTF-8.
+        missing_metadata: Documents without a value, by metadata field.
+        rejected: Rejected records by reason.
+        lines_of_parts: Path, first byte and number of lines of the parts read.
+    """
 
     documents: int = 0
-    """Documents written."""
-
     tokens: int = 0
-    """Tokens written, EODs included."""
-
     sequences: int = 0
-    """Megatron sequences that the documents consist of."""
-
     text_bytes: int = 0
-    """Bytes of their text in UTF-8."""
-
     missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
-
     rejected: dict[str, int] = field(default_factory=dict)
-    """Rejected records by reason."""
-
     lines_of_parts: list[tuple[str, int, int]] = field(default_factory=list)
-    """Path, first byte and number of lines of the parts read."""
 
     def is_possible(self) -> bool:
         """Whether all values have the types that are written."""

@@ -51,16 +51,17 @@ _REBUILD = "Prepare the corpus again."
 
 @dataclass
 class Check:
-    """One thing that was looked at."""
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        told: What was found, in a few words.
+        is_right: Whether it is as it should be.
+    """
 
     name: str
-    """What."""
-
     told: str
-    """What was found, in a few words."""
-
     is_right: bool = True
-    """Whether it is as it should be."""
 
 
 def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
