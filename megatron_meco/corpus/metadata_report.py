@@ -30,8 +30,8 @@ from megatron_meco.corpus.metadata import (
 )
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _SAMPLED_VALUES = 1000
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -44,28 +44,27 @@ _EMPTY = {
 
 @dataclass
 class FieldReport:
-    """What one field holds."""
+    """What one field holds.
+
+    Attributes:
+        name: The field.
+        present: The share of documents that have a value.
+        distinct: The number of distinct values.
+        most_frequent: Values and their share of all documents, the most frequent first.
+        hosts: Distinct hosts, where the values are URLs.
+        most_frequent_hosts: Hosts and their share of all documents; None where the values are no
+            URLs.
+        tokens_of_hosts: The share of all tokens that documents of these hosts have; None without
+            `.idx`.
+    """
 
     name: str
-    """The field."""
-
     present: float
-    """The share of documents that have a value."""
-
     distinct: int
-    """The number of distinct values."""
-
     most_frequent: list[tuple[str, float]]
-    """Values and their share of all documents, the most frequent first."""
-
     hosts: int = 0
-    """Distinct hosts, where the values are URLs."""
-
     most_frequent_hosts: list[tuple[str, float]] | None = None
-    """Hosts and their share of all documents; None where the values are no URLs."""
-
     tokens_of_hosts: list[float] | None = None
-    """The share of all tokens that documents of these hosts have; None without `.idx`."""
 
 
 def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]:

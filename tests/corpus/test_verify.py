@@ -15,7 +15,7 @@ from fuzz.mutations import Index
 from small_corpus import write_corpus
 
 from megatron_meco import cli
-from megatron_meco.corpus import sources
+from megatron_meco.corpus import input_files
 from megatron_meco.corpus.index_file import check_index
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
 from megatron_meco.corpus.metadata_report import report_metadata
@@ -39,7 +39,7 @@ def corpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Path, Path]:
     """A corpus and what it was made of."""
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 1500)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 1500)
     source, prefix = write_jsonl(*RECORDS), tmp_path / "out" / "corpus"
     prepare(
         PrepareConfig(
