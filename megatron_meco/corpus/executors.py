@@ -1,10 +1,9 @@
 """Run the tasks of a preparation: on this machine, by Slurm, or on Ray.
 
-Slurm and Ray are datatrove's executors as they are. The local one is datatrove's too, with its
-pool replaced: datatrove's waits for ever for a worker that was killed, and shows no progress.
-Workers are spawned (this process runs the threads of torch and pyarrow) and end with their parent.
-Costs a second or two per worker to start. Given up: going on after a worker died without being
-called again.
+Slurm and Ray run datatrove's executors as they are. The local executor is datatrove's with another
+pool: datatrove's hangs when a worker is killed, and shows no progress. Workers are spawned (this
+process runs the threads of torch and pyarrow) and end with their parent; each takes a second or two
+to start. After a worker died, the command has to be repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ type CountsCallback = Callable[[list[int]], None]
 
 
 class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's local executor with a pool that notices killed workers and tells its progress.
+    """datatrove's local executor with a pool that notices killed workers and reports progress.
 
     Args:
         pipeline: The steps, the last one a `MegatronWriter`.
@@ -74,11 +73,11 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         self._processes: Collection[Any] = ()
 
     def is_rank_completed(self, rank: int) -> bool:
-        """Whether a task's record is there: datatrove's own mark says nothing of the files."""
+        """Whether a task's record exists; datatrove's own mark says nothing about the files."""
         return read_record(self.work_folder, rank) is not None
 
     def __enter__(self) -> Self:
-        """Start the workers: they import what they need while this process does other things."""
+        """Start the workers, which import what they need while this process continues."""
         workers = min(self.workers, len(self._unfinished()))
         if workers > 1:
             context = multiprocessing.get_context("spawn")
@@ -97,7 +96,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End the workers, at once where something went wrong."""
+        """End the workers, at once after an error."""
         if self._pool is None:
             return
         if kind is not None:
@@ -112,13 +111,13 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         wait(self._warm)
 
     def run(self, on_counts: CountsCallback = lambda counts: None) -> None:
-        """Run all tasks that are not finished; this object is to be entered before.
+        """Run all tasks that are not finished. The executor must have been entered.
 
         Args:
-            on_counts: Told every now and then how far all tasks are.
+            on_counts: Called now and then with the counts of all tasks so far.
 
         Raises:
-            DataError: What a task raised; the first one ends the others.
+            DataError: From a task; the first one ends the others.
         """
         try:
             if self._pool is None:
@@ -182,14 +181,10 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
 
 def check_workers(workers: int, *, is_local: bool = True) -> None:
-    """Refuse a number of workers that cannot work.
-
-    Args:
-        workers: What `--workers` says.
-        is_local: Whether they are processes of this machine.
+    """Refuse a number of workers below 1, or too large for this machine if it `is_local`.
 
     Raises:
-        FlagError: There are none, or too many for this machine.
+        FlagError: With the limit.
     """
     # Not `< 1`, which lets what is no number pass.
     if not workers >= 1:
@@ -205,15 +200,15 @@ def check_workers(workers: int, *, is_local: bool = True) -> None:
 
 
 def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[int]) -> None:
-    """Run the tasks that are not finished, with what they have done on stderr.
+    """Run the tasks that are not finished, with progress on stderr.
 
     Args:
         executor: Entered already.
-        label: Names the work.
-        task_bytes: The source bytes of every task.
+        label: Name of the work.
+        task_bytes: Source bytes of every task.
 
     Raises:
-        MeCoError: A task cannot be done, or its worker was killed.
+        MeCoError: A task failed, or its worker was killed.
     """
     left = [n for rank, n in enumerate(task_bytes) if not executor.is_rank_completed(rank)]
     if len(left) < len(task_bytes):
@@ -229,7 +224,7 @@ def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[
 
 
 def _start_worker(shared: Any) -> None:
-    """Make this process a worker (the initialiser of the pool)."""
+    """Make this process a worker (the pool's initialiser)."""
     # The pool is the parallelism; threads inside each worker would only take turns.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The parent handles the keyboard and ends the pool.
@@ -269,10 +264,7 @@ def _exit_with_parent() -> None:
 
 
 def check_slurm_options(options: dict[str, Any]) -> None:
-    """Refuse settings without those that Slurm cannot do without.
-
-    Args:
-        options: Settings of datatrove's `SlurmPipelineExecutor`.
+    """Refuse settings of `SlurmPipelineExecutor` without `time` or `partition`.
 
     Raises:
         FlagError: One is missing.
@@ -289,19 +281,19 @@ def check_slurm_options(options: dict[str, Any]) -> None:
 def submit_to_slurm(
     pipeline: list[Any], merge: MergeStep, logs: Path, options: dict[str, Any]
 ) -> str:
-    """Submit the tasks as an array job, and a job that joins them when all have succeeded.
+    """Submit the tasks as an array job, and a job that merges them after all have succeeded.
 
     Args:
         pipeline: The steps of the tasks.
-        merge: The step that joins them.
-        logs: A folder for Slurm's and datatrove's logs, which stays.
+        merge: The step that merges them.
+        logs: A permanent folder for Slurm's and datatrove's logs.
         options: Settings of datatrove's `SlurmPipelineExecutor`.
 
     Returns:
         The id of the second job.
 
     Raises:
-        FlagError: An option is unknown, or `sbatch` does not work.
+        FlagError: An option is unknown, or `sbatch` failed.
     """
     from datatrove.executor import SlurmPipelineExecutor
 
@@ -342,7 +334,7 @@ def run_on_ray(
     Args:
         pipeline: The steps of the tasks.
         tasks: The number of tasks.
-        workers: How many run at once.
+        workers: Tasks that run at once.
         folder: The work folder, which all nodes must reach.
         options: Settings of datatrove's `RayPipelineExecutor`.
 
@@ -371,13 +363,7 @@ def run_on_ray(
 
 
 def parse_options(words: list[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` words as settings of an executor.
-
-    Args:
-        words: The words; values are Python literals where they read like one, else strings.
-
-    Returns:
-        The settings.
+    """Parse `KEY=VALUE` words; values are Python literals where possible, else strings.
 
     Raises:
         FlagError: A word has no `=`.

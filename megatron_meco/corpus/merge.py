@@ -28,7 +28,7 @@ from megatron_meco.corpus.documents import Rejected
 from megatron_meco.corpus.index_file import header
 from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
-from megatron_meco.corpus.outputs import check_output, check_prefix, output_paths
+from megatron_meco.corpus.outputs import PUBLISHING, check_output, check_prefix, output_paths
 from megatron_meco.corpus.task_writer import (
     TaskRecord,
     read_record,
@@ -36,7 +36,6 @@ from megatron_meco.corpus.task_writer import (
     task_prefix,
 )
 from megatron_meco.corpus.work_folder import (
-    PUBLISHING,
     cannot_write,
     check_work_folder,
     load_settings,

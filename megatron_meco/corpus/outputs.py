@@ -22,9 +22,13 @@ import orjson
 from megatron_meco.corpus.index_file import TYPE_CODES, header
 from megatron_meco.corpus.manifest import manifest_path, read_manifest
 from megatron_meco.corpus.metadata import metadata_path
-from megatron_meco.corpus.work_folder import PUBLISHING, is_work_folder, work_folder_of
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.wording import is_utf8
+
+PUBLISHING = "publishing"
+"""The file in a work folder that says that files of this preparation have got their names."""
+MARKER = "meco-work-folder.json"
+"""The file that marks a folder as a work folder of this package."""
 
 _HEAD_BYTES = 1 << 20
 _SUFFIX_BYTES = len("..metadata.arrow.0123456789ab")
@@ -36,6 +40,16 @@ def output_paths(prefix: Path) -> list[Path]:
     """Return every file that a preparation may write, the index last."""
     names = (".bin", ".prepare.json", ".rejected.jsonl", ".idx")
     return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
+
+
+def work_folder_of(prefix: Path) -> Path:
+    """Return where the corpus at `prefix` is prepared."""
+    return Path(f"{prefix}.unfinished")
+
+
+def is_work_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder carries the marker of a work folder."""
+    return os.path.isfile(os.path.join(path, MARKER)) and not os.path.islink(path)
 
 
 def logs_of(prefix: Path) -> Path:

@@ -24,14 +24,11 @@ from typing import Any, Self
 import orjson
 
 from megatron_meco.corpus.encoder import BulkEncoder, build_encoder, encoder_of
+from megatron_meco.corpus.outputs import MARKER, is_work_folder, work_folder_of
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file, whole_folder
 from megatron_meco.wording import counted
 
-PUBLISHING = "publishing"
-"""The file in a work folder that says that files of this preparation have got their names."""
-
-_MARKER = "meco-work-folder.json"
 _FORMAT = 1
 _LOGS = "logs"
 _WORK_FILES = re.compile(
@@ -68,11 +65,6 @@ def make_work_folder(
     return chosen
 
 
-def work_folder_of(prefix: Path) -> Path:
-    """Return where the corpus at `prefix` is prepared."""
-    return Path(f"{prefix}.unfinished")
-
-
 def make_marked_folder(path: Path) -> None:
     """Make a work folder; it appears with its marker.
 
@@ -92,12 +84,7 @@ def make_marked_folder(path: Path) -> None:
 
     with whole_folder(path, refuse) as folder:
         marker = {"format": _FORMAT, "made_by": "megatron-meco"}
-        (folder / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
-
-
-def is_work_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder carries the marker of a work folder."""
-    return os.path.isfile(os.path.join(path, _MARKER)) and not os.path.islink(path)
+        (folder / MARKER).write_text(json.dumps(marker), encoding="utf-8")
 
 
 def check_work_folder(path: Path) -> None:
@@ -116,14 +103,14 @@ def check_work_folder(path: Path) -> None:
             remedy="Move or remove it yourself, or choose another --output.",
         )
     try:
-        found: Any = orjson.loads((path / _MARKER).read_bytes())
+        found: Any = orjson.loads((path / MARKER).read_bytes())
     except (OSError, ValueError):
         found = None
     told = found.get("format") if isinstance(found, dict) else None
     if told != _FORMAT:
         raise DataError(
             f"a work folder of format {told!r}, this version has {_FORMAT}",
-            where=str(path / _MARKER),
+            where=str(path / MARKER),
             remedy="Go on with the version that made it, or remove the folder.",
         )
 
@@ -168,8 +155,8 @@ def remove_work_folder(path: Path) -> None:
         OSError: Something cannot be removed.
     """
     clear_work_folder(path)
-    if [entry.name for entry in path.iterdir()] == [_MARKER]:
-        (path / _MARKER).unlink()
+    if [entry.name for entry in path.iterdir()] == [MARKER]:
+        (path / MARKER).unlink()
         path.rmdir()
 
 
