@@ -80,11 +80,8 @@ class RejectedRecords:
     def reset(self) -> None:
         """Begin a task; a process may run several with the same steps."""
         self.pending: list[tuple[Rejected, int]] = []
-        """Rejected records and the first byte of the part that their lines are counted from."""
         self.lines_of_parts: list[tuple[str, int, int]] = []
-        """Path, first byte and number of lines of the parts read."""
         self.source_bytes = 0
-        """How much of its input the task has read."""
 
     def add(self, rejected: Rejected, begin: int) -> None:
         """Note a rejected record of the part that begins at the byte `begin`.

@@ -1,11 +1,11 @@
 """`meco tokenizer llama3 DIR`: Meta's Llama-3 tokenizer as a Hugging Face folder.
 
-Meta publishes the tokenizer in its own PyPI package `llama-models`, as a tiktoken file that
-Megatron's tokenizers cannot read. transformers' converter, the 256 special tokens that the package
-lists and four lines of settings make a folder for `--tokenizer-type HuggingFaceTokenizer`; its ids
-are compared with the package's own before the folder appears. Takes about ten seconds. The files
-fall under Meta's Llama 3 Community License: they are made on the user's machine and are no part of
-this project. Given up: the chat template, which pre-training has no use for.
+Meta publishes the tokenizer in its PyPI package `llama-models`, as a tiktoken file that Megatron's
+tokenizers cannot read. transformers' converter, the 256 special tokens that the package lists and
+four settings make a folder for `--tokenizer-type HuggingFaceTokenizer`. Its ids are compared with
+the package's own before the folder appears. Takes about ten seconds. The files fall under Meta's
+Llama 3 Community License: they are made on the user's machine and are no part of this project.
+There is no chat template.
 """
 
 from __future__ import annotations
@@ -29,17 +29,14 @@ _PROBE = (
 
 
 def write_llama3_tokenizer(folder: Path) -> dict[str, int]:
-    """Write the tokenizer of Llama 3 as a Hugging Face folder.
-
-    Args:
-        folder: The folder to make; it must not exist.
+    """Write the tokenizer of Llama 3 as a Hugging Face folder, which must not exist.
 
     Returns:
         The ids of BOS and EOS by their text.
 
     Raises:
-        FlagError: The folder exists already, or the package `llama-models` is not installed.
-        DataError: What came out encodes differently from Meta's own code.
+        FlagError: The folder exists, or the package `llama-models` is not installed.
+        DataError: The result encodes differently from Meta's own code.
     """
     if os.path.lexists(folder):
         raise FlagError(

@@ -52,11 +52,11 @@ _NO_OBJECT = "not a JSON object"
 
 
 class BadRecord(Exception):
-    """The reason why a record is no document.
+    """A record that is no document.
 
     Args:
         reason: One of a small set, so that reasons can be counted.
-        excerpt: The beginning of the record, where the one who rejects it does not have it.
+        excerpt: The beginning of the record, if the one who rejects it does not have it.
     """
 
     def __init__(self, reason: str, excerpt: str = "") -> None:
@@ -65,7 +65,7 @@ class BadRecord(Exception):
 
 
 class BrokenFile(ValueError):
-    """A file that is not whole, or not of its format."""
+    """A file that is not complete, or not of its format."""
 
 
 type Record = dict[str, Any] | BadRecord
@@ -300,7 +300,7 @@ class _WatchedFile:
 
 
 def _checked(batch: pa.RecordBatch, wanted: set[str]) -> pa.RecordBatch:
-    """Return the wanted parts of a batch; nothing of a damaged one is touched before."""
+    """Return the wanted parts of a batch after validating them."""
     columns: dict[int, pa.Array] = {}
     for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
         paths = [tuple(other.split(".")) for other in wanted]
@@ -467,7 +467,7 @@ def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 
 def _between(reader: Any, number: int, kind: str | None) -> bytes:
-    """Read the empty lines behind a record and return the first line of the next one."""
+    """Read the empty lines behind a record, and return the first line of the next one."""
     first = reader.readline()
     if first.strip():
         if kind == "warc":
@@ -485,7 +485,7 @@ def _between(reader: Any, number: int, kind: str | None) -> bytes:
 
 
 def _next_line(reader: Any) -> bytes:
-    """Return the first line that is not empty, nothing at the end."""
+    """Return the first line that is not empty; empty at the end."""
     while (line := reader.readline()) and not line.strip():
         pass
     return bytes(line)

@@ -1,11 +1,11 @@
 """Megatron's tokenizers without Megatron's argument object, and bulk encoding of plain text.
 
-`build_tokenizer` returns exactly the object that Megatron builds for the same flags, so that what
-is prepared and what is trained agree. `text_encoder` turns it into something a worker process can
-receive: for Hugging Face tokenizers the Rust tokenizer alone, because importing Megatron costs 7 to
-20 seconds and a worker would pay it again. Text encodes to text tokens only: no BOS, no EOS, and a
-`<|end_of_text|>` written in a page stays text instead of ending the document. Given up: that last
-guarantee for tokenizers that are not Hugging Face's, which Megatron gives no way to ask for.
+`build_tokenizer` returns the object that Megatron builds for the same flags, so preparation and
+training agree. `text_encoder` turns it into something that a worker process can receive. For
+Hugging Face tokenizers that is the Rust tokenizer alone: importing Megatron costs each worker 7 to
+20 seconds. Text encodes to text tokens only: no BOS, no EOS, and a `<|end_of_text|>` in a page
+stays text instead of ending the document. Megatron offers no way to ask other tokenizers for that
+last guarantee.
 """
 
 from __future__ import annotations
@@ -106,22 +106,19 @@ class TextEncoder(Protocol):
     """Turns plain texts into token ids; can be sent to another process."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
-        """Return the tokens of each text, without BOS and EOS; None where a text is refused."""
+        """Return the tokens of each text, without BOS and EOS; None if a text is refused."""
         ...
 
 
 def build_tokenizer(
     tokenizer_type: str, tokenizer_model: str | None, **extra: Any
 ) -> MegatronTokenizerText:
-    """Build Megatron's tokenizer for the given flags.
+    """Build Megatron's text tokenizer for the given flags.
 
     Args:
         tokenizer_type: Megatron's `--tokenizer-type`.
         tokenizer_model: Megatron's `--tokenizer-model`: a folder or file.
         **extra: Further tokenizer fields of Megatron, named as in `TOKENIZER_DEFAULTS`.
-
-    Returns:
-        Megatron's text tokenizer.
 
     Raises:
         FlagError: The type is unknown, or the model cannot be loaded.
@@ -163,7 +160,7 @@ def build_tokenizer(
 
 
 def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTokenizerText:
-    """What Megatron-Core's `build_tokenizer` makes; before 0.17 it was part of the trainer."""
+    """As Megatron-Core's `build_tokenizer`, which was part of the trainer before 0.17."""
     if flags.tokenizer_type != "HuggingFaceTokenizer":
         raise ValueError("this Megatron-Core builds Hugging Face tokenizers alone")
     tokenizer: MegatronTokenizerText = tokenizer_class.from_pretrained(
@@ -180,11 +177,11 @@ def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTok
 
 
 class _UnknownFlagError(AttributeError):
-    """A setting that neither this package nor the installed Megatron has a default for."""
+    """A setting without a default here and in the installed Megatron."""
 
 
 class _Flags(Namespace):
-    """Megatron's flags of a tokenizer; those that are not set have the defaults of its parser."""
+    """Megatron's tokenizer flags; those that are not set have the defaults of its parser."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _OLDER_NAMES:
@@ -196,10 +193,10 @@ class _Flags(Namespace):
 
 @cache
 def _parser_defaults() -> dict[str, Any]:
-    """The defaults of the installed Megatron's tokenizer flags; empty where it has no training.
+    """Return the defaults of the installed Megatron's tokenizer flags; empty without its trainer.
 
-    They are the fields of a dataclass, from which it makes its parser. Read from the source: the
-    import of megatron.training takes ten seconds and more.
+    They are the fields of a dataclass, from which Megatron makes its parser. Read from the source,
+    because importing megatron.training takes ten seconds and more.
     """
     import megatron.core
 
@@ -217,7 +214,7 @@ def _parser_defaults() -> dict[str, Any]:
 
 
 def _default(value: ast.expr | None) -> Any:
-    """The value of a field: a literal, or `field(default=LITERAL)`."""
+    """Return the value of a field: a literal, or `field(default=LITERAL)`."""
     if isinstance(value, ast.Call):
         value = next(keyword.value for keyword in value.keywords if keyword.arg == "default")
     if value is None:
@@ -227,9 +224,6 @@ def _default(value: ast.expr | None) -> Any:
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuse an object that is no tokenizer of Megatron's, such as one of transformers.
-
-    Args:
-        tokenizer: What was given as one.
 
     Raises:
         FlagError: Says how to build one.
@@ -247,15 +241,9 @@ def check_tokenizer(tokenizer: Any) -> None:
 def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
     """Return the id that ends a document.
 
-    Args:
-        tokenizer: Megatron's tokenizer.
-
-    Returns:
-        An id inside the vocabulary.
-
     Raises:
-        FlagError: The tokenizer has none, or one that the model has no embedding for; or it is none
-            of Megatron's.
+        FlagError: The tokenizer has none, or one outside of its vocabulary; or it is none of
+            Megatron's.
     """
     check_tokenizer(tokenizer)
     eod = _attribute(tokenizer, "eod")
@@ -275,10 +263,10 @@ def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
 
 
 def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
-    """Return the id that begins a document, or None when the tokenizer has none.
+    """Return the id that begins a document, or None if the tokenizer has none.
 
     Raises:
-        FlagError: When it is no tokenizer of Megatron's.
+        FlagError: It is no tokenizer of Megatron's.
     """
     check_tokenizer(tokenizer)
     bos = _attribute(tokenizer, "bos")
@@ -315,7 +303,7 @@ def _token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
 
 
 def unknown_token(name: str, where: str) -> FlagError:
-    """The refusal of a token that a vocabulary lacks."""
+    """The error for a token that a vocabulary lacks."""
     return FlagError(
         f"the tokenizer has no token {name!r}",
         where=where,
@@ -324,16 +312,10 @@ def unknown_token(name: str, where: str) -> FlagError:
 
 
 def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
-    """Return the fastest encoder that gives this tokenizer's ids for plain text.
-
-    Args:
-        tokenizer: Megatron's tokenizer.
-
-    Returns:
-        An encoder that adds no tokens of its own.
+    """Return the fastest encoder that gives this tokenizer's ids for plain text and adds no tokens.
 
     Raises:
-        FlagError: When it is no tokenizer of Megatron's.
+        FlagError: It is no tokenizer of Megatron's.
     """
     check_tokenizer(tokenizer)
     through_megatron = MegatronEncoder(tokenizer)
@@ -348,7 +330,7 @@ def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
 
 
 class HuggingFaceEncoder:
-    """Encodes with the Rust tokenizer alone; importing it takes a tenth of a second.
+    """Encodes with the Rust tokenizer alone, which takes a tenth of a second to import.
 
     Args:
         serialized: The tokenizer as JSON (`tokenizer.json`).
@@ -395,7 +377,7 @@ class MegatronEncoder:
         )
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
-        """Return the tokens of each text; None where the tokenizer refuses it."""
+        """Return the tokens of each text; None if the tokenizer refuses it."""
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int] | None:
@@ -409,7 +391,7 @@ class MegatronEncoder:
 def rebuild_megatron_encoder(
     library: str, path: str | None, arguments: dict[str, Any]
 ) -> MegatronEncoder:
-    """Build an encoder again, from what pickling one keeps of it."""
+    """Build an encoder again from its pickled arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers import MegatronTokenizer
@@ -421,7 +403,7 @@ def rebuild_megatron_encoder(
 
 
 def _added_tokens(tokenizer: MegatronTokenizerText) -> tuple[int, int]:
-    """Return how many tokens the tokenizer itself puts before and after a text."""
+    """Return how many tokens the tokenizer puts before and after a text."""
     try:
         one, two = tokenizer.tokenize("a"), tokenizer.tokenize("a a")
     except ValueError:
@@ -434,7 +416,7 @@ def _added_tokens(tokenizer: MegatronTokenizerText) -> tuple[int, int]:
 
 
 def _attribute(tokenizer: MegatronTokenizerText, name: str) -> int | None:
-    """Return a special id, or None: what a library lacks comes as one of several errors."""
+    """Return a special id, or None; libraries raise various errors for one that they lack."""
     try:
         value = getattr(tokenizer, name)
     # NameError is what the SentencePiece wrapper says of CLS and SEP.
@@ -482,7 +464,7 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
 
 
 def _check_settings(extra: dict[str, Any]) -> None:
-    """Refuse values that a `PREFIX.prepare.json` from anywhere may hold, but no command line."""
+    """Refuse values that a `PREFIX.prepare.json` from anywhere can hold, but no command line."""
     for name, value in extra.items():
         kinds = _SETTING_TYPES.get(name, (bool,))
         if value is not None and type(value) not in kinds:
@@ -503,7 +485,7 @@ def _check_settings(extra: dict[str, Any]) -> None:
 
 
 def _check_file(path: str | None, flag: str) -> None:
-    """Refuse what would be waited for, or could not be named in `PREFIX.prepare.json`."""
+    """Refuse files that block, or whose name no `PREFIX.prepare.json` can hold."""
     if path is None:
         return
     try:

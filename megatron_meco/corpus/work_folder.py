@@ -1,10 +1,10 @@
-"""The folder that a preparation works in, and whether an unfinished one may go on.
+"""The folder that a preparation works in, and whether an unfinished one may resume.
 
 `PREFIX.unfinished/` holds the encoder that all tasks use, a plan that says what is being prepared,
-and the files of finished tasks. Going on is allowed when the plan is the same to the letter: inputs
-with their sizes and dates, fields, tokenizer. A lock on the folder keeps two preparations of one
-corpus apart; it goes with its process. The folder carries a marker (see `outputs`): one without it
-is never touched. Given up: keeping the tasks whose input did not change.
+and the files of finished tasks. A preparation resumes only with an identical plan: inputs with
+their sizes and dates, fields, tokenizer. After any change all tasks run again. A lock on the folder
+keeps two preparations of one corpus apart; it goes with its process. A folder without this
+package's marker is never touched, and only files under this package's names are removed.
 """
 
 from __future__ import annotations
@@ -41,19 +41,18 @@ _PLAN = "plan.json"
 def make_work_folder(
     folder: str | os.PathLike[str], *, sentences: dict[str, Any] | None = None, **tokenizer: Any
 ) -> dict[str, Any]:
-    """Make a folder that a `MegatronWriter` of one's own pipeline can write to.
+    """Make a folder for a `MegatronWriter` in your own pipeline.
 
     Args:
-        folder: The folder, which is made, or one that this function has made before; all tasks must
-            reach it.
-        sentences: What `learn_sentences` returned, to store each document as several sequences.
+        folder: A new folder, or one from an earlier call; all tasks must reach it.
+        sentences: From `learn_sentences`, to store each document as several sequences.
         **tokenizer: The arguments of `build_encoder`.
 
     Returns:
         What `build_encoder` returns, and `sentences`.
 
     Raises:
-        MeCoError: As `build_encoder`; or the folder is there and is somebody else's.
+        MeCoError: As `build_encoder`; or the folder exists and was not made by this function.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -66,10 +65,7 @@ def make_work_folder(
 
 
 def make_marked_folder(path: Path) -> None:
-    """Make a work folder; it appears with its marker.
-
-    Args:
-        path: The folder, which does not exist.
+    """Make a new work folder; it appears with its marker.
 
     Raises:
         DataError: It cannot be made.
@@ -88,10 +84,7 @@ def make_marked_folder(path: Path) -> None:
 
 
 def check_work_folder(path: Path) -> None:
-    """Refuse a folder that this package did not make, or that another version made.
-
-    Args:
-        path: Something that exists.
+    """Refuse an existing folder that this version of this package did not make.
 
     Raises:
         DataError: It is no work folder of this version.
@@ -116,10 +109,7 @@ def check_work_folder(path: Path) -> None:
 
 
 def clear_work_folder(path: Path) -> None:
-    """Remove from a work folder what this package wrote there, apart from its marker.
-
-    Args:
-        path: A folder with a marker.
+    """Remove this package's files from a work folder, apart from its marker.
 
     Raises:
         OSError: Something cannot be removed.
@@ -132,10 +122,7 @@ def clear_work_folder(path: Path) -> None:
 
 
 def remove_temporary_files(path: Path) -> None:
-    """Remove from a work folder what killed writers have left, which takes up disk.
-
-    Args:
-        path: A folder with a marker where nobody writes.
+    """Remove the files of killed writers from a work folder in which nobody writes.
 
     Raises:
         OSError: Something cannot be removed.
@@ -146,10 +133,7 @@ def remove_temporary_files(path: Path) -> None:
 
 
 def remove_work_folder(path: Path) -> None:
-    """Remove a work folder; it stays, with its marker, where somebody else put files into it.
-
-    Args:
-        path: A folder with a marker.
+    """Remove a work folder; it stays, with its marker, if it holds files of another origin.
 
     Raises:
         OSError: Something cannot be removed.
@@ -161,11 +145,11 @@ def remove_work_folder(path: Path) -> None:
 
 
 def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
-    """Keep an encoder in a folder for the processes that work there.
+    """Write an encoder to a folder, for the processes that work there.
 
     Args:
         folder: The folder.
-        chosen: What `choose_encoder` returned, and anything else that belongs to it.
+        chosen: From `choose_encoder`, and anything else that belongs to it.
 
     Raises:
         DataError: The folder cannot be written to.
@@ -175,13 +159,7 @@ def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=2)
 def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
-    """Return the encoder kept in a folder; one process loads it once, whatever it does with it.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        The encoder, and what was kept with it.
+    """Return the encoder in a folder and its settings; one process loads it once.
 
     Raises:
         DataError: There is none.
@@ -195,13 +173,7 @@ def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
-    """Return what was kept with the encoder of a folder.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        What it was given.
+    """Return what `write_encoder` was given.
 
     Raises:
         DataError: It cannot be read.
@@ -244,7 +216,7 @@ class WorkFolder:
         return self
 
     def _locked(self) -> int | None:
-        """Return the folder opened and locked; None where its owner was done and removed it."""
+        """Return the opened and locked folder; None if its owner finished and removed it."""
         descriptor = None
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -296,13 +268,13 @@ class WorkFolder:
         restart: bool,
         is_alone: bool = True,
     ) -> None:
-        """Begin a preparation, or go on with one.
+        """Begin a preparation, or resume one.
 
         Args:
             plan: What is prepared.
             chosen: The encoder.
-            restart: Whether to start afresh where the unfinished one is another.
-            is_alone: Whether no task of an earlier call can be at work still, as on a cluster.
+            restart: Whether to start afresh if the unfinished work is of another plan.
+            is_alone: Whether no task of an earlier call can still be running, as on a cluster.
 
         Raises:
             DataError: An unfinished preparation of something else is here.
@@ -370,11 +342,7 @@ def _are_inputs(told: Any) -> bool:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: All that it holds.
+    """Write a small file atomically.
 
     Raises:
         DataError: It cannot be written.
@@ -384,12 +352,12 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def cannot_write(error: OSError, path: Path) -> DataError:
-    """Return what is told of a disk that is full or may not be written."""
+    """Return the error for a disk that is full or read-only."""
     return cannot_write_for(error.strerror or str(error), error.filename or path)
 
 
 def cannot_write_for(reason: str, path: str | Path) -> DataError:
-    """Return what is told of a file that cannot be written, with the reason in a few words."""
+    """Return the error for a file that cannot be written, with the reason in a few words."""
     return DataError(
         f"cannot be written ({reason})",
         where=str(path),
