@@ -56,7 +56,7 @@ from megatron_meco.wording import counted
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
-# What pyarrow's reader of CSV takes for no value.
+# Values that pyarrow's CSV reader takes for null.
 _NULLS = frozenset(
     [
         "",

@@ -101,7 +101,7 @@ class RejectedRecords:
     def drain(self) -> list[tuple[Rejected, int]]:
         """Return the records added since the last call, in input order."""
         pending, self.pending = self.pending, []
-        # The writer refuses texts later than the reader lines; the part being read is the last.
+        # The writer rejects texts later than the reader does lines; the current part is the last.
         order = {part[:2]: i for i, part in enumerate(self.lines_of_parts)} if pending else {}
         last = len(order)
         return sorted(pending, key=lambda p: (order.get((p[0].path, p[1]), last), p[0].line))

@@ -84,7 +84,7 @@ class GigatokenEncoder:
         import gigatoken
 
         settings = json.loads(serialized)
-        # Special tokens in a text are text, and nothing is added, cut or filled up.
+        # Special tokens in a text are text. Nothing is added, truncated or padded.
         added = settings.get("added_tokens") or []
         settings["added_tokens"] = [token for token in added if not token.get("special")]
         settings.update(post_processor=None, truncation=None, padding=None)
@@ -102,7 +102,7 @@ class GigatokenEncoder:
         try:
             layout = self._tokenizer.encode_batch(given, parallel=False).layout
         except BaseException as error:
-            # A Rust panic is no Exception, and no process but this one could unpickle it.
+            # A Rust panic is no Exception, and other processes cannot unpickle it.
             if type(error).__name__ != "PanicException":
                 raise
             raise DataError(
@@ -301,7 +301,7 @@ def _special_texts(serialized: str) -> list[str]:
 
 
 def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) -> str | None:
-    # Text by text, so that ids that move from one text into the next are seen.
+    # Text by text, which also finds ids that move from one text into the next.
     for text in texts:
         (a, a_lengths), (b, b_lengths) = one.encode([text]), other.encode([text])
         if not (np.array_equal(a, b) and np.array_equal(a_lengths, b_lengths)):
@@ -345,7 +345,7 @@ class DocumentEncoder:
         self._encoder = encoder
         self._splitter: SentenceSplitter | None = None
         if learned is not None:
-            # Seconds of import that most corpora have no use for.
+            # Late: the import takes seconds, and few corpora need it.
             from megatron_meco.corpus.punkt import SentenceSplitter
 
             self._splitter = SentenceSplitter(learned)

@@ -39,11 +39,11 @@ from megatron_meco.wording import counted
 
 _COUNTS = 4
 _SECONDS_BETWEEN_LOOKS = 0.2
-# Workers that any machine may be asked for, and per core beyond that.
+# Most workers: the larger of a fixed number and a number per core.
 _WORKERS = 64
 _WORKERS_PER_CORE = 4
 
-# Told the counts of all tasks so far: source bytes, documents, tokens, text bytes.
+# Called with the counts of all tasks so far: source bytes, documents, tokens, text bytes.
 type CountsCallback = Callable[[list[int]], None]
 
 
@@ -100,7 +100,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         if self._pool is None:
             return
         if kind is not None:
-            # A task may go on for minutes; it would be thrown away.
+            # A task may run for minutes, and its work would be discarded.
             for process in self._processes:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
@@ -125,7 +125,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
             else:
                 self._run_in_pool(self._pool, on_counts)
         except OSError as error:
-            # Readers turn theirs into DataErrors: this is datatrove's log, or the pickle.
+            # Readers raise DataErrors; this is datatrove's log or the pickle.
             raise cannot_write(error, self.work_folder) from error
 
     def _unfinished(self) -> list[int]:
@@ -138,8 +138,8 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def run_task(self, rank: int) -> None:
         """Run one task in this process."""
-        # It logs every error with its trace, and on a full disk that one of its log; the parent
-        # tells the error in one line.
+        # It logs every error with a traceback, also that its log is on a full disk. The parent
+        # reports the error in one line.
         logger.disable("datatrove")
         self._run_for_rank(rank, local_rank=1)
 
@@ -158,7 +158,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
             report_progress_to(None)
 
     def _run_in_pool(self, pool: ProcessPoolExecutor, on_counts: CountsCallback) -> None:
-        # Once for all tasks: a long list of input files would go with each of them.
+        # Once for all tasks, because it may hold a long list of input files.
         pickled = self.work_folder / "executor.pickle"
         with whole_file(pickled, partial(cannot_write_for, path=pickled)) as file:
             file.write(pickle.dumps(self))
@@ -186,7 +186,7 @@ def check_workers(workers: int, *, is_local: bool = True) -> None:
     Raises:
         FlagError: With the limit.
     """
-    # Not `< 1`, which lets what is no number pass.
+    # Not `< 1`, which NaN would pass.
     if not workers >= 1:
         raise FlagError(f"{workers} workers", where="--workers", remedy="Use a number above 0.")
     cores = os.cpu_count() or 1
@@ -225,9 +225,9 @@ def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[
 
 def _start_worker(shared: Any) -> None:
     """Make this process a worker (the pool's initialiser)."""
-    # The pool is the parallelism; threads inside each worker would only take turns.
+    # The pool already uses all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The parent handles the keyboard and ends the pool.
+    # The parent handles Ctrl-C and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     counts = np.frombuffer(shared, dtype=np.int64).reshape(-1, _COUNTS)
@@ -256,7 +256,7 @@ def _run_in_worker(path: Path, rank: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    # A killed parent cannot end its pool, and a waiting worker would wait for ever.
+    # A killed parent cannot end its pool, and its workers would wait forever.
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -298,7 +298,7 @@ def submit_to_slurm(
     from datatrove.executor import SlurmPipelineExecutor
 
     activate = f"source {Path(sys.prefix, 'bin', 'activate')}"
-    # Finished tasks are known by their own records, which the writer looks at.
+    # The writer skips finished tasks by their own records.
     settings = {"env_command": activate, **options, "skip_completed": False}
     first = _executor_of(
         SlurmPipelineExecutor,
@@ -379,7 +379,7 @@ def parse_options(words: list[str]) -> dict[str, Any]:
             )
         try:
             options[key] = ast.literal_eval(value)
-        # Python's own parser is stopped by depth.
+        # Deep nesting stops Python's parser.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             options[key] = value
     return options

@@ -112,7 +112,7 @@ def import_mds(config: ImportConfig) -> MergedCorpus:
     _tell_unlisted(paths)
     with WorkFolder(config.output) as work:
         try:
-            # Once more: another process may have been at work until now.
+            # Again: another process may have held the lock until now.
             check_output(config.output, work.path, paths, overwrite=config.overwrite)
             settings = _settings(config)
             step = MdsImporter(
@@ -178,7 +178,7 @@ def _plan_tasks(shards: list[Shard], config: ImportConfig) -> list[list[Shard]]:
 
 def _tell_unlisted(paths: list[str]) -> None:
     """Warn about shards in the folders that no index lists."""
-    # A shard may lie there packed and unpacked.
+    # A shard may exist both packed and unpacked.
     listed = {_without_packing(path) for path in paths}
     folders = sorted({os.path.dirname(path) for path in paths if not is_remote(path)})
     found = [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(folder or "."))]
@@ -197,7 +197,7 @@ def _without_packing(path: str) -> str:
 
 
 def _settings(config: ImportConfig) -> dict[str, Any]:
-    # First: it keeps Megatron's imports from talking.
+    # First: it silences the warnings of Megatron's imports.
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     from megatron.core.datasets.indexed_dataset import DType
 

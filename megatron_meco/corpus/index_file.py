@@ -96,7 +96,7 @@ def open_index(prefix: str | os.PathLike[str]) -> CorpusIndex:
         scan = _scan(lengths, pointers, bounds, dtype.itemsize)
         broken = _told(scan, lengths, pointers, bounds, dtype.itemsize)
         size, expected = data.stat().st_size, scan["num_tokens"] * dtype.itemsize
-        # Where a length is below zero, their sum says nothing.
+        # A negative length makes the sum meaningless.
         if scan["bad_length"] < 0 and size != expected:
             what = f"{size:,} bytes, the index promises {expected:,}"
             raise DataError(what, where=str(data), remedy=_REMEDY)

@@ -40,7 +40,7 @@ FORMAT_BY_SUFFIX = {
     ".warc": "warc",
     ".wet": "warc",
 }
-# What others begin with: read as lines or rows, they would be rejected piece by piece.
+# First bytes of other formats: read as lines, these files would be rejected line by line.
 _OTHER_FORMATS = {
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
@@ -75,7 +75,7 @@ def open_source(path: str) -> BinaryIO:
         OSError: It cannot be opened.
     """
     if not is_remote(path):
-        # A pipe would be waited for, for ever.
+        # Opening a pipe would block forever.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise OSError(errno.EINVAL, "not a plain file", path)
@@ -274,7 +274,7 @@ def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[byte
         raise _unreadable(
             path, f"the compressed file is damaged after {position:,} bytes ({error})"
         ) from None
-    # The libraries behind URLs raise what they like.
+    # The libraries behind URLs raise exceptions of any type.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise _unreadable(
@@ -292,12 +292,12 @@ def _gzip_blocks(file: BinaryIO) -> Iterator[bytes]:
         while block := stream.read(_BLOCK_BYTES):
             yield block
     if file.tell() == 0:
-        # The class takes a file without any byte for one without content.
+        # GzipFile accepts a file of zero bytes.
         raise EOFError
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    # Not `stream_reader`: at a truncated frame it ends without an error, and documents are lost.
+    # Not `stream_reader`: it ends at a truncated frame without an error.
     codec = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
     frame = codec.decompressobj()
     at_border = False

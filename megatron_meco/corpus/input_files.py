@@ -38,9 +38,9 @@ from megatron_meco.corpus.outputs import (
 from megatron_meco.errors import DataError
 from megatron_meco.wording import counted, is_utf8
 
-# What others compress and pack with, which is not read here.
+# Compressions and archives that are not supported.
 _NOT_READ = (".7z", ".bz2", ".br", ".lz4", ".lzma", ".rar", ".sz", ".tar", ".tgz", ".xz", ".zip")
-# A Hugging Face data set saved to disk keeps its description beside its data.
+# A Hugging Face dataset on disk has its description beside its data.
 _NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 _TASKS = 1024
 _MIN_TASK_BYTES = 16 << 20
@@ -88,7 +88,7 @@ def find_files(
             files += search.find(name)
         except DataError:
             raise
-        # The libraries behind URLs raise what they like.
+        # The libraries behind URLs raise exceptions of any type.
         except Exception as error:
             told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
             where = str(getattr(error, "filename", None) or name)
@@ -333,8 +333,7 @@ def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
             seen.add(os.path.realpath(place))
             folders.sort()
             yield place, folders, sorted(names)
-            # Later than all folders themselves, so that these keep their names; not those that
-            # lead back to where they are.
+            # After all real folders, so that these keep their names; without links to a parent.
             links = [f"{place}/{one}" for one in folders if os.path.islink(f"{place}/{one}")]
             waiting += [link for link in links if not _leads_back(link)]
 
@@ -345,7 +344,7 @@ def _leads_back(link: str) -> bool:
 
 
 def _raise(error: OSError) -> None:
-    # What cannot be listed would be lost without a word.
+    # By default `os.walk` silently skips a folder that it cannot list.
     raise error
 
 
@@ -408,7 +407,7 @@ def _stem_and_suffix(path: str) -> tuple[str, str]:
 
 
 def _format(path: str) -> str:
-    # Lines of JSON are what a name that says nothing most likely holds.
+    # A file with an unknown suffix most likely holds JSON lines.
     return FORMAT_BY_SUFFIX.get(_stem_and_suffix(path)[1], "jsonl")
 
 

@@ -34,7 +34,7 @@ Tables = Iterable[tuple[str, Iterator[list[dict[str, Any]]]]]
 
 _ROWS_AT_ONCE = 1 << 20
 _ROWS_PER_BATCH = 1 << 16
-# Three sets of them are open at the same time, and 1,024 files is a common limit.
+# Three sets of files are open at once, and 1,024 is a common limit.
 _MOST_PARTS = 200
 
 
@@ -276,7 +276,7 @@ def _match(
     first, second = _numbers(table, "first"), _numbers(table, "second")
     values = table.combine_chunks().drop_columns(["first", "second", "row"])
     is_used = np.zeros(len(first) + 1, dtype=bool)
-    # One more row at the end, so that every place is one.
+    # One more row at the end, so that every result of searchsorted is a valid index.
     first, second = np.append(first, np.uint64(0)), np.append(second, np.uint64(0))
     for batch in documents:
         wanted, other = _numbers(batch, "first"), _numbers(batch, "second")

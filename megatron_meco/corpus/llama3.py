@@ -49,7 +49,7 @@ def write_llama3_tokenizer(folder: Path) -> dict[str, int]:
     same_special = all(
         backend.token_to_id(token) == number for token, number in theirs.special_tokens.items()
     )
-    # Special tokens are text here, as they are when a corpus is prepared.
+    # Special tokens are text, as in `meco prepare`.
     backend.encode_special_tokens = True
     same_text = all(
         backend.encode(text, add_special_tokens=False).ids
@@ -111,11 +111,11 @@ def _save(tokenizer: Any, folder: Path) -> None:
     with whole_folder(folder, refuse) as unfinished:
         try:
             tokenizer.save_pretrained(unfinished)
-        # Rust's errors of a full disk are of no better type.
+        # The Rust library has no narrower error for a full disk.
         except Exception as error:
             raise refuse(str(error)) from error
         config = unfinished / "tokenizer_config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
-        # transformers 5 writes a class that transformers 4 does not know.
+        # transformers 5 writes a class that version 4 does not know.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

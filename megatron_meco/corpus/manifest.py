@@ -53,10 +53,10 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = manifest_path(prefix)
     try:
-        # A pipe would be waited for, for ever.
+        # Opening a pipe would block forever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise _damaged(path, "is no plain file")
-        # Not the standard library, whose limits of depth and of digits are errors of other kinds.
+        # Not `json`, which raises other errors for deep nesting and for long numbers.
         manifest = orjson.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -90,7 +90,7 @@ def checksum_of(path: Path) -> str:
 
 def _crc32_of_part(descriptor: int, begin: int) -> tuple[int, int]:
     """Return the CRC-32 of the part of a file that begins there, and its bytes."""
-    # As much as a core's own cache holds.
+    # Fits a core's own cache.
     buffer = memoryview(bytearray(_READ_BYTES))
     checksum, done = 0, 0
     while done < _PART_BYTES:
@@ -199,7 +199,7 @@ def _are_names(value: Any) -> bool:
 
 def _are_checksums(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        # Not any suffix: it would name a file of another kind, or elsewhere.
+        # Other suffixes could name a file elsewhere.
         suffix in _CHECKED and isinstance(one, str) and re.fullmatch("[0-9a-f]{8}", one)
         for suffix, one in value.items()
     )

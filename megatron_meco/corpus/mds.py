@@ -43,7 +43,7 @@ _SCALARS = {
 INTEGER_ENCODINGS = ("int", *_INTEGERS)
 """Encodings of columns that hold one whole number."""
 _TEXTS = ("str", "json", "str_int", "str_float", "str_decimal")
-# The first byte of an array without a fixed type.
+# Types by the first byte of an array without a fixed type.
 _ARRAY_TYPES = {
     8: "uint8",
     9: "int8",
@@ -158,7 +158,7 @@ def _shard(folder: str, told: dict[str, Any]) -> Shard:
     raw, stored = told["raw_data"], told["raw_data"]
     path = _inside(folder, raw["basename"])
     packed = told.get("zip_data")
-    # streaming leaves the unpacked file where it has read a shard.
+    # streaming leaves the unpacked file beside a shard that it has read.
     is_compressed = False
     if packed and (is_remote(folder) or not os.path.exists(path)):
         is_compressed, stored = True, packed
@@ -186,7 +186,7 @@ def _shard(folder: str, told: dict[str, Any]) -> Shard:
         stored_bytes=stored["bytes"],
         hashes=hashes,
         columns=dict(zip(names, encodings, strict=True)),
-        # As in streaming: a size of 0 is one that varies.
+        # As in streaming, 0 stands for a variable size.
         sizes=tuple(size or None for size in sizes),
     )
 

@@ -130,7 +130,7 @@ def merge_tasks(
     try:
         _write_rejected(folder, records, merged)
         if merged.documents == 0:
-            # Nothing that running again could use.
+            # Running again could use none of it.
             remove_work_folder(folder)
             raise _no_documents(merged)
         _write_tokens(folder, num_tasks, merged, on_progress)
@@ -201,7 +201,7 @@ def _counts(records: list[TaskRecord]) -> MergedCorpus:
         merged.text_bytes += record.text_bytes
         merged.rejected.update(record.rejected)
         missing.update(record.missing_metadata)
-    # Not the counter itself, which drops nothing but is ordered by the first task that had one.
+    # In the order of the fields, not of their first occurrence.
     merged.missing_metadata = {name: missing[name] for name in records[0].missing_metadata}
     return merged
 
@@ -310,7 +310,7 @@ def _write_index(
                 raise _damaged_task(folder, rank, path, "other numbers than its record has")
             out.write(lengths)
             begins = np.cumsum(counts, dtype=np.int64) - counts
-            # Every document has a sequence, which reduceat relies on.
+            # reduceat needs at least one sequence per document.
             of_documents = np.add.reduceat(lengths, begins) if len(begins) else lengths
             clipped = np.minimum(of_documents, _HISTOGRAM_BINS - 1)
             histogram += np.bincount(clipped, minlength=_HISTOGRAM_BINS)
@@ -378,11 +378,11 @@ def _publish(folder: Path, prefix: Path, *, overwrite: bool) -> list[Path]:
     for path in made.values():
         if path.exists():
             _sync(path)
-    # Once more: a file may have come in the hours since.
+    # Again: a file may have appeared since the first check.
     check_output(prefix, folder, (), overwrite=overwrite)
-    # From here on files of this preparation stand under their names.
+    # From here on, files under the final names are this preparation's own.
     write_synced(folder / PUBLISHING, "")
-    # An older index goes first: it must never stand beside a newer .bin.
+    # An older index goes first: it must never lie beside a newer .bin.
     for path in reversed(made):
         path.unlink(missing_ok=True)
     written = [path for path in made if made[path].exists()]

@@ -25,7 +25,7 @@ from megatron_meco.whole_file import whole_file
 METADATA_SUFFIX = ".metadata.arrow"
 """The end of the file's name."""
 _ROWS_PER_BATCH = 65_536
-# String columns count their bytes in int32: batches of long values are cut well before that.
+# String columns have int32 offsets, so batches of long values are cut well below 2 GiB.
 _BYTES_PER_BATCH = 64 << 20
 _REBUILD = (
     "Write it again with `meco prepare`, or attach metadata to existing files with `meco attach`."
@@ -151,7 +151,7 @@ class MetadataWriter:
         )
 
     def _flush(self) -> None:
-        # Joined first: every batch costs a footer entry and a chunk in every later operation.
+        # Joined: every batch costs a footer entry, and a chunk in every later operation.
         if self._pending:
             self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
             self._pending = []
@@ -187,7 +187,7 @@ def _map_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             reader = pa.ipc.open_file(source)
-            # Before a batch is read: what else there is may be compressed, nested or dictionaries.
+            # Before a batch is read: other types may be compressed, nested or dictionaries.
             for field in reader.schema:
                 if not _is_text(field.type):
                     raise refuse(f"column {field.name!r} holds {field.type}, not strings")
@@ -210,7 +210,7 @@ def _first_damage(table: pa.Table) -> tuple[str, int, str]:
         row = 0
         for chunk in column.chunks:
             if reason := _damage(chunk):
-                # Halved, because Arrow names the row of some kinds of damage only.
+                # By bisection, because Arrow names the row only for some kinds of damage.
                 rows = chunk
                 while len(rows) > 1:
                     half = len(rows) // 2

@@ -143,7 +143,7 @@ def count_values(
         ones = np.ones(len(texts), np.int64)
         part = pa.table({"value": texts, "documents": ones, "tokens": tokens})
         waiting.append(_summed([part.filter(pc.is_valid(part["value"]))]))
-        # Rarely, because the sum goes through all distinct values so far.
+        # Rarely, because each sum visits all distinct values so far.
         if sum(map(len, waiting)) > max(len(total), _DOCUMENTS_AT_ONCE):
             total, waiting = _summed([total, *waiting]), []
             if most is not None and len(total) > most:
@@ -190,7 +190,7 @@ def run_metadata(args: argparse.Namespace) -> int:
         raise FlagError(f"{args.top} values", where="--top", remedy="Use 0 or a number above it.")
     path = metadata_path(args.prefix)
     if path.exists() and not path.is_file():
-        # A pipe would be waited for, for ever.
+        # Opening a pipe would block forever.
         raise DataError("no plain file", where=str(path), remedy="Remove it.")
     num_documents, reports = report_metadata(args.prefix, args.top)
     if args.json:

@@ -30,7 +30,7 @@ MARKER = "meco-work-folder.json"
 
 _HEAD_BYTES = 1 << 20
 _SUFFIX_BYTES = len("..metadata.arrow.0123456789ab")
-# A scheme of one letter would be a drive.
+# One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
 
@@ -75,7 +75,7 @@ def check_local(given: str | os.PathLike[str], where: str) -> None:
             f"{text!r} is not UTF-8 or holds a NUL", where=where, remedy="Use another name."
         )
     try:
-        # The longest name of a file that is written there, temporary ones included.
+        # With the longest suffix that is written, that of a temporary file.
         os.lstat(f"{text}{'x' * _SUFFIX_BYTES}")
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -153,7 +153,7 @@ def check_output(
     existing = [path for path in paths if _status(path) is not None]
     check_no_input(existing, inputs)
     if is_work_folder(work) and (work / PUBLISHING).exists():
-        # Killed while the files got their names: they are this preparation's own.
+        # Killed while renaming: the files are this preparation's own.
         return
     if existing and not overwrite:
         raise DataError(
@@ -203,7 +203,7 @@ def _status(path: Path, *, follow: bool = False) -> os.stat_result | None:
         return None
     except OSError as error:
         if follow:
-            # A link that leads nowhere; what a link is called is looked at beside.
+            # A dangling link; the link itself is checked separately.
             return None
         raise DataError(
             f"cannot be used ({error.strerror or error})",

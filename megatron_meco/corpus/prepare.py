@@ -146,7 +146,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     workers = config.workers if config.executor == "local" else 1
     with WorkFolder(config.output) as work:
         try:
-            # Once more: another process may have been at work until now.
+            # Again: another process may have held the lock until now.
             check_output(config.output, work.path, paths, overwrite=config.overwrite)
             rejected = RejectedRecords(strict=config.strict)
             steps = [
@@ -181,7 +181,7 @@ def _begin(
     language = config.sentence_language
     chosen["sentences"] = None
     if language is not None:
-        # Seconds of import that most corpora have no use for.
+        # Late: the import takes seconds, and few corpora need it.
         from megatron_meco.corpus.punkt import learn_sentences
 
         chosen["sentences"] = learn_sentences(sample, language)
@@ -384,7 +384,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         print(f"meco prepare: {error}", file=sys.stderr)
         return 1
     if args.json:
-        # Not `asdict` of the whole, which breaks a Counter.
+        # Not `asdict`, which breaks a Counter.
         print(json.dumps(vars(report), default=_plain))
     else:
         _print_summary(report, Path(args.output))

@@ -86,7 +86,7 @@ def learn_sentences(texts: Iterable[str], language: str) -> dict[str, Any]:
         if room <= 0:
             break
     learned = trainer.get_params()
-    # Words seen once say little about their case, and are most of all words.
+    # Words seen once say little about case, and are the majority.
     trainer.freq_threshold(ortho_thresh=2)
     contexts: dict[str, list[str]] = {}
     for word, context in sorted(learned.ortho_context.items()):

@@ -14,7 +14,7 @@ from megatron_meco.errors import FlagError
 
 _LATIN = (".", "?", "!")
 SENTENCE_LANGUAGES: dict[str, tuple[str, ...]] = {
-    # The languages of nltk's own Punkt models, ...
+    # Languages of nltk's Punkt models.
     **dict.fromkeys(
         (
             "czech",
@@ -38,7 +38,7 @@ SENTENCE_LANGUAGES: dict[str, tuple[str, ...]] = {
         ),
         _LATIN,
     ),
-    # ... and those with spaces between sentences whose marks are others.
+    # Languages with spaces between sentences and other marks.
     "arabic": (".", "\u061f", "!"),
     "greek": (".", ";", "\u037e", "!"),
     "hindi": (".", "?", "!", "\u0964"),

@@ -244,7 +244,7 @@ class TaskFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Without an error, `finish` was called and nothing is left to close.
+        # Without an error `finish` has closed everything.
         self._stack.__exit__(kind, error, trace)
 
     def write(self, encoded: EncodedDocuments, columns: list[list[str | None]]) -> None:
@@ -289,7 +289,7 @@ class TaskFiles:
         write_synced(self._record_path, json.dumps(asdict(self.record)))
 
     def _check(self, ids: np.ndarray[Any, Any]) -> None:
-        # The type on disk is chosen by the vocabulary: a larger id would wrap silently.
+        # The type on disk follows the vocabulary size: a larger id would silently wrap.
         if ids.max() >= self._vocab_size or ids.min() < 0:
             raise DataError(
                 f"the tokenizer gave id {ids.max()}, its vocabulary ends at {self._vocab_size}",

@@ -49,7 +49,7 @@ TOKENIZER_DEFAULTS: dict[str, Any] = {
     "chat_template": None,
 }
 
-# Megatron's types for running text; its chat and image types have no plain documents.
+# Megatron's types for plain text; its chat and image types are left out.
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
@@ -68,7 +68,7 @@ _TYPES_WITHOUT_MODEL = (
     "NullTokenizer",
 )
 
-# The types of settings that are no switches.
+# Types of settings that are not bool.
 _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("vocab_file", "merge_file", "metadata_path", "tiktoken_pattern", "chat_template"), (str,)
@@ -85,9 +85,9 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "special_tokens": (list, tuple),
 }
 
-# What Megatron 0.17 calls them.
+# Their names in Megatron 0.17.
 _OLDER_NAMES = {"tokenizer_special_tokens": "special_tokens", "tokenizer_metadata": "metadata_path"}
-# From which it works out how many embeddings the model has, which nothing here asks for.
+# These decide the number of embeddings, which nothing here needs.
 _NO_PADDING = {
     "padded_vocab_size": None,
     "make_vocab_size_divisible_by": 1,
@@ -95,10 +95,10 @@ _NO_PADDING = {
     "rank": 0,
 }
 
-# The type of ids in an index, int32, ends here.
+# Ids on disk are int32 at most.
 _MAX_VOCABULARY = 1 << 31
 
-# Letters, case, digits, white space, scripts: enough to tell two different encoders apart.
+# Letters, case, digits, white space and scripts, to tell encoders apart.
 _PROBE = "a Probe, 12345 x\tyz\n\n  def f(x):  return x  # \u00e9\u00df \u4f60\u597d \U0001f600"
 
 
@@ -124,7 +124,7 @@ def build_tokenizer(
         FlagError: The type is unknown, or the model cannot be loaded.
     """
     _check_flags(tokenizer_type, tokenizer_model, extra)
-    # Seconds of import: only after the flags are known to be sensible.
+    # Late: the import takes seconds, and wrong flags are answered before it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core
@@ -137,7 +137,7 @@ def build_tokenizer(
     flags = _Flags(
         tokenizer_type=tokenizer_type,
         tokenizer_model=tokenizer_model,
-        # Padding depends on the tensor-parallel size, which only training knows.
+        # Padding depends on the tensor-parallel size, known only in training.
         pad_vocab_size=False,
         **{**_NO_PADDING, **TOKENIZER_DEFAULTS, **extra},
     )
@@ -149,7 +149,7 @@ def build_tokenizer(
             where=f"megatron-core {getattr(megatron.core, '__version__', 'of an unknown version')}",
             remedy="Install a version that this package supports; `meco doctor` names it.",
         ) from error
-    # What a loader of others says about files of others may be anything.
+    # Loaders raise exceptions of any type.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FlagError(
@@ -290,8 +290,7 @@ def token_ids(tokenizer: MegatronTokenizerText, names: Iterable[str], where: str
 
 def _token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
     found = None
-    # Libraries answer for a token that they lack with an error of some kind, with the name, or with
-    # the id of their unknown token.
+    # For an unknown token, libraries raise some error, or return the name or the id of UNK.
     with contextlib.suppress(Exception):
         library = tokenizer._tokenizer
         found = library.tokens_to_ids([name])[0]
@@ -350,10 +349,10 @@ class HuggingFaceEncoder:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(self.serialized)
-        # A saved tokenizer may carry both, and would cut documents without a word.
+        # A saved tokenizer may have both, and would silently cut documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Lost when the tokenizer is serialised, so set wherever it is loaded.
+        # Not serialised, so it has to be set after loading.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -419,7 +418,7 @@ def _attribute(tokenizer: MegatronTokenizerText, name: str) -> int | None:
     """Return a special id, or None; libraries raise various errors for one that they lack."""
     try:
         value = getattr(tokenizer, name)
-    # NameError is what the SentencePiece wrapper says of CLS and SEP.
+    # The SentencePiece wrapper raises NameError for CLS and SEP.
     except (AttributeError, NameError, NotImplementedError, TypeError):
         return None
     return value if isinstance(value, int) else None
@@ -504,6 +503,6 @@ def _check_file(path: str | None, flag: str) -> None:
 
 
 def _is_hub_name(name: str) -> bool:
-    # `organisation/name`, unless that reads like a path into a folder that is here.
+    # `organisation/name`, unless there is such a folder here.
     is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
     return is_name and not os.path.isdir(name.partition("/")[0])

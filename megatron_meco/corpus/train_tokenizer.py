@@ -151,13 +151,13 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "clean_up_tokenization_spaces": False,
-        # No limit of its own: the packer decides how long a sequence is.
+        # No limit: the packer decides how long a sequence is.
         "model_max_length": 10**30,
     }
     with whole_folder(folder, refuse) as unfinished:
         try:
             tokenizer.save(str(unfinished / "tokenizer.json"))
-        # Rust's errors of a full disk are of no better type.
+        # The Rust library has no narrower error for a full disk.
         except Exception as error:
             raise refuse(str(error)) from error
         for name, value in (("tokenizer_config", config), ("special_tokens_map", special)):

@@ -40,10 +40,10 @@ _SPILLED_USER = r"(?s)^[^/?#\\@\[][^/?#\\@]*:[0-9]*[^0-9/?#\\@][^/?#\\@]*[/?#\\]
 _HOST = (
     # A bracketed IPv6 address, or anything up to the port or the path.
     r"(?is)^(?P<host>\[[0-9a-f:.%]+\]|[^/?#\\:@\[\]<>\"\s\x00-\x1f\x7f]+)"
-    # `x://` that is left here has a scheme that is none.
+    # A remaining `x://` has no valid scheme.
     r"(?::[0-9]+(?:[/?#\\].*)?|:(?:[/\\](?:[^/\\].*)?|[?#].*)?|[/?#\\].*)?$"
 )
-# These carry an address but no host; everything else without one fails the expression above.
+# Addresses without a host; everything else without one fails the expression above.
 _HOSTLESS = r"(?i)^(?:mailto|tel|sms|news):"
 
 _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -127,7 +127,7 @@ def _with_plain_ones(
     copies, borders, is_plain = _core.copy_plain_urls(data, offsets, hosts_only=hosts_only)
     buffers = [None, pa.py_buffer(borders), pa.py_buffer(copies)]
     plain = pa.Array.from_buffers(pa.string(), len(urls), buffers)
-    # A null may have bytes that look like a URL.
+    # The bytes behind a null may look like a URL.
     others = pc.or_(pc.invert(pa.array(is_plain)), urls.is_null())
     rest = urls.filter(others)
     return pc.replace_with_mask(plain, others, transform(rest)) if len(rest) else plain
@@ -143,7 +143,7 @@ def _hash(name: str) -> str:
 
 
 def _cleaned(urls: StringArray) -> StringArray:
-    # Twice: what is dropped inside may leave white space or control characters at an end.
+    # Twice: removing characters inside may expose white space at an end.
     for _ in range(2):
         urls = pc.utf8_trim_whitespace(pc.replace_substring_regex(_text(urls), _INVISIBLE, ""))
     return urls

@@ -93,7 +93,7 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
         fields = ", ".join(open_metadata(prefix).column_names)
         yield Check("metadata", f"one row per document: {fields}")
     else:
-        # Also a pipe, which would be waited for, for ever.
+        # `exists`: a pipe also counts; opening it would block forever.
         is_missing = bool(manifest.get("metadata_fields")) or metadata_path(prefix).exists()
         yield Check("metadata", "no file", not is_missing)
     if not manifest:
@@ -177,7 +177,7 @@ def verify_against(
     index = check_index(prefix)
     settings = manifest["tokenizer"]
     extra = dict(settings.get("extra", {}))
-    # Whoever wrote the corpus may have trusted that code; this reader has not said so.
+    # The writer of the corpus may have trusted that code; this user has not said so.
     if extra.pop("trust_remote_code", False) and not trust_remote_code:
         raise FlagError(
             f"{prefix}.prepare.json names a tokenizer that brings code of its own",

@@ -167,7 +167,7 @@ def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
     settings = load_settings(folder)
     try:
         return encoder_of(settings), settings
-    # What a damaged tokenizer raises is of no common type.
+    # Damaged tokenizers raise exceptions of any type.
     except Exception as error:
         raise _no_encoder(folder, error) from error
 
@@ -246,7 +246,7 @@ class WorkFolder:
         try:
             make_marked_folder(self.path)
         except DataError:
-            # Another process may have made it in between.
+            # Another process may have made it meanwhile.
             if not is_work_folder(self.path):
                 raise
 
@@ -313,13 +313,13 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove the folder, as far as it is this package's."""
         with contextlib.suppress(OSError):
-            # Another process may have made a new one since this one's was removed.
+            # Another process may have removed this one and made a new one.
             if self._lock and os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 remove_work_folder(self.path)
 
 
 def _difference(earlier: Any, plan: dict[str, Any]) -> str:
-    # An import of shards has no inputs.
+    # An import of shards has no `inputs`.
     if not isinstance(earlier, dict) or not _are_inputs(earlier.get("inputs", [])):
         return f"{_PLAN} is damaged"
     before, now = earlier.get("inputs", []), plan.get("inputs", [])
