@@ -37,11 +37,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    """Run `meco tokenizer`.
-
-    Raises:
-        MeCoError: The folder cannot be made, or the corpus cannot be read.
-    """
+    """Run `meco tokenizer`; returns the exit status, 0."""
     # Late: `--help` needs neither library.
     if args.name == "train":
         return _train(args)

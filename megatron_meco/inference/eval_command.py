@@ -108,14 +108,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Run `meco eval`.
-
-    Args:
-        args: The parsed flags of `add_eval_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco eval`; returns the exit status, 0."""
     _check_flags(args)
     if args.output is not None:
         check_result_file(args.output)

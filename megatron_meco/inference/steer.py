@@ -264,14 +264,7 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_steer(args: argparse.Namespace) -> int:
-    """Run `meco steer`.
-
-    Args:
-        args: The parsed flags of `add_steer_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco steer`; returns the exit status, 0."""
     remedy = "Give 0 or more, and not more than --max-new-tokens."
     check_range("--min-new-tokens", args.min_new_tokens, 0, args.max_new_tokens, remedy)
     conditions = parse_metadata(args.metadata)
