@@ -15,20 +15,23 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datatrove.data import Document
 
 from megatron_meco.corpus.documents import (
-    RejectedRecords,
-    TaskReader,
-    told_columns,
-    told_records,
+    line_of,
+    metadata_columns,
+    metadata_of,
+    read_batches,
+    text_bytes_of,
 )
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
+from megatron_meco.corpus.input_bytes import Part
+from megatron_meco.corpus.input_files import SourceFile, check_unchanged, find_files
 from megatron_meco.corpus.join import DUPLICATES, Duplicates, JoinCounts, join_metadata
-from megatron_meco.corpus.metadata import MetadataWriter, check_row_count, metadata_path
+from megatron_meco.corpus.metadata import check_row_count, metadata_path, replace_metadata
 from megatron_meco.corpus.outputs import (
     check_fields,
     check_local,
@@ -36,10 +39,7 @@ from megatron_meco.corpus.outputs import (
     is_metadata_file,
 )
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.readers import count_lines
-from megatron_meco.corpus.records import BadRecord, metadata_of
-from megatron_meco.corpus.sources import Part, SourceFile, check_unchanged, find_files, plan_tasks
-from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of
+from megatron_meco.corpus.records import BadRecord, column_names, read_records
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     TextEncoder,
@@ -48,8 +48,8 @@ from megatron_meco.corpus.tokenizer import (
     resolve_eod,
     text_encoder,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
@@ -80,16 +80,17 @@ _ORDER = "Give exactly the files that the corpus was made of, in the same order.
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What the stored documents are compared with."""
+    """What the stored documents are compared with.
+
+    Attributes:
+        encoder: Texts to ids, without BOS and EOD.
+        bos: May stand before a stored document.
+        eod: May stand behind it.
+    """
 
     encoder: TextEncoder
-    """Texts to ids, without BOS and EOD."""
-
     bos: int | None
-    """May stand before a stored document."""
-
     eod: int
-    """May stand behind it."""
 
     def is_stored_as(self, text: str, stored: np.ndarray[Any, Any]) -> bool:
         """Whether these tokens are this text, with or without BOS and EOD around it."""
@@ -132,8 +133,8 @@ def attach_from_files(
     check_no_input([metadata_path(prefix)], [file.path for file in files])
     step = max(index.num_documents // num_verified, 1)
     verified = text_bytes = 0
-    with MetadataWriter(prefix, fields) as writer, _progress(index) as progress:
-        for batch in _document_batches(files, text_field, fields):
+    with replace_metadata(prefix, fields) as writer, _progress(index) as progress:
+        for batch in read_batches(files, text_field, fields):
             begin = writer.num_rows
             if begin + len(batch) > index.num_documents:
                 raise _other_count("more than ", index.num_documents, index, prefix)
@@ -167,7 +168,7 @@ def attach_from_table(
     """
     index = _open(prefix, overwrite)
     check_no_input([metadata_path(prefix)], tables)
-    with MetadataWriter(prefix, fields) as writer, _progress(index) as progress:
+    with replace_metadata(prefix, fields) as writer, _progress(index) as progress:
         for table in find_files(tables):
             for rows in _table_rows(table, fields):
                 writer.append([[metadata_of(row, name) for row in rows] for name in fields])
@@ -209,7 +210,7 @@ def attach_by_key(
     check_no_input([metadata_path(prefix)], tables)
     files = find_files(tables)
     if fields is None:
-        fields = [name for name in told_columns(_whole(files[0])) if name != key]
+        fields = [name for name in column_names(_whole(files[0])) if name != key]
         check_fields(fields)
     rows = ((file.path, _table_rows(file, [key, *fields])) for file in files)
     return join_metadata(prefix, rows, key, fields, duplicates=duplicates, overwrite=overwrite)
@@ -251,27 +252,14 @@ def _progress(index: CorpusIndex) -> DocumentProgress:
     return DocumentProgress("attach", index.num_documents)
 
 
-def _document_batches(
-    files: list[SourceFile], text_field: str, fields: list[str]
-) -> Iterator[list[Document]]:
-    tasks = plan_tasks(files)
-    rejected = RejectedRecords()
-    reader = TaskReader(tasks, text_field, rejected, fields)
-    for rank in range(len(tasks)):
-        yield from batches(reader.run(rank=rank))
-        rejected.reset()
-
-
 def _verify(
     document: Document, number: int, index: CorpusIndex, tokenizer: Tokenizer, prefix: Path
 ) -> None:
     begin, end = index.bounds(number, number + 1)
     if tokenizer.is_stored_as(document.text, index.tokens[begin:end]):
         return
-    path, line = getattr(document, "path", ""), getattr(document, "line", 0)
-    line += count_lines(path, getattr(document, "begin", 0))
     raise DataError(
-        f"document {number:,} is not what the tokenizer makes of {path}, line {line}",
+        f"document {number:,} is not what the tokenizer makes of {line_of(document)}",
         where=str(prefix),
         remedy=f"{_ORDER} The tokenizer must be the one of the corpus.",
     )
@@ -287,7 +275,7 @@ def _other_count(more: str, found: int, index: CorpusIndex, prefix: Path) -> Dat
 
 def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
     part = _whole(table)
-    names = told_columns(part)
+    names = column_names(part)
     missing = sorted({f if f in names else f.partition(".")[0] for f in fields} - set(names))
     if missing:
         raise DataError(
@@ -296,7 +284,7 @@ def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str,
             remedy="Name columns with --metadata-fields.",
         )
     rows: list[dict[str, Any]] = []
-    for number, record in told_records(part, fields, parquet_rows=_ROWS, newline=""):
+    for number, record, _ in read_records(part, fields, parquet_rows=_ROWS, newline=""):
         if isinstance(record, BadRecord):
             raise DataError(
                 str(record),
@@ -304,7 +292,8 @@ def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str,
                 remedy="Mend the row: each one belongs to a document.",
             )
         is_csv = part.format == "csv"
-        rows.append({k: None if is_csv and v in _NULLS else v for k, v in record.items()})
+        values = cast(dict[str, Any], record)
+        rows.append({k: None if is_csv and v in _NULLS else v for k, v in values.items()})
         if len(rows) == _ROWS:
             yield rows
             rows = []

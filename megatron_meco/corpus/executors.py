@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -27,22 +27,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from megatron_meco.corpus.merge import merge_tasks
-from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.task_writer import (
-    cannot_write,
-    cannot_write_for,
-    read_record,
-    report_progress_to,
-)
-from megatron_meco.corpus.wording import counted
+from megatron_meco.corpus.merge import MergeStep
+from megatron_meco.corpus.progress import DocumentProgress, report_progress_to
+from megatron_meco.corpus.task_writer import read_record
+from megatron_meco.corpus.work_folder import cannot_write, cannot_write_for
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.whole_file import whole_file
+from megatron_meco.wording import counted
 
 _COUNTS = 4
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -272,41 +266,6 @@ def _exit_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
-
-
-class MergeStep(PipelineStep):  # type: ignore[misc]
-    """Joins the tasks: the only step of the Slurm job that follows theirs.
-
-    Args:
-        folder: The work folder.
-        prefix: Where the corpus goes.
-        num_tasks: The number of tasks.
-        manifest: What `PREFIX.prepare.json` says beside the counts.
-        overwrite: Whether to replace a corpus that is already there.
-    """
-
-    name = "Merge"
-    type = "WRITER"
-
-    def __init__(
-        self,
-        folder: Path,
-        prefix: Path,
-        num_tasks: int,
-        manifest: dict[str, Any],
-        overwrite: bool = False,
-    ):
-        super().__init__()
-        self.folder, self.prefix = folder, prefix
-        self.num_tasks, self.manifest = num_tasks, manifest
-        self.overwrite = overwrite
-
-    def run(
-        self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Document]:
-        """Join the tasks; yields nothing."""
-        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest, None, self.overwrite)
-        yield from ()
 
 
 def check_slurm_options(options: dict[str, Any]) -> None:

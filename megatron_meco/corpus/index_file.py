@@ -31,22 +31,22 @@ _VERIFY = f"{_REMEDY} `meco verify` looks at all of it."
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """A corpus on disk; all arrays are mapped and read-only."""
+    """A corpus on disk; all arrays are mapped and read-only.
+
+    Attributes:
+        tokens: All tokens, shape [tokens], in the type on disk.
+        lengths: Tokens per sequence, int32, shape [sequences].
+        pointers: First byte of each sequence in the `.bin`, int64, shape [sequences].
+        first_sequences: First sequence of each document and one past the last, int64, shape
+            [documents + 1].
+        broken: What is wrong with the structure, in a few words; empty when nothing is.
+    """
 
     tokens: np.ndarray[Any, Any]
-    """All tokens, shape [tokens], in the type on disk."""
-
     lengths: np.ndarray[Any, Any]
-    """Tokens per sequence, int32, shape [sequences]."""
-
     pointers: np.ndarray[Any, Any]
-    """First byte of each sequence in the `.bin`, int64, shape [sequences]."""
-
     first_sequences: np.ndarray[Any, Any]
-    """First sequence of each document and one past the last, int64, shape [documents + 1]."""
-
     broken: str
-    """What is wrong with the structure, in a few words; empty when nothing is."""
 
     @property
     def num_documents(self) -> int:

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megatron_meco.corpus.metadata import MetadataWriter, metadata_path, open_metadata
+from megatron_meco.corpus.documents import metadata_of
+from megatron_meco.corpus.metadata import metadata_path, open_metadata, replace_metadata
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.records import metadata_of
 from megatron_meco.corpus.text_arrays import hash_halves
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 Duplicates = Literal["refuse", "first", "last"]
 DUPLICATES: tuple[Duplicates, ...] = ("refuse", "first", "last")
@@ -41,19 +41,22 @@ _MOST_PARTS = 200
 
 @dataclass(kw_only=True)
 class JoinCounts:
-    """What came together and what did not."""
+    """What came together and what did not.
+
+    Attributes:
+        matched: Documents with a row of their key.
+        without_key: Documents whose metadata lacks the key.
+        rows_doubled: Rows whose key another row has, beyond the one that is used.
+        rows_unused: Rows, of different keys, that belong to no document.
+    """
 
     documents: int = 0
     matched: int = 0
-    """Documents with a row of their key."""
     without_key: int = 0
-    """Documents whose metadata lacks the key."""
     rows: int = 0
     rows_without_key: int = 0
     rows_doubled: int = 0
-    """Rows whose key another row has, beyond the one that is used."""
     rows_unused: int = 0
-    """Rows, of different keys, that belong to no document."""
 
     def __str__(self) -> str:
         missing = self.documents - self.matched - self.without_key
@@ -325,7 +328,7 @@ def _write(
     progress: DocumentProgress,
 ) -> None:
     names = [*metadata.column_names, *(f for f in fields if f not in metadata.column_names)]
-    with MetadataWriter(prefix, names) as writer:
+    with replace_metadata(prefix, names) as writer:
         for part in range(joined.number):
             old = metadata.slice(part * rows_per_part, rows_per_part)
             new = joined.table(part)

@@ -25,7 +25,8 @@ import numpy as np
 import xxhash
 import zstandard
 
-from megatron_meco.corpus.sources import is_remote, open_source, walk_once
+from megatron_meco.corpus.input_bytes import is_remote, open_source
+from megatron_meco.corpus.input_files import walk_once
 from megatron_meco.errors import DataError, FlagError
 
 INDEX_NAME = "index.json"
@@ -57,31 +58,27 @@ _ARRAY_TYPES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """What an index says of one shard."""
+    """What an index says of one shard.
+
+    Attributes:
+        path: The file, as it is stored.
+        is_compressed: Whether that file is compressed by Zstandard.
+        num_rows: Its rows.
+        num_bytes: Its bytes, uncompressed.
+        stored_bytes: The bytes of the file.
+        hashes: Hexadecimal digests of the file by algorithm.
+        columns: The encodings by column name, in the order in a row.
+        sizes: Bytes of a value by column; None: it varies.
+    """
 
     path: str
-    """The file, as it is stored."""
-
     is_compressed: bool
-    """Whether that file is compressed by Zstandard."""
-
     num_rows: int
-    """Its rows."""
-
     num_bytes: int
-    """Its bytes, uncompressed."""
-
     stored_bytes: int
-    """The bytes of the file."""
-
     hashes: dict[str, str]
-    """Hexadecimal digests of the file by algorithm."""
-
     columns: dict[str, str]
-    """The encodings by column name, in the order in a row."""
-
     sizes: tuple[int | None, ...]
-    """Bytes of a value by column; None: it varies."""
 
 
 def find_indices(folder: str) -> list[str]:

@@ -21,30 +21,30 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
-from megatron_meco.corpus.bulk import load_settings
+from megatron_meco.corpus.documents import Rejected
 from megatron_meco.corpus.index_file import header
 from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
-from megatron_meco.corpus.outputs import (
-    PUBLISHING,
-    check_output,
-    check_prefix,
-    check_work_folder,
-    output_paths,
-    remove_work_folder,
-)
-from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.outputs import check_output, check_prefix, output_paths
 from megatron_meco.corpus.task_writer import (
     TaskRecord,
-    cannot_write,
     read_record,
     record_path,
     task_prefix,
+)
+from megatron_meco.corpus.work_folder import (
+    PUBLISHING,
+    cannot_write,
+    check_work_folder,
+    load_settings,
+    remove_work_folder,
     write_synced,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, MeCoError
+from megatron_meco.wording import counted
 
 _COPY_BYTES = 8 << 20
 _HISTOGRAM_BINS = 1 << 20
@@ -52,37 +52,31 @@ _HISTOGRAM_BINS = 1 << 20
 
 @dataclass
 class MergedCorpus:
-    """What all tasks wrote together."""
+    """What all tasks wrote together.
+
+    Attributes:
+        documents: Documents.
+        tokens: Tokens, EODs included.
+        sequences: Megatron sequences.
+        text_bytes: Bytes of text.
+        median_tokens: Median tokens per document, EOD included.
+        rejected: Rejected records by reason.
+        first_rejected: The first of them.
+        missing_metadata: Documents without a value, by metadata field.
+        checksums: CRC-32 of the files by the end of their names, as eight hexadecimal digits.
+        files: The files written.
+    """
 
     documents: int = 0
-    """Documents."""
-
     tokens: int = 0
-    """Tokens, EODs included."""
-
     sequences: int = 0
-    """Megatron sequences."""
-
     text_bytes: int = 0
-    """Bytes of text."""
-
     median_tokens: float = 0.0
-    """Median tokens per document, EOD included."""
-
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rejected records by reason."""
-
     first_rejected: Rejected | None = None
-    """The first of them."""
-
     missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
-
     checksums: dict[str, str] = field(default_factory=dict)
-    """CRC-32 of the files by the end of their names, as eight hexadecimal digits."""
-
     files: list[Path] = field(default_factory=list)
-    """The files written."""
 
 
 def num_finished(folder: Path, num_tasks: int) -> int:
@@ -149,6 +143,41 @@ def merge_tasks(
     except OSError as error:
         raise cannot_write(error, prefix) from error
     return merged
+
+
+class MergeStep(PipelineStep):  # type: ignore[misc]
+    """Joins the tasks: the only step of the Slurm job that follows theirs.
+
+    Args:
+        folder: The work folder.
+        prefix: Where the corpus goes.
+        num_tasks: The number of tasks.
+        manifest: What `PREFIX.prepare.json` says beside the counts.
+        overwrite: Whether to replace a corpus that is already there.
+    """
+
+    name = "Merge"
+    type = "WRITER"
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: Path,
+        num_tasks: int,
+        manifest: dict[str, Any],
+        overwrite: bool = False,
+    ):
+        super().__init__()
+        self.folder, self.prefix = folder, prefix
+        self.num_tasks, self.manifest = num_tasks, manifest
+        self.overwrite = overwrite
+
+    def run(
+        self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
+        """Join the tasks; yields nothing."""
+        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest, None, self.overwrite)
+        yield from ()
 
 
 def _records(folder: Path, num_tasks: int) -> list[TaskRecord]:

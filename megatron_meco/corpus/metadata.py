@@ -11,7 +11,8 @@ prefix is text.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -107,7 +108,6 @@ class MetadataWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], fields: list[str]) -> None:
-        self._prefix = prefix
         self.path = metadata_path(prefix)
         self.num_rows = 0
         self._schema = pa.schema(
@@ -134,9 +134,7 @@ class MetadataWriter:
             return
         with self._stack:
             self._flush()
-            read_manifest(self._prefix)  # a damaged one is refused while nothing has been replaced
             self._writer.close()
-        note_checksum(self._prefix, METADATA_SUFFIX)
 
     def append(self, columns: list[list[str | None]]) -> None:
         """Append rows, given as one list of values per field.
@@ -173,6 +171,26 @@ class MetadataWriter:
         if self._pending:
             self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
             self._pending = []
+
+
+@contextmanager
+def replace_metadata(prefix: str | os.PathLike[str], fields: list[str]) -> Iterator[MetadataWriter]:
+    """Write the metadata of a complete corpus and note its checksum in `PREFIX.prepare.json`.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        fields: The column names, in order.
+
+    Yields:
+        A writer. The file appears when the block ends without an error.
+
+    Raises:
+        DataError: The file or `PREFIX.prepare.json` cannot be written, or the latter is damaged.
+    """
+    with MetadataWriter(prefix, fields) as writer:
+        yield writer
+        read_manifest(prefix)  # a damaged one is refused while nothing has been replaced
+    note_checksum(prefix, METADATA_SUFFIX)
 
 
 def _map_metadata(prefix: str | os.PathLike[str]) -> pa.Table:

@@ -21,11 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_meco.corpus.index_file import CorpusIndex, check_index
-from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.corpus.manifest import check_checksum
+from megatron_meco.corpus.metadata import (
+    METADATA_SUFFIX,
+    check_row_count,
+    metadata_path,
+    open_metadata,
+)
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _SAMPLED_VALUES = 1000
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -38,28 +44,27 @@ _EMPTY = {
 
 @dataclass
 class FieldReport:
-    """What one field holds."""
+    """What one field holds.
+
+    Attributes:
+        name: The field.
+        present: The share of documents that have a value.
+        distinct: The number of distinct values.
+        most_frequent: Values and their share of all documents, the most frequent first.
+        hosts: Distinct hosts, where the values are URLs.
+        most_frequent_hosts: Hosts and their share of all documents; None where the values are no
+            URLs.
+        tokens_of_hosts: The share of all tokens that documents of these hosts have; None without
+            `.idx`.
+    """
 
     name: str
-    """The field."""
-
     present: float
-    """The share of documents that have a value."""
-
     distinct: int
-    """The number of distinct values."""
-
     most_frequent: list[tuple[str, float]]
-    """Values and their share of all documents, the most frequent first."""
-
     hosts: int = 0
-    """Distinct hosts, where the values are URLs."""
-
     most_frequent_hosts: list[tuple[str, float]] | None = None
-    """Hosts and their share of all documents; None where the values are no URLs."""
-
     tokens_of_hosts: list[float] | None = None
-    """The share of all tokens that documents of these hosts have; None without `.idx`."""
 
 
 def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]:
@@ -73,12 +78,13 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
         The number of documents, and what each field holds.
 
     Raises:
-        DataError: There is no metadata, or it cannot be read.
+        DataError: There is no metadata, it cannot be read, or a file is damaged.
     """
     table = open_metadata(prefix)
-    index = check_index(prefix) if Path(f"{prefix}.idx").is_file() else None
+    index = open_undamaged_index(prefix) if Path(f"{prefix}.idx").is_file() else None
     if index is not None:
         check_row_count(prefix, index.num_documents)
+    check_checksum(prefix, METADATA_SUFFIX)
     reports = []
     for name in table.column_names:
         column = table[name]
@@ -100,6 +106,22 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
                 ]
         reports.append(report)
     return table.num_rows, reports
+
+
+def open_undamaged_index(prefix: str) -> CorpusIndex:
+    """Open a corpus and refuse an index that is broken or another one than was prepared.
+
+    An index with other document lengths can agree with itself, so its checksum is compared too.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+
+    Raises:
+        DataError: As `check_index` and `check_checksum`.
+    """
+    index = check_index(prefix)
+    check_checksum(prefix, ".idx")
+    return index
 
 
 @dataclass(frozen=True)

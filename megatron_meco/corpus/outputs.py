@@ -10,14 +10,11 @@ each file.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -25,18 +22,10 @@ import orjson
 from megatron_meco.corpus.index_file import TYPE_CODES, header
 from megatron_meco.corpus.manifest import manifest_path, read_manifest
 from megatron_meco.corpus.metadata import metadata_path
+from megatron_meco.corpus.work_folder import PUBLISHING, is_work_folder, work_folder_of
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.whole_file import whole_folder
+from megatron_meco.wording import is_utf8
 
-PUBLISHING = "publishing"
-"""The file in a work folder that says that files of this preparation have got their names."""
-
-_MARKER = "meco-work-folder.json"
-_FORMAT = 1
-_LOGS = "logs"
-_WORK_FILES = re.compile(
-    r"\.?(task-\d{5,}|corpus|encoder\.json|plan\.json|executor\.pickle|publishing)(\..*)?"
-)
 _HEAD_BYTES = 1 << 20
 _SUFFIX_BYTES = len("..metadata.arrow.0123456789ab")
 # A scheme of one letter would be a drive.
@@ -47,11 +36,6 @@ def output_paths(prefix: Path) -> list[Path]:
     """Return every file that a preparation may write, the index last."""
     names = (".bin", ".prepare.json", ".rejected.jsonl", ".idx")
     return [metadata_path(prefix), *(Path(f"{prefix}{name}") for name in names)]
-
-
-def work_folder_of(prefix: Path) -> Path:
-    """Return where the corpus at `prefix` is prepared."""
-    return Path(f"{prefix}.unfinished")
 
 
 def logs_of(prefix: Path) -> Path:
@@ -144,15 +128,6 @@ def check_fields(names: Sequence[str], where: str = "--metadata-fields") -> None
     for name in names:
         if not is_utf8(name):
             raise FlagError(f"{name!r} is not UTF-8", where=where, remedy="Use another name.")
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a file name or argument can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_output(
@@ -290,103 +265,3 @@ def is_side_file(path: str) -> bool:
         if path.endswith(suffix):
             return os.path.isfile(f"{path.removesuffix(suffix)}.idx")
     return False
-
-
-def make_marked_folder(path: Path) -> None:
-    """Make a work folder; it appears with its marker.
-
-    Args:
-        path: The folder, which does not exist.
-
-    Raises:
-        DataError: It cannot be made.
-    """
-
-    def refuse(reason: str) -> DataError:
-        return DataError(
-            f"cannot be made ({reason})",
-            where=str(path),
-            remedy="Choose an --output in a folder that can be written.",
-        )
-
-    with whole_folder(path, refuse) as folder:
-        marker = {"format": _FORMAT, "made_by": "megatron-meco"}
-        (folder / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
-
-
-def is_work_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder carries the marker of a work folder."""
-    return os.path.isfile(os.path.join(path, _MARKER)) and not os.path.islink(path)
-
-
-def check_work_folder(path: Path) -> None:
-    """Refuse a folder that this package did not make, or that another version made.
-
-    Args:
-        path: Something that exists.
-
-    Raises:
-        DataError: It is no work folder of this version.
-    """
-    if path.is_symlink() or not is_work_folder(path):
-        raise DataError(
-            "is no work folder that this package made, and stays as it is",
-            where=str(path),
-            remedy="Move or remove it yourself, or choose another --output.",
-        )
-    try:
-        found: Any = orjson.loads((path / _MARKER).read_bytes())
-    except (OSError, ValueError):
-        found = None
-    told = found.get("format") if isinstance(found, dict) else None
-    if told != _FORMAT:
-        raise DataError(
-            f"a work folder of format {told!r}, this version has {_FORMAT}",
-            where=str(path / _MARKER),
-            remedy="Go on with the version that made it, or remove the folder.",
-        )
-
-
-def clear_work_folder(path: Path) -> None:
-    """Remove from a work folder what this package wrote there, apart from its marker.
-
-    Args:
-        path: A folder with a marker.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    for entry in list(path.iterdir()):
-        if entry.name == _LOGS and entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif _WORK_FILES.fullmatch(entry.name) and not entry.is_dir():
-            entry.unlink()
-
-
-def remove_temporary_files(path: Path) -> None:
-    """Remove from a work folder what killed writers have left, which takes up disk.
-
-    Args:
-        path: A folder with a marker where nobody writes.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    for entry in list(path.iterdir()):
-        if entry.name.startswith(".") and _WORK_FILES.fullmatch(entry.name):
-            entry.unlink()
-
-
-def remove_work_folder(path: Path) -> None:
-    """Remove a work folder; it stays, with its marker, where somebody else put files into it.
-
-    Args:
-        path: A folder with a marker.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    clear_work_folder(path)
-    if [entry.name for entry in path.iterdir()] == [_MARKER]:
-        (path / _MARKER).unlink()
-        path.rmdir()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_meco.corpus.wording import counted
+from megatron_meco.wording import counted
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -97,3 +98,35 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+
+# Called with the task and, of that task so far, source bytes, documents, tokens and text bytes.
+type ProgressCallback = Callable[[int, int, int, int, int], None]
+_on_progress: ProgressCallback | None = None
+
+
+def report_progress_to(callback: ProgressCallback | None) -> None:
+    """Have every task that runs in this process report its progress.
+
+    Args:
+        callback: Called with the task and, of that task so far, source bytes, documents, tokens
+            and text bytes; None: nobody listens.
+    """
+    global _on_progress
+    _on_progress = callback
+
+
+def tell_progress(
+    rank: int, source_bytes: int, documents: int, tokens: int, text_bytes: int
+) -> None:
+    """Report how far a task is to the callback of this process, if there is one.
+
+    Args:
+        rank: The task.
+        source_bytes: Bytes of input read.
+        documents: Documents written.
+        tokens: Tokens written.
+        text_bytes: Bytes of text read.
+    """
+    if _on_progress is not None:
+        _on_progress(rank, source_bytes, documents, tokens, text_bytes)

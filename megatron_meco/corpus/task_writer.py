@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,42 +24,45 @@ import orjson
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, load_encoder
-from megatron_meco.corpus.documents import RejectedRecords
+from megatron_meco.corpus.documents import (
+    Rejected,
+    RejectedRecords,
+    batches,
+    metadata_columns,
+    place_of,
+    text_bytes_of,
+)
+from megatron_meco.corpus.encoder import DocumentEncoder, EncodedDocuments
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
-from megatron_meco.corpus.records import Rejected, metadata_of
+from megatron_meco.corpus.progress import tell_progress
+from megatron_meco.corpus.work_folder import cannot_write_for, load_encoder, write_synced
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file
 
-_BATCH_DOCUMENTS = 2048
-_BATCH_CHARACTERS = 4 << 20
 _TASK_SUFFIXES = (".bin", ".lengths", ".sequences", ".rejected.jsonl")
 
 
 @dataclass
 class TaskRecord:
-    """What a finished task says of itself."""
+    """What a finished task says of itself.
+
+    Attributes:
+        documents: Documents written.
+        tokens: Tokens written, EODs included.
+        sequences: Megatron sequences that the documents consist of.
+        text_bytes: Bytes of their text in UTF-8.
+        missing_metadata: Documents without a value, by metadata field.
+        rejected: Rejected records by reason.
+        lines_of_parts: Path, first byte and number of lines of the parts read.
+    """
 
     documents: int = 0
-    """Documents written."""
-
     tokens: int = 0
-    """Tokens written, EODs included."""
-
     sequences: int = 0
-    """Megatron sequences that the documents consist of."""
-
     text_bytes: int = 0
-    """Bytes of their text in UTF-8."""
-
     missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
-
     rejected: dict[str, int] = field(default_factory=dict)
-    """Rejected records by reason."""
-
     lines_of_parts: list[tuple[str, int, int]] = field(default_factory=list)
-    """Path, first byte and number of lines of the parts read."""
 
     def is_possible(self) -> bool:
         """Whether all values have the types that are written."""
@@ -118,35 +121,6 @@ def _has_files(prefix: Path, record: TaskRecord) -> bool:
     )
 
 
-# Told after every batch: source bytes, documents, tokens and text bytes of the task so far.
-type ProgressCallback = Callable[[int, int, int, int, int], None]
-_on_progress: ProgressCallback | None = None
-
-
-def report_progress_to(callback: ProgressCallback | None) -> None:
-    """Have every `MegatronWriter` of this process tell how far it is.
-
-    Args:
-        callback: Called with the task and, of that task so far, source bytes, documents, tokens,
-            text bytes; None: nobody listens.
-    """
-    global _on_progress
-    _on_progress = callback
-
-
-def tell_progress(rank: int, source_bytes: int, text_bytes: int, record: TaskRecord) -> None:
-    """Tell whoever listens in this process how far a task is.
-
-    Args:
-        rank: The task.
-        source_bytes: Bytes of input read.
-        text_bytes: Bytes of text read.
-        record: What has been written.
-    """
-    if _on_progress is not None:
-        _on_progress(rank, source_bytes, record.documents, record.tokens, text_bytes)
-
-
 class MegatronWriter(PipelineStep):  # type: ignore[misc]
     """Writes the documents of a pipeline as tokens and metadata, one set of files for each task.
 
@@ -199,7 +173,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
                 self._write(files, encoder, batch)
                 files.reject(self.rejected.drain())
                 done, record = self.rejected.source_bytes, files.record
-                tell_progress(rank, done, record.text_bytes, record)
+                tell_progress(rank, done, record.documents, record.tokens, record.text_bytes)
             files.reject(self.rejected.drain())
             files.finish(self.rejected.lines_of_parts)
         self.stat_update("tokens", value=files.record.tokens, unit="task")
@@ -212,38 +186,12 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
             for document, length in zip(batch, lengths.tolist(), strict=True):
                 if length <= 0:
                     reason = "no tokens" if length == 0 else "refused by the tokenizer"
-                    where, begin = _place(document)
+                    where, begin = place_of(document)
                     rejected = Rejected(*where, reason, document.text[:200])
                     self.rejected.add(rejected, begin)
             batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
         files.write(encoded, metadata_columns(batch, self.metadata_fields))
         files.record.text_bytes += text_bytes_of(batch)
-
-
-def text_bytes_of(documents: list[Document]) -> int:
-    """Return the bytes of the documents' texts in UTF-8."""
-    return sum(
-        len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
-        for d in documents
-    )
-
-
-def _place(document: Document) -> tuple[tuple[str, int], int]:
-    """Return file and line of a document, and the byte that the line is counted from."""
-    path = getattr(document, "path", "") or document.metadata.get("file_path", document.id)
-    return (path, getattr(document, "line", 0)), getattr(document, "begin", 0)
-
-
-def metadata_columns(documents: list[Document], fields: Iterable[str]) -> list[list[str | None]]:
-    """Return the documents' values, one list for each field; `file_path` is the input file."""
-    columns: list[list[str | None]] = []
-    for name in fields:
-        values = [metadata_of(document.metadata, name) for document in documents]
-        if name == "file_path":
-            pairs = zip(values, documents, strict=True)
-            values = [value or _place(document)[0][0] for value, document in pairs]
-        columns.append(values)
-    return columns
 
 
 def with_eod(
@@ -267,20 +215,6 @@ def with_eod(
     tokens[ends] = eod
     tokens[is_text] = ids
     return tokens
-
-
-def batches(data: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield documents in lists of bounded size: 4 MiB of text, or one longer document."""
-    batch: list[Document] = []
-    room = _BATCH_CHARACTERS
-    for document in data:
-        batch.append(document)
-        room -= len(document.text)
-        if room <= 0 or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, room = [], _BATCH_CHARACTERS
-    if batch:
-        yield batch
 
 
 class TaskFiles:
@@ -376,31 +310,3 @@ class TaskFiles:
                 where=str(self._prefix),
                 remedy="The tokenizer's files disagree with each other: fetch them again.",
             )
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: All that it holds.
-
-    Raises:
-        DataError: It cannot be written.
-    """
-    with whole_file(path, lambda reason: cannot_write_for(reason, path)) as file:
-        file.write(text.encode())
-
-
-def cannot_write(error: OSError, path: Path) -> DataError:
-    """Return what is told of a disk that is full or may not be written."""
-    return cannot_write_for(error.strerror or str(error), error.filename or path)
-
-
-def cannot_write_for(reason: str, path: str | Path) -> DataError:
-    """Return what is told of a file that cannot be written, with the reason in a few words."""
-    return DataError(
-        f"cannot be written ({reason})",
-        where=str(path),
-        remedy="Free space, or choose another --output; finished work is kept.",
-    )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_meco.corpus.outputs import check_local
-from megatron_meco.corpus.wording import counted
+from megatron_meco.wording import counted
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:

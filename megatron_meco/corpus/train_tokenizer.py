@@ -19,9 +19,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.input_bytes import Part
+from megatron_meco.corpus.input_files import find_files, plan_tasks
 from megatron_meco.corpus.outputs import check_fields
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.sources import Part, find_files, plan_tasks
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.whole_file import whole_folder
 

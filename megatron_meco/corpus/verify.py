@@ -18,24 +18,32 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
-from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, encoder_of
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.documents import (
+    line_of,
+    metadata_columns,
+    read_batches,
+    text_bytes_of,
+)
+from megatron_meco.corpus.encoder import (
+    DocumentEncoder,
+    EncodedDocuments,
+    build_encoder,
+    encoder_of,
+)
 from megatron_meco.corpus.index_file import (
     CorpusIndex,
     broken_structure,
     check_index,
     open_index,
 )
+from megatron_meco.corpus.input_files import find_files
 from megatron_meco.corpus.manifest import checksum_of, manifest_path, read_manifest
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.readers import count_lines
-from megatron_meco.corpus.sources import find_files, plan_tasks
-from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of, with_eod
-from megatron_meco.corpus.wording import counted
-from megatron_meco.corpus.work_folder import build_encoder
+from megatron_meco.corpus.task_writer import with_eod
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _BLOCK = 1 << 20
 _REBUILD = "Prepare the corpus again."
@@ -43,16 +51,17 @@ _REBUILD = "Prepare the corpus again."
 
 @dataclass
 class Check:
-    """One thing that was looked at."""
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        told: What was found, in a few words.
+        is_right: Whether it is as it should be.
+    """
 
     name: str
-    """What."""
-
     told: str
-    """What was found, in a few words."""
-
     is_right: bool = True
-    """Whether it is as it should be."""
 
 
 def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
@@ -183,17 +192,13 @@ def verify_against(
     chosen = build_encoder(settings["type"], settings["model"], extra, encoder=encoder)
     document_encoder = DocumentEncoder(encoder_of(chosen), manifest.get("sentences"))
     comparison = _Comparison(index, prefix, manifest["metadata_fields"], document_encoder, chosen)
-    tasks = plan_tasks(find_files(inputs, prefix))
-    rejected = RejectedRecords()
-    reader = TaskReader(tasks, manifest["text_field"], rejected, manifest["metadata_fields"])
+    files = find_files(inputs, prefix)
     text_bytes = 0
     with DocumentProgress("verify", index.num_documents) as progress:
-        for rank in range(len(tasks)):
-            for batch in batches(reader.run(rank=rank)):
-                comparison.compare(batch)
-                text_bytes += text_bytes_of(batch)
-                progress.update(comparison.num_documents, comparison.num_documents, text_bytes)
-            rejected.reset()
+        for batch in read_batches(files, manifest["text_field"], manifest["metadata_fields"]):
+            comparison.compare(batch)
+            text_bytes += text_bytes_of(batch)
+            progress.update(comparison.num_documents, comparison.num_documents, text_bytes)
     if comparison.num_documents != index.num_documents:
         raise DataError(
             f"the files give {counted(comparison.num_documents, 'document')}, the corpus has "
@@ -273,10 +278,8 @@ class _Comparison:
             raise self._differs(batch[i], begin + i, "other sentences")
 
     def _differs(self, document: Document, number: int, what: str) -> DataError:
-        path, line = getattr(document, "path", ""), getattr(document, "line", 0)
-        line += count_lines(path, getattr(document, "begin", 0))
         return DataError(
-            f"document {number:,} differs from {path}, line {line}: {what}",
+            f"document {number:,} differs from {line_of(document)}: {what}",
             where=str(self.prefix),
             remedy="Give the files in the order in which they were prepared, or prepare again.",
         )

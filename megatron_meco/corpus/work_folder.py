@@ -11,83 +11,34 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
+import platform
+import re
+import shutil
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 
-from megatron_meco.corpus.bulk import choose_encoder, encoder_digest, write_encoder
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader
-from megatron_meco.corpus.outputs import (
-    check_work_folder,
-    clear_work_folder,
-    is_work_folder,
-    make_marked_folder,
-    remove_temporary_files,
-    remove_work_folder,
-    work_folder_of,
-)
-from megatron_meco.corpus.sentences import sentences_digest
-from megatron_meco.corpus.sources import Part, SourceFile
-from megatron_meco.corpus.task_writer import write_synced
-from megatron_meco.corpus.tokenizer import build_tokenizer, resolve_eod, text_encoder
-from megatron_meco.corpus.wording import counted
+from megatron_meco.corpus.encoder import BulkEncoder, build_encoder, encoder_of
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file, whole_folder
+from megatron_meco.wording import counted
 
+PUBLISHING = "publishing"
+"""The file in a work folder that says that files of this preparation have got their names."""
+
+_MARKER = "meco-work-folder.json"
+_FORMAT = 1
+_LOGS = "logs"
+_WORK_FILES = re.compile(
+    r"\.?(task-\d{5,}|corpus|encoder\.json|plan\.json|executor\.pickle|publishing)(\..*)?"
+)
+_ENCODER = "encoder.json"
 _PLAN = "plan.json"
-_SAMPLED_TASKS = 8
-_SAMPLED_DOCUMENTS = 64
-
-ENCODERS = ("auto", "gigatoken", "huggingface")
-
-
-def build_encoder(
-    tokenizer_type: str,
-    tokenizer_model: str | None,
-    tokenizer_extra: dict[str, Any] | None = None,
-    sample: list[str] | None = None,
-    encoder: str = "auto",
-) -> dict[str, Any]:
-    """Build Megatron's tokenizer and decide how texts are encoded.
-
-    Args:
-        tokenizer_type: Megatron's `--tokenizer-type`.
-        tokenizer_model: Megatron's `--tokenizer-model`.
-        tokenizer_extra: Further tokenizer settings under Megatron's names.
-        sample: Texts to compare gigatoken's ids on.
-        encoder: `auto`; `gigatoken` refuses to fall back; `huggingface` never compares.
-
-    Returns:
-        What a work folder keeps of it: `kind`, `reason`, `eod`, `eod_text`, `vocab_size`, `dtype`.
-
-    Raises:
-        FlagError: The tokenizer cannot be built, or has no EOD in its vocabulary.
-        DataError: gigatoken was asked for and gives other ids.
-    """
-    tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, **(tokenizer_extra or {}))
-    from megatron.core.datasets.indexed_dataset import DType
-
-    eod = resolve_eod(tokenizer)
-    chosen = choose_encoder(
-        text_encoder(tokenizer), sample or [], allow_gigatoken=encoder != "huggingface"
-    )
-    if encoder == "gigatoken" and chosen["kind"] != "gigatoken":
-        raise DataError(
-            f"gigatoken cannot be used ({chosen['reason']})",
-            where="--encoder gigatoken",
-            remedy="Leave --encoder out.",
-        )
-    return {
-        **chosen,
-        "eod": eod,
-        "eod_text": str(tokenizer.detokenize([eod])),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
-    }
 
 
 def make_work_folder(
@@ -117,35 +68,173 @@ def make_work_folder(
     return chosen
 
 
-def sample_texts(tasks: list[list[Part]], text_field: str) -> list[str]:
-    """Return texts from all over the input; what cannot be read comes up when it is prepared."""
-    texts: list[str] = []
-    step = max(len(tasks) // _SAMPLED_TASKS, 1)
-    for rank in range(0, len(tasks), step):
-        reader = TaskReader(tasks, text_field, RejectedRecords(), ())
-        try:
-            found = itertools.islice(reader.run(rank=rank), _SAMPLED_DOCUMENTS)
-            texts += [document.text for document in found]
-        except DataError:
-            continue
-    return texts
+def work_folder_of(prefix: Path) -> Path:
+    """Return where the corpus at `prefix` is prepared."""
+    return Path(f"{prefix}.unfinished")
 
 
-def plan_of(
-    files: list[SourceFile],
-    text_field: str,
-    metadata_fields: tuple[str, ...],
-    chosen: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what must be the same for an unfinished preparation to go on."""
-    return {
-        "format": 2,
-        "inputs": [[file.path, file.num_bytes, file.stamp] for file in files],
-        "text_field": text_field,
-        "metadata_fields": list(metadata_fields),
-        "tokenizer": [encoder_digest(chosen), chosen["eod"], chosen["vocab_size"], chosen["dtype"]],
-        "sentences": sentences_digest(chosen["sentences"]),
-    }
+def make_marked_folder(path: Path) -> None:
+    """Make a work folder; it appears with its marker.
+
+    Args:
+        path: The folder, which does not exist.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+
+    def refuse(reason: str) -> DataError:
+        return DataError(
+            f"cannot be made ({reason})",
+            where=str(path),
+            remedy="Choose an --output in a folder that can be written.",
+        )
+
+    with whole_folder(path, refuse) as folder:
+        marker = {"format": _FORMAT, "made_by": "megatron-meco"}
+        (folder / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
+
+
+def is_work_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder carries the marker of a work folder."""
+    return os.path.isfile(os.path.join(path, _MARKER)) and not os.path.islink(path)
+
+
+def check_work_folder(path: Path) -> None:
+    """Refuse a folder that this package did not make, or that another version made.
+
+    Args:
+        path: Something that exists.
+
+    Raises:
+        DataError: It is no work folder of this version.
+    """
+    if path.is_symlink() or not is_work_folder(path):
+        raise DataError(
+            "is no work folder that this package made, and stays as it is",
+            where=str(path),
+            remedy="Move or remove it yourself, or choose another --output.",
+        )
+    try:
+        found: Any = orjson.loads((path / _MARKER).read_bytes())
+    except (OSError, ValueError):
+        found = None
+    told = found.get("format") if isinstance(found, dict) else None
+    if told != _FORMAT:
+        raise DataError(
+            f"a work folder of format {told!r}, this version has {_FORMAT}",
+            where=str(path / _MARKER),
+            remedy="Go on with the version that made it, or remove the folder.",
+        )
+
+
+def clear_work_folder(path: Path) -> None:
+    """Remove from a work folder what this package wrote there, apart from its marker.
+
+    Args:
+        path: A folder with a marker.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name == _LOGS and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif _WORK_FILES.fullmatch(entry.name) and not entry.is_dir():
+            entry.unlink()
+
+
+def remove_temporary_files(path: Path) -> None:
+    """Remove from a work folder what killed writers have left, which takes up disk.
+
+    Args:
+        path: A folder with a marker where nobody writes.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name.startswith(".") and _WORK_FILES.fullmatch(entry.name):
+            entry.unlink()
+
+
+def remove_work_folder(path: Path) -> None:
+    """Remove a work folder; it stays, with its marker, where somebody else put files into it.
+
+    Args:
+        path: A folder with a marker.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    clear_work_folder(path)
+    if [entry.name for entry in path.iterdir()] == [_MARKER]:
+        (path / _MARKER).unlink()
+        path.rmdir()
+
+
+def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
+    """Keep an encoder in a folder for the processes that work there.
+
+    Args:
+        folder: The folder.
+        chosen: What `choose_encoder` returned, and anything else that belongs to it.
+
+    Raises:
+        DataError: The folder cannot be written to.
+    """
+    write_synced(folder / _ENCODER, json.dumps({**chosen, "compared_on": platform.node()}))
+
+
+@lru_cache(maxsize=2)
+def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
+    """Return the encoder kept in a folder; one process loads it once, whatever it does with it.
+
+    Args:
+        folder: Where `write_encoder` kept it.
+
+    Returns:
+        The encoder, and what was kept with it.
+
+    Raises:
+        DataError: There is none.
+    """
+    settings = load_settings(folder)
+    try:
+        return encoder_of(settings), settings
+    # What a damaged tokenizer raises is of no common type.
+    except Exception as error:
+        raise _no_encoder(folder, error) from error
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """Return what was kept with the encoder of a folder.
+
+    Args:
+        folder: Where `write_encoder` kept it.
+
+    Returns:
+        What it was given.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        settings = orjson.loads((folder / _ENCODER).read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise _no_encoder(folder, error) from None
+    return settings
+
+
+def _no_encoder(folder: Path, error: Exception) -> DataError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(
+        f"no readable encoder ({reason})",
+        where=str(folder / _ENCODER),
+        remedy="Remove the work folder, and prepare again.",
+    )
 
 
 class WorkFolder:
@@ -290,4 +379,32 @@ def _difference(earlier: Any, plan: dict[str, Any]) -> str:
 def _are_inputs(told: Any) -> bool:
     return isinstance(told, list) and all(
         isinstance(one, list) and list(map(type, one)) == [str, int, str] for one in told
+    )
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all.
+
+    Args:
+        path: The file.
+        text: All that it holds.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    with whole_file(path, lambda reason: cannot_write_for(reason, path)) as file:
+        file.write(text.encode())
+
+
+def cannot_write(error: OSError, path: Path) -> DataError:
+    """Return what is told of a disk that is full or may not be written."""
+    return cannot_write_for(error.strerror or str(error), error.filename or path)
+
+
+def cannot_write_for(reason: str, path: str | Path) -> DataError:
+    """Return what is told of a file that cannot be written, with the reason in a few words."""
+    return DataError(
+        f"cannot be written ({reason})",
+        where=str(path),
+        remedy="Free space, or choose another --output; finished work is kept.",
     )

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
-from megatron_meco.corpus.bulk import fast_encoder
+from megatron_meco.corpus.encoder import fast_encoder
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,

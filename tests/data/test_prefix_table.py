@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from megatron_meco import _core
-from megatron_meco.corpus.bulk import fast_encoder
+from megatron_meco.corpus.encoder import fast_encoder
 from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 from megatron_meco.data import prefix_table

@@ -15,24 +15,25 @@ import hashlib
 import json
 import platform
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import orjson
 import pyarrow as pa
 
 from megatron_meco.corpus.text_arrays import text_buffers
-from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
+from megatron_meco.corpus.tokenizer import (
+    HuggingFaceEncoder,
+    TextEncoder,
+    build_tokenizer,
+    resolve_eod,
+    text_encoder,
+)
 from megatron_meco.errors import DataError
-from megatron_meco.whole_file import whole_file
 
 if TYPE_CHECKING:
     from megatron_meco.corpus.punkt import SentenceSplitter
 
-_FILE = "encoder.json"
 _CHECKED_TEXTS = 256
 _CHECKED_CHARACTERS = 1 << 18
 _PROBES = (
@@ -42,6 +43,9 @@ _PROBES = (
     " \u0645\u0631\u062d\u0628\u0627 \U0001f468\u200d\U0001f469\u200d\U0001f467",
     " " * 300 + "x" * 300 + "\n" * 50 + "0123456789" * 20 + "-=" * 100,
 )
+
+
+ENCODERS = ("auto", "gigatoken", "huggingface")
 
 
 class BulkEncoder(Protocol):
@@ -146,6 +150,51 @@ def fast_encoder(encoder: TextEncoder, sample: list[str]) -> GigatokenEncoder | 
     return _compared(encoder, _compared_texts(encoder, sample))[0]
 
 
+def build_encoder(
+    tokenizer_type: str,
+    tokenizer_model: str | None,
+    tokenizer_extra: dict[str, Any] | None = None,
+    sample: list[str] | None = None,
+    encoder: str = "auto",
+) -> dict[str, Any]:
+    """Build Megatron's tokenizer and decide how texts are encoded.
+
+    Args:
+        tokenizer_type: Megatron's `--tokenizer-type`.
+        tokenizer_model: Megatron's `--tokenizer-model`.
+        tokenizer_extra: Further tokenizer settings under Megatron's names.
+        sample: Texts to compare gigatoken's ids on.
+        encoder: `auto`; `gigatoken` refuses to fall back; `huggingface` never compares.
+
+    Returns:
+        What a work folder keeps of it: `kind`, `reason`, `eod`, `eod_text`, `vocab_size`, `dtype`.
+
+    Raises:
+        FlagError: The tokenizer cannot be built, or has no EOD in its vocabulary.
+        DataError: gigatoken was asked for and gives other ids.
+    """
+    tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, **(tokenizer_extra or {}))
+    from megatron.core.datasets.indexed_dataset import DType
+
+    eod = resolve_eod(tokenizer)
+    chosen = choose_encoder(
+        text_encoder(tokenizer), sample or [], allow_gigatoken=encoder != "huggingface"
+    )
+    if encoder == "gigatoken" and chosen["kind"] != "gigatoken":
+        raise DataError(
+            f"gigatoken cannot be used ({chosen['reason']})",
+            where="--encoder gigatoken",
+            remedy="Leave --encoder out.",
+        )
+    return {
+        **chosen,
+        "eod": eod,
+        "eod_text": str(tokenizer.detokenize([eod])),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
+    }
+
+
 def choose_encoder(
     encoder: TextEncoder, sample: list[str], *, allow_gigatoken: bool = True
 ) -> dict[str, Any]:
@@ -200,83 +249,10 @@ def _compared(encoder: HuggingFaceEncoder, texts: list[str]) -> tuple[GigatokenE
     return fast, ""
 
 
-def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
-    """Keep an encoder in a folder for the processes that work there.
-
-    Args:
-        folder: The folder.
-        chosen: What `choose_encoder` returned, and anything else that belongs to it.
-
-    Raises:
-        DataError: The folder cannot be written to.
-    """
-
-    def refuse(reason: str) -> DataError:
-        return DataError(
-            f"cannot be written ({reason})",
-            where=str(folder / _FILE),
-            remedy="Free space, or choose another --output; finished work is kept.",
-        )
-
-    with whole_file(folder / _FILE, refuse) as file:
-        file.write(json.dumps({**chosen, "compared_on": platform.node()}).encode())
-
-
 def encoder_digest(chosen: dict[str, Any]) -> str:
     """Return a digest of what decides the ids."""
     made_of = {key: chosen.get(key) for key in ("serialized", "arguments")}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache(maxsize=2)
-def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
-    """Return the encoder kept in a folder; one process loads it once, whatever it does with it.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        The encoder, and what was kept with it.
-
-    Raises:
-        DataError: There is none.
-    """
-    settings = load_settings(folder)
-    try:
-        return encoder_of(settings), settings
-    # What a damaged tokenizer raises is of no common type.
-    except Exception as error:
-        raise _no_encoder(folder, error) from error
-
-
-def load_settings(folder: Path) -> dict[str, Any]:
-    """Return what was kept with the encoder of a folder.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        What it was given.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        settings = orjson.loads((folder / _FILE).read_bytes())
-        if not isinstance(settings, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise _no_encoder(folder, error) from None
-    return settings
-
-
-def _no_encoder(folder: Path, error: Exception) -> DataError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(
-        f"no readable encoder ({reason})",
-        where=str(folder / _FILE),
-        remedy="Remove the work folder, and prepare again.",
-    )
 
 
 def encoder_of(chosen: dict[str, Any]) -> BulkEncoder:
@@ -350,19 +326,19 @@ def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) ->
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents as ids, cut into Megatron sequences; EODs are not among them."""
+    """Documents as ids, cut into Megatron sequences; EODs are not among them.
+
+    Attributes:
+        ids: The ids of all documents end to end, shape [ids].
+        lengths: Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer.
+        sequence_lengths: Ids per sequence, none zero, int64, shape [sequences].
+        num_sequences: Sequences per document, int64, shape [documents]; 0 where it has no ids.
+    """
 
     ids: np.ndarray[Any, Any]
-    """The ids of all documents end to end, shape [ids]."""
-
     lengths: np.ndarray[Any, Any]
-    """Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer."""
-
     sequence_lengths: np.ndarray[Any, Any]
-    """Ids per sequence, none zero, int64, shape [sequences]."""
-
     num_sequences: np.ndarray[Any, Any]
-    """Sequences per document, int64, shape [documents]; 0 where it has no ids."""
 
     def sequence_lengths_with_eod(self) -> np.ndarray[Any, Any]:
         """Return tokens per sequence with an EOD in the last one of each document."""

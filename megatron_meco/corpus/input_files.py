@@ -17,39 +17,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from megatron_meco.corpus.outputs import (
-    is_side_file,
-    is_utf8,
-    is_work_folder,
-    logs_of,
-    output_paths,
-    work_folder_of,
+from megatron_meco.corpus.input_bytes import (
+    COMPRESSIONS,
+    FORMAT_BY_SUFFIX,
+    Part,
+    filesystem_of,
+    is_compressed,
+    is_remote,
+    open_source,
 )
-from megatron_meco.corpus.wording import counted
+from megatron_meco.corpus.outputs import is_side_file, logs_of, output_paths
+from megatron_meco.corpus.work_folder import is_work_folder, work_folder_of
 from megatron_meco.errors import DataError
+from megatron_meco.wording import counted, is_utf8
 
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".warc": "warc",
-    ".wet": "warc",
-}
-READ_SUFFIXES = tuple(_SUFFIXES)
-_COMPRESSIONS = (".gz", ".zst")
-# Compressed by the reader of the format itself, or never.
-FORMATS = tuple(dict.fromkeys(_SUFFIXES.values()))
 # What others compress and pack with, which is not read here.
 _NOT_READ = (".7z", ".bz2", ".br", ".lz4", ".lzma", ".rar", ".sz", ".tar", ".tgz", ".xz", ".zip")
 # A Hugging Face data set saved to disk keeps its description beside its data.
 _NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _TASKS = 1024
 _MIN_TASK_BYTES = 16 << 20
 _MAX_TASK_BYTES = 1 << 30
@@ -57,74 +44,19 @@ _MAX_TASK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the input."""
+    """One file of the input.
 
-    path: str
-    """A path, or a URL that fsspec opens."""
-
-    format: str
-    """One of `FORMATS`."""
-
-    num_bytes: int
-    """Its size as it is stored."""
-
-    stamp: str
-    """What changes when the file does: a date or an ETag; empty where there is none."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file, or the byte range of a plain JSONL file, that one task reads."""
-
-    path: str
-    """A path, or a URL that fsspec opens."""
-
-    format: str
-    """One of `FORMATS`."""
-
-    begin: int
-    """The first byte; lines that begin in the range belong to it."""
-
-    end: int
-    """One past the last byte."""
-
-    is_whole: bool
-    """Whether the part is the whole file."""
-
-    stamp: str = ""
-    """The file's `SourceFile.stamp`; empty: it is not looked at again."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL for fsspec."""
-    return "://" in path
-
-
-def open_source(path: str) -> BinaryIO:
-    """Open a file for reading as it is stored.
-
-    Args:
-        path: A path or URL.
-
-    Returns:
-        The file, which can seek.
-
-    Raises:
-        OSError: It cannot be opened.
+    Attributes:
+        path: A path, or a URL that fsspec opens.
+        format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
+        num_bytes: Its size as it is stored.
+        stamp: What changes when the file does: a date or an ETag; empty where there is none.
     """
-    if not is_remote(path):
-        # A pipe would be waited for, for ever.
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise OSError(errno.EINVAL, "not a plain file", path)
-        return open(path, "rb")
-    filesystem, name = _filesystem(path)
-    return cast(BinaryIO, filesystem.open(name, "rb"))
 
-
-def is_compressed(path: str, magic: bytes) -> bool:
-    """Whether a file is gzip or Zstandard, by its name or its first four bytes."""
-    return path.endswith(_COMPRESSIONS) or magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
+    path: str
+    format: str
+    num_bytes: int
+    stamp: str
 
 
 def find_files(
@@ -257,7 +189,7 @@ class _Search:
             raise DataError(
                 "is empty", where="INPUT", remedy="Name a file; an unset shell variable gives none."
             )
-        filesystem, path = _filesystem(name)
+        filesystem, path = filesystem_of(name)
         is_local = _is_local(filesystem)
         if filesystem.isdir(path):
             found = self._in_folder(filesystem, path, name)
@@ -315,14 +247,14 @@ class _Search:
             raise DataError(
                 "no data files in this folder",
                 where=name,
-                remedy=f"Data files end in {', '.join(_SUFFIXES)}, with .gz or .zst where that "
-                "is usual; name others one by one.",
+                remedy=f"Data files end in {', '.join(FORMAT_BY_SUFFIX)}, with .gz or .zst where "
+                "that is usual; name others one by one.",
             )
         return found
 
     def _pass_over(self, file: str) -> None:
         stem, suffix = os.path.splitext(file)
-        if suffix.lower() in _NOT_READ and os.path.splitext(stem)[1].lower() in _SUFFIXES:
+        if suffix.lower() in _NOT_READ and os.path.splitext(stem)[1].lower() in FORMAT_BY_SUFFIX:
             raise _not_read(file)
         self._passed_over.append(file)
 
@@ -454,7 +386,7 @@ def check_unchanged(part: Part) -> None:
     """
     if not part.stamp or is_remote(part.path):
         return
-    filesystem, path = _filesystem(part.path)
+    filesystem, path = filesystem_of(part.path)
     try:
         now = _source_file(filesystem, path, part.path)
         is_same = now.stamp == part.stamp and (not part.is_whole or now.num_bytes == part.end)
@@ -477,21 +409,14 @@ def _source_file(filesystem: Any, path: str, shown: str) -> SourceFile:
 
 def _stem_and_suffix(path: str) -> tuple[str, str]:
     stem, suffix = os.path.splitext(path.rsplit("/", 1)[-1].lower())
-    return os.path.splitext(stem) if suffix in _COMPRESSIONS else (stem, suffix)
+    return os.path.splitext(stem) if suffix in COMPRESSIONS else (stem, suffix)
 
 
 def _format(path: str) -> str:
     # Lines of JSON are what a name that says nothing most likely holds.
-    return _SUFFIXES.get(_stem_and_suffix(path)[1], "jsonl")
+    return FORMAT_BY_SUFFIX.get(_stem_and_suffix(path)[1], "jsonl")
 
 
 def _is_data(path: str) -> bool:
     is_described = path.rpartition("/")[2] in _NOT_DATA
-    return _stem_and_suffix(path)[1] in _SUFFIXES and not is_described
-
-
-def _filesystem(name: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(name)
-    return filesystem, path
+    return _stem_and_suffix(path)[1] in FORMAT_BY_SUFFIX and not is_described

@@ -9,24 +9,37 @@ compressed file in parallel.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from megatron_meco.corpus.sources import READ_SUFFIXES, open_source
 from megatron_meco.errors import DataError
 
-_CHUNK_BYTES = 1 << 20
-_BLOCK_BYTES = 1 << 18
+COMPRESSIONS = (".gz", ".zst")
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 # Long-range archives use windows up to 2 GiB, above the library's default limit.
 _ZSTD_MAX_WINDOW = 1 << 31
+FORMAT_BY_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".warc": "warc",
+    ".wet": "warc",
+}
 # What others begin with: read as lines or rows, they would be rejected piece by piece.
 _OTHER_FORMATS = {
     b"PAR1": "Parquet",
@@ -42,21 +55,82 @@ _OTHER_FORMATS = {
 }
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL for fsspec."""
+    return "://" in path
+
+
+def filesystem_of(name: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a path or URL, and the name in it."""
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(name)
+    return filesystem, path
+
+
+def open_source(path: str) -> BinaryIO:
+    """Open a file for reading as it is stored.
+
+    Args:
+        path: A path or URL.
+
+    Returns:
+        The file, which can seek.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if not is_remote(path):
+        # A pipe would be waited for, for ever.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "not a plain file", path)
+        return open(path, "rb")
+    filesystem, name = filesystem_of(path)
+    return cast(BinaryIO, filesystem.open(name, "rb"))
+
+
+def is_compressed(path: str, magic: bytes) -> bool:
+    """Whether a file is gzip or Zstandard, by its name or its first four bytes."""
+    return path.endswith(COMPRESSIONS) or magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
+
+
 @dataclass(frozen=True)
-class LineChunk:
-    """Consecutive whole lines of one file."""
+class Part:
+    """A file, or the byte range of a plain JSONL file, that one task reads.
+
+    Attributes:
+        path: A path, or a URL that fsspec opens.
+        format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
+        begin: The first byte; lines that begin in the range belong to it.
+        end: One past the last byte.
+        is_whole: Whether the part is the whole file.
+        stamp: The file's `SourceFile.stamp`; empty: it is not looked at again.
+    """
 
     path: str
-    """The file, as the user named it."""
+    format: str
+    begin: int
+    end: int
+    is_whole: bool
+    stamp: str = ""
 
+
+@dataclass(frozen=True)
+class LineChunk:
+    """Consecutive whole lines of one file.
+
+    Attributes:
+        path: The file, as the user named it.
+        first_line: The number of the first line, counted from 1.
+        data: The lines with their ends; the last line of a file may lack its end.
+        source_bytes: How far into the file (compressed) reading had come.
+    """
+
+    path: str
     first_line: int
-    """The number of the first line, counted from 1."""
-
     data: bytes
-    """The lines with their ends; the last line of a file may lack its end."""
-
     source_bytes: int
-    """How far into the file (compressed) reading had come."""
 
 
 def read_chunks(
@@ -193,8 +267,8 @@ def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[byte
                 raise DataError(
                     f"is {other}, not what its name says",
                     where=path,
-                    remedy=f"Name the file by its format ({', '.join(READ_SUFFIXES)}, with .gz or "
-                    ".zst where that is usual), or convert it.",
+                    remedy=f"Name the file by its format ({', '.join(FORMAT_BY_SUFFIX)}, with .gz "
+                    "or .zst where that is usual), or convert it.",
                 )
             file.seek(begin)
             if path.endswith(".gz") or magic.startswith(_GZIP_MAGIC):
