@@ -17,8 +17,9 @@ from megatron_meco import __version__
 from megatron_meco.config import COOLDOWN, PLAIN, MeCoConfig, add_meco_arguments
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.data.report import start_of
+from megatron_meco.data.template import SYNTAX, syntax_of
 from megatron_meco.errors import MeCoError
-from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.conditioning import NO_VALUES, Conditioning, template_of_run
 from megatron_meco.training.arguments import schedule_from_args
 from megatron_meco.wording import shown
 
@@ -40,13 +41,15 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
     """
     args = _with_meco_defaults(args)
     paths = _data_paths(args)
-    template = args.meco_template if args.meco else ""
+    known = getattr(args, "meco_fingerprint", None)
+    template = template_of_run(args.meco_template, syntax_of(known)) if args.meco else ""
     conditioning = Conditioning.of_run(template, _known_columns(paths))
     config = MeCoConfig.from_args(args)
     return {
         "format": FORMAT,
         "trained_with_meco": bool(args.meco),
         "template": template,
+        "template_syntax": SYNTAX,
         "fields": list(conditioning.columns),
         "required_fields": list(conditioning.required()),
         "bos_token_id": bos,
@@ -61,7 +64,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
         "data_paths": paths,
         "cooldown_data_paths": list(config.cooldown_data_path),
         # See megatron_meco.training.run_fingerprint; older checkpoints have none.
-        "run_fingerprint": getattr(args, "meco_fingerprint", None),
+        "run_fingerprint": known,
         "versions": {
             "megatron-meco": __version__,
             "megatron-core": _version("megatron-core"),
@@ -170,8 +173,8 @@ def _conditioning_lines(card: dict[str, Any]) -> list[str]:
         prefix = conditioning.render({"url": _EXAMPLE_URL})
         lines += [f"    url={_EXAMPLE_URL}  ->  {prefix!r}", ""]
     if not conditioning.columns:
-        return [*lines, f"    {conditioning.render({})!r}", ""]
-    given = " ".join(f"{shown(name)}=..." for name in conditioning.columns)
+        lines += [f"    {conditioning.render({})!r}", ""]
+    given = " ".join(f"{shown(name)}=..." for name in conditioning.columns) or NO_VALUES
     return [
         *lines,
         f"    meco generate --model THIS_FOLDER --metadata {given} --prompt TEXT",

@@ -177,6 +177,23 @@ def test_the_card_of_a_run_that_started_plain(
     assert "plain documents.\n" in model_card(without)
 
 
+def test_the_card_of_a_template_without_fields(tokenizer_folder: Path) -> None:
+    args = run_args(tokenizer_folder, meco_template="{token:<|end_of_text|>}")
+    args.meco_fingerprint = {"pad_documents_to": 1, "corpora": [], "cooldown_corpora": None}
+    card = describe_run(args, 20, 0, 1)
+    assert (card["template_syntax"], card["fields"]) == (2, [])
+    text = model_card(card)
+    assert "    '<|end_of_text|>'\n" in text
+    assert "--metadata empty --prompt TEXT" in text
+
+
+def test_the_card_of_a_run_from_before_there_were_groups(tokenizer_folder: Path) -> None:
+    args = run_args(tokenizer_folder, meco_template="[[{url.host}]] ")
+    card = describe_run(args, 20, 0, 1)
+    assert card["template"] == r"\[\[{url.host}\]\] "
+    assert "-> '[[en.wikipedia.org]] '" in " ".join(model_card(card).split())
+
+
 def test_a_run_without_meco(tmp_path: Path, tokenizer_folder: Path) -> None:
     args = run_args(tokenizer_folder, untie_embeddings_and_output_weights=False)
     del args.meco, args.meco_template
