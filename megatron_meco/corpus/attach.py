@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from megatron_meco.corpus.tokenizer import (
 )
 from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import JSON_HELP, json_line
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
@@ -361,6 +362,7 @@ def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --from: how many documents to tokenise again; default: %(default)s",
     )
     add("--overwrite", action="store_true", help="replace metadata that is there")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_attach(args: argparse.Namespace) -> int:
@@ -398,6 +400,7 @@ def run_attach(args: argparse.Namespace) -> int:
                     what = "not a plain file" if os.path.exists(path) else "no such file"
                 remedy = f"Give files that end in {', '.join(_TABLES)}."
                 raise DataError(what, where=path, remedy=remedy)
+    report: dict[str, Any] = {}
     if args.join:
         counts = attach_by_key(
             prefix,
@@ -408,6 +411,7 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         count, verified = counts.documents, str(counts)
+        report = asdict(counts)
     elif args.table:
         count = attach_from_table(prefix, args.table, fields, overwrite=args.overwrite)
         verified = "their order cannot be checked"
@@ -422,6 +426,10 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         verified = f"{number:,} of them tokenised again and equal"
+        report = {"verified": number}
+    if args.json:
+        print(json_line({"documents": count, **report, "files": [metadata_path(prefix)]}))
+        return 0
     print(f"written: {metadata_path(prefix)}, {counted(count, 'row')} ({verified})")
     return 0
 
