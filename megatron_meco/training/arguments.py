@@ -17,7 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 from megatron_meco.config import FINGERPRINT_KEYS, PLAIN, MeCoConfig, add_meco_arguments
@@ -64,6 +64,7 @@ from megatron_meco.training.kernels import (
 )
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
+    keep_padding_out_of_experts,
     let_distributed_optimizer_resume,
     let_functions_be_specs,
     skip_helper_compilation,
@@ -449,6 +450,7 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     config = MeCoConfig.from_args(args)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
+    _check_balance_in_samples(args)
     if args.seq_length:
         config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
@@ -458,6 +460,23 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     check_corpora(corpus_prefixes(args), Template.parse(config.template))
     cooldown = cooldown_blend(args)
     check_corpora(cooldown[0] if cooldown else [], None)
+
+
+def _check_balance_in_samples(args: argparse.Namespace) -> None:
+    """Refuse to balance experts within samples where Megatron cannot tell samples apart."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if (
+        args.num_experts
+        and "seq_aux_loss" in args.moe_router_load_balancing_type
+        and (args.micro_batch_size or 1) > 1
+        and "tokens_per_sample" not in {field.name for field in fields(PackedSeqParams)}
+    ):
+        raise FlagError(
+            "this Megatron would take the loss over all samples of a packed micro-batch",
+            where="--moe-router-load-balancing-type seq_aux_loss",
+            remedy="Use --micro-batch-size 1, aux_loss or Megatron-Core 0.19.",
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
@@ -642,7 +661,10 @@ def apply_meco(args: argparse.Namespace) -> None:
             # With this, stages also send the shape. Megatron requires the second setting with it,
             # even without experts.
             args.variable_seq_lengths = True
-            args.moe_token_dispatcher_type = "alltoall"
+            if args.moe_token_dispatcher_type == "allgather":
+                args.moe_token_dispatcher_type = "alltoall"
+        if args.num_experts:
+            keep_padding_out_of_experts()
         if args.use_distributed_optimizer and optimizer_library() == "torch":
             let_distributed_optimizer_resume()
     # Megatron 0.18 has no such flag.
@@ -667,7 +689,6 @@ def _uses_local_layers(args: argparse.Namespace) -> bool:
         "experimental_attention_variant",
         "heterogeneous_layers_config_path",
         "heterogeneous_layers_config_encoded_json",
-        "num_experts",
         "multi_latent_attention",
     )
     chosen = any(getattr(args, name, None) for name in others)

@@ -150,7 +150,8 @@ def test_padding_behind_documents_equals_the_oracle(
     urls = hosts(len(bodies))
     prefix = write_corpus(tmp_path / "c", bodies, {"url": urls})
     meco = MeCoConfig(template=TEMPLATE, pad_documents_to=align, train_on_prefix=True)
-    dataset = build(make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos)), 90)
+    config = make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos), mark_padding=True)
+    dataset = build(config, 90)
     order = reference.document_order(150, (0, 150), SEED, epochs=6)
     prefixes = [prefix_of(url) for url in urls]
     packs, _ = reference.truncate_packs(order, bodies, prefixes, bos, LENGTH, 90, align=align)
@@ -160,6 +161,8 @@ def test_padding_behind_documents_equals_the_oracle(
         assert not (sample["cu_seqlens"] % align).any()
         padded = sum(d["alignment_tokens"] for d in dataset.documents_of(i))
         assert padded == sum(token.kind == "pad" for token in pack.tokens)
+        kinds = [token.kind == "pad" for token in pack.tokens]
+        assert sample["meco_padding"].tolist() == kinds + [True] * (LENGTH - len(kinds))
 
 
 def test_one_epoch_holds_every_document_once_and_pads_the_last_pack(tmp_path: Path) -> None:
@@ -303,7 +306,9 @@ def test_validation_shows_each_pack_in_three_views_as_the_oracle(
     path = write_corpus(tmp_path / "c", bodies, {"url": urls})
     schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
     blend = ([path, path], [0.5, 0.5]) if blended else ([path], None)
-    config = make_config(path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos))
+    config = make_config(
+        path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos), mark_padding=True
+    )
     train, valid, _ = build_datasets(
         [80, 20, 0], lambda: True, config, schedule, evaluation=EvaluationBlocks(10)
     )
@@ -324,6 +329,8 @@ def test_validation_shows_each_pack_in_three_views_as_the_oracle(
             number = int(dataset.dataset_sample_index[number])
         pack = reference.in_view(packs[number], prefixes, view.name.lower(), number)
         assert arrays(sample) == pack.arrays(LENGTH, pad=EOD)
+        kinds = [token.kind == "pad" for token in pack.tokens]
+        assert sample["meco_padding"].tolist() == kinds + [True] * (LENGTH - len(kinds))
         compared = pack.compared(LENGTH)
         assert sample["meco_compared"].tolist() == [mark * (place < 9) for mark in compared]
         num_compared += sum(compared)

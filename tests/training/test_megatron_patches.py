@@ -76,6 +76,17 @@ class TestAnotherMegatron:
             megatron_patches.skip_steps_without_reading_batches()
         assert training.dummy_train_step is replacement
 
+    def test_experts_of_another_router_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Padding would count."""
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        def other(self: object, routing_map: object) -> None: ...
+
+        monkeypatch.setattr(TopKRouter, "_apply_expert_bias", other)
+        with pytest.raises(MeCoError, match=r"megatron-core: has no TopKRouter._apply_expert_bias"):
+            megatron_patches.keep_padding_out_of_experts.__wrapped__()
+        assert TopKRouter._apply_expert_bias is other
+
     def test_an_unknown_scale_is_not_taken_for_1(self) -> None:
         assert megatron_patches.rotary_scale(SimpleNamespace(_yarn_concentration_factor=1.5)) == 1.5
         with pytest.raises(MeCoError, match=r"megatron-core: has no .*_yarn_concentration_factor"):
