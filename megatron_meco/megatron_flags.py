@@ -1,6 +1,6 @@
 """Which flags of Megatron work with MeCo.
 
-Every flag of Megatron-Core 0.19.2 and of its main branch (d98e8a64) is in exactly one of
+Every flag of Megatron-Core 0.18, 0.19 and of its main branch (d98e8a64) is in exactly one of
 `HONOURED`, `REFUSED`, `UNTESTED`, `OTHER_PROGRAMS` and `COMPANIONS`. Any other flag belongs to a
 newer Megatron and is refused until it is added here (`megatron_meco.refusals`,
 `tests/training/test_megatron_flags.py`). Names are argparse's `dest`.
@@ -36,7 +36,8 @@ HONOURED = names_in(
     clone_scatter_output_in_embedding config_logger_dir context_parallel_size
     create_attention_mask_in_dataloader cross_entropy_fusion_impl cross_entropy_loss_fusion
     data_args_path data_cache_path data_parallel_random_init data_path
-    dataloader_inter_document_masking ddp_average_in_collective ddp_bucket_size ddp_num_buckets
+    dataloader_inter_document_masking dataloader_type
+    ddp_average_in_collective ddp_bucket_size ddp_num_buckets
     ddp_pad_buckets_for_high_nccl_busbw ddp_param_name_patterns_for_fp32_local_accumulation
     ddp_reduce_scatter_with_fp32_accumulation decoder_first_pipeline_num_layers
     decoder_last_pipeline_num_layers decoupled_lr decoupled_min_lr defer_embedding_wgrad_compute
@@ -60,6 +61,7 @@ HONOURED = names_in(
     flight_recorder_trace_buffer_size fp16 fp16_lm_cross_entropy fp32_residual_connection fp8
     fp8_amax_compute_algo fp8_amax_history_len fp8_interval fp8_margin fp8_output_proj
     fp8_param_gather fp8_quantizer_factory fp8_recipe fp8_wgrad ft_num_warmup_iters
+    full_validation
     global_batch_size glu_linear_offset gpu_sniff_test_interval grad_reduce_in_bf16
     gradient_accumulation_fusion gradient_reduce_div_fusion group_query_attention hidden_dropout
     hidden_size high_priority_stream_groups hybrid_layer_pattern hybrid_override_pattern hysteresis
@@ -118,7 +120,8 @@ HONOURED = names_in(
     use_layer_wise_param_layout use_mp_args_from_checkpoint_args use_persistent_ckpt_worker
     use_precision_aware_optimizer use_pytorch_profiler use_rope_scaling
     use_rotary_position_embeddings use_sharp use_tokenizer_model_from_checkpoint_args
-    use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping valid_data_path verify_integrity
+    use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping valid_data_path
+    multiple_validation_sets validation_set_names verify_integrity
     vocab_extra_ids vocab_file vocab_size wandb_entity wandb_exp_name wandb_project wandb_save_dir
     warmup weight_decay weight_decay_incr_style wgrad_deferral_limit window_attn_skip_freq
     window_size
@@ -130,32 +133,28 @@ _FULL_EXPERTS = (
     "an expert that is full drops tokens: those of one document would decide about those of others",
 )
 REFUSED: dict[str, tuple[str, ...]] = {
-    "ckpt_format": ("the format belongs to FSDP, which is not tested", "Use torch_dist."),
+    "ckpt_format": ("Megatron writes this format for FSDP only", "Use torch_dist."),
     "create_attention_mask_in_dataloader": (
-        "it separates documents by cu_seqlens, without a dense mask",
+        "MeCo separates documents by cu_seqlens and makes no dense mask",
     ),
-    "dataloader_defer_npy_index_mmap": ("its plan is no .npy index and is mapped without a scan",),
-    "dataloader_fast_cache_load": ("its plan is no .npy index and is mapped without a scan",),
+    "dataloader_defer_npy_index_mmap": ("MeCo has a plan in place of Megatron's .npy index",),
+    "dataloader_fast_cache_load": ("MeCo has a plan in place of Megatron's .npy index",),
     "dataloader_type": (
-        "phases follow the order of the samples, which only the `single` loader keeps",
-        "Drop the flag; packs are shuffled when they are planned.",
+        "the phase of a sample is decided by its place in the run, and this loader shuffles",
+        "Use single or external. Packs are shuffled when they are planned.",
     ),
     "decrease_batch_size_if_needed": (
-        "the phases are counted in samples of the batch size that was asked for",
+        "the phases are counted in samples of the given batch size",
         "Choose a --global-batch-size that the layout divides.",
     ),
-    "encoder_seq_length": ("one length rules plans and layers", "Use --seq-length."),
-    "eod_mask_loss": ("it masks by token id; MeCo trains EOD and masks borders by position",),
+    "encoder_seq_length": ("plans and layers have one length", "Use --seq-length."),
+    "eod_mask_loss": ("it masks by token id; MeCo trains on EOD and masks borders by position",),
     "experimental_attention_variant": (
         "nobody has shown that this attention keeps packed documents apart",
     ),
     "fim_data": (
         "it rearranges the tokens that MeCo masks by position",
         "Drop --fim-data or --meco.",
-    ),
-    "full_validation": (
-        "Megatron ends the run at the first evaluation, unless there are several validation sets",
-        "Drop the flag and give --eval-iters.",
     ),
     "heterogeneous_layers_config_encoded_json": (
         "nobody has shown that these layers keep packed documents apart",
@@ -168,13 +167,13 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "Use --context-parallel-size with --cp-comm-type p2p.",
     ),
     "hybrid_context_parallel": (
-        "it takes its batches from a loader of its own, without MeCo's packs",
+        "its data loader deals parts of a sample to several ranks, and a pack is one piece",
         "Use --context-parallel-size.",
     ),
     "max_seqlen_per_dp_cp_rank": ("it belongs to --hybrid-context-parallel",),
     "mock_data": ("mock documents have no metadata", "Give --data-path, or drop --meco."),
     "modelopt_enabled": (
-        "ModelOpt's loss takes the place of the masked one",
+        "ModelOpt's loss replaces the masked one",
         "Drop one of the two.",
     ),
     "moe_expert_capacity_factor": _FULL_EXPERTS,
@@ -190,11 +189,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "Use aux_loss, seq_aux_loss, global_aux_loss or none.",
     ),
     "moe_token_drop_policy": _FULL_EXPERTS,
-    "mrope_section": ("the rotary positions of images have no place in text",),
+    "mrope_section": ("it sets rotary positions of images, and MeCo trains on text",),
     "multi_latent_attention": ("latent attention over packed documents is not tested",),
-    "multiple_validation_sets": ("MeCo reports its validation losses from one set",),
     "non_persistent_ckpt_type": (
-        "a restart cannot compare its samples with those of a local checkpoint",
+        "on a restart the samples cannot be compared with those of a local checkpoint",
         "Use --non-persistent-ckpt-type global.",
     ),
     "overlap_moe_expert_parallel_comm": (
@@ -210,7 +208,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "Use rope, yarn, learned_absolute or none.",
     ),
     "rampup_batch_size": (
-        "this Megatron reads the flag and ignores it",
+        "Megatron parses the flag and ignores it",
         "Use --step-batch-size-schedule.",
     ),
     "reset_attention_mask": (
@@ -219,7 +217,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "reset_position_ids": (
         "it finds documents by the EOD token; MeCo restarts positions at each document",
     ),
-    "sft": ("it brings packed data of its own", "Drop --sft or --meco."),
+    "sft": ("it packs samples in its own way", "Drop --sft or --meco."),
     "sft_tokenizer_prompt_format": ("it belongs to --sft",),
     "transformer_impl": (
         "these layers are for inference",
@@ -227,7 +225,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "use_megatron_fsdp": ("FSDP is not tested with MeCo", "Use --use-distributed-optimizer."),
     "use_torch_fsdp2": ("FSDP is not tested with MeCo", "Use --use-distributed-optimizer."),
-    "validation_set_names": ("MeCo reports its validation losses from one set",),
     "yaml_cfg": ("MeCo checks command-line flags", "Give the flags on the command line."),
 }
 """Flags that contradict MeCo: the reason, and the remedy where it is not to drop the flag.
@@ -282,7 +279,9 @@ OTHER_PROGRAMS = {
         grpo_filter_groups_with_same_reward grpo_group_size grpo_iterations grpo_kl_beta
         grpo_prompts_per_step langrl_env_config perform_rl_step refit_method
         rl_consumption_granularity rl_default_temperature rl_default_top_k rl_default_top_p
-        rl_durable_rollout_bank rl_generation_lag rl_importance_sampling_truncation_coef
+        rl_durable_rollout_bank rl_generation_batch_size rl_generation_lag
+        rl_num_parallel_generation_batches rl_num_parallel_generations rl_parallel_generation_tasks
+        rl_importance_sampling_truncation_coef
         rl_inference_expert_model_parallel_size rl_inference_expert_tensor_model_parallel_size
         rl_inference_logprobs_is_correction rl_inference_model_unified_memory_level
         rl_inference_parsers rl_inference_pipeline_model_parallel_size

@@ -101,8 +101,9 @@ def check_flags(
                 )
         for main, names in COMPANIONS.items():
             if name in names and main not in given:
+                needed = f"without {flags[main].spelling}" if main in flags else "in this Megatron"
                 raise FlagError(
-                    f"has no effect without {flags[main].spelling}" if main in flags else "unused",
+                    f"has no effect {needed}",
                     where=where,
                     remedy=_DROP,
                 )
@@ -236,7 +237,7 @@ def _differs(value: Any, default: Any) -> bool:
 # Flags of which only some values are refused.
 _VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
     "create_attention_mask_in_dataloader": bool,
-    "dataloader_type": lambda value: value != "single",
+    "dataloader_type": lambda value: value == "cyclic",
     "position_embedding_type": lambda value: value in ("mrope", "relative"),
     "transformer_impl": lambda value: value == "inference_optimized",
     "non_persistent_ckpt_type": lambda value: value == "local",
@@ -455,6 +456,23 @@ def _check_iterations_and_samples(args: argparse.Namespace) -> None:
             )
 
 
+def _check_background_saves(args: argparse.Namespace) -> None:
+    if not args.async_save:
+        return
+    if not args.use_persistent_ckpt_worker:
+        raise FlagError(
+            "without --use-persistent-ckpt-worker Megatron's `validate_args` turns it off",
+            where="--async-save",
+            remedy="Add that flag, or drop this one.",
+        )
+    if args.ckpt_format != "torch_dist":
+        raise FlagError(
+            "Megatron's `save_checkpoint` has it for other formats only",
+            where=f"--async-save --ckpt-format {args.ckpt_format}",
+            remedy="Use --ckpt-format torch_dist, or drop --async-save.",
+        )
+
+
 def _check_micro_batch(args: argparse.Namespace) -> None:
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         tokens = (getattr(args, name) or 0) * (args.seq_length or 0)
@@ -610,13 +628,13 @@ def _check_context_parallelism(args: argparse.Namespace) -> None:
     given = getattr(args, "meco_pad_documents_to", None)
     if given is not None and given % alignment:
         raise FlagError(
-            f"no multiple of {alignment}, in which this layout divides the documents of a pack",
+            f"not a multiple of {alignment}: the ranks divide every document of a pack by that",
             where=f"--meco-pad-documents-to {given}",
             remedy=f"Give {math.lcm(max(given, 1), alignment)}, or drop the flag.",
         )
     if args.seq_length and args.seq_length % alignment:
         raise FlagError(
-            f"no multiple of {alignment}, in which this layout divides the documents of a pack",
+            f"not a multiple of {alignment}: the ranks divide every document of a pack by that",
             where=f"--seq-length {args.seq_length}",
             remedy=f"Give {-(-args.seq_length // alignment) * alignment}.",
         )
@@ -687,6 +705,7 @@ _RULES = (
     _check_experts,
     _check_context_parallelism,
     _check_rotary,
+    _check_background_saves,
     _check_batch_schedule,
     _check_iterations_and_samples,
     _check_micro_batch,

@@ -228,17 +228,24 @@ class Follower:
             "shuffled minus conditioned": "wrong minus right",
             "": "",
         }
-        losses = [
-            " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
-            for name, value in validation.losses.items()
-        ]
+
+        def shown(losses: dict[str, float]) -> str:
+            parts = [
+                " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
+                for name, value in losses.items()
+            ]
+            return ", ".join(parts)
+
         phases = self._log.phases
         at_switch = phases is not None and validation.iteration in (
             phases.start_iteration,
             phases.switch_iteration,
         )
         note = " (at the switch)" if at_switch else ""
-        self.say(f"iteration {validation.iteration:,}{note}: validation loss {', '.join(losses)}")
+        whole = shown(validation.losses)
+        self.say(f"iteration {validation.iteration:,}{note}: validation loss {whole}")
+        for name, losses in validation.sets.items():
+            self.say(f"  validation set {name}: {shown(losses)}")
 
     def _tell_of_waiting(self) -> None:
         if self._log.last is not None:

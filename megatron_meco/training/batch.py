@@ -37,11 +37,12 @@ _KEYS = (
     "position_ids",
     "tokens",
 )
-# Behind the borders of documents: prefix tokens, and the view of a validation sample.
-_NUM_FACTS = 2
+# Behind the borders of documents: prefix tokens, and the view and set of a validation sample.
+_NUM_FACTS = 3
 _VECTOR = "meco_sample"
 # Samples of the baseline have no `meco_view`; all are plain.
 _PLAIN = torch.tensor(0)
+_FIRST_SET = torch.tensor(0)
 
 
 def has_experts(args: argparse.Namespace) -> bool:
@@ -50,7 +51,7 @@ def has_experts(args: argparse.Namespace) -> bool:
 
 
 class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """MeCo's samples as vectors: `cu_seqlens`, two facts, tokens, positions, loss mask.
+    """MeCo's samples as vectors: `cu_seqlens`, three facts, tokens, positions, loss mask.
 
     Args:
         dataset: Samples with Megatron's keys, such as those of `MeCoGPTDataset`.
@@ -75,7 +76,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             idx: Index for the dataset.
 
         Returns:
-            meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
+            meco_sample: (num_bounds + 3 * sequence_length + 4,), int32; the loss mask in it is
                 float32 bit by bit. In evaluation the mask is 2 for labels that are compared
                 between views, which are all in the loss. It is -1 for padding where the dataset
                 marks it, which is never in the loss.
@@ -94,6 +95,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             bounds,
             sample["meco_prefix_tokens"].view(1),
             sample.get("meco_view", _PLAIN).view(1),
+            sample.get("meco_set", _FIRST_SET).view(1),
             # Labels are the tokens from the second on, and one more.
             sample["tokens"],
             sample["labels"][-1:],
@@ -134,7 +136,8 @@ def meco_batch(
             the tail of each sample repeats its end: empty documents.
         compared: In evaluation, as the loss mask but bool: labels compared between views.
         padding: As the loss mask but bool: tokens of no document. None without experts.
-        facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
+        facts: (3, micro-batch), int32: prefix tokens of each sample, its `View`, and the number of
+            its validation set.
         The rest of Megatron's keys: None.
 
     Raises:

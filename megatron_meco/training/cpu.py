@@ -250,13 +250,6 @@ _GPU_ONLY: list[tuple[str, Callable[[Any], bool], str, str]] = [
         "--fine-grained-activation-offloading",
         "Remove it: all is on the CPU.",
     ),
-    (
-        # Copying to the host, which makes such a checkpoint safe, is no copy on the CPU.
-        "async_save",
-        _is_true,
-        "--async-save",
-        "Remove it: on a CPU training would change tensors while they are written.",
-    ),
     ("profile", _is_true, "--profile", "Remove it: it starts the CUDA profiler."),
     (
         "record_memory_history",

@@ -13,6 +13,8 @@ What, when it is needed, and when it goes:
   heads take a padding mask (Megatron-LM #6114, mended on its main branch for the router).
 - `let_functions_be_specs`: on MeCo's own attention layers in Megatron 0.18, whose scripts pass on
   what `--spec` names without calling it. From 0.19 on Megatron calls it.
+- `save_from_the_cpu_in_the_background`: with `--async-save` on a CPU, until Megatron's checkpoint
+  worker does without a CUDA device.
 - `rotary_scale` (read only): on MeCo's own attention layers, until it has a public name.
 
 Nothing is patched by importing this module. Each function checks that what it replaces has the
@@ -239,6 +241,52 @@ def keep_padding_out_of_experts() -> None:
         return (ids, positions, None if moved is None else ~moved, *rest)
 
     MultiTokenPredictionLayer._get_embeddings = embeddings
+
+
+@functools.cache
+def save_from_the_cpu_in_the_background() -> None:
+    """Let Megatron's own asynchronous saves (`--async-strategy mcore`) work on a CPU.
+
+    Megatron's worker process divides by the number of CUDA devices, and ends. It also gets the
+    tensors themselves, in shared memory, where it would copy a GPU's to the host: training would
+    change them while they are written.
+
+    Raises:
+        MeCoError: Megatron has no such worker.
+    """
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    caller: Any = getattr(async_utils, "PersistentAsyncCaller", None)
+    writer = filesystem_async.FileSystemWriterAsync
+    stock: Any = getattr(writer, "get_save_function_and_args", None)
+    if not callable(getattr(caller, "async_loop", None)) or not _has_signature(stock, "self"):
+        raise _unknown_megatron("PersistentAsyncCaller.async_loop")
+
+    @functools.wraps(stock)
+    def with_copies(self: Any) -> tuple[Any, Any, list[Any]]:
+        save, stage, arguments = stock(self)
+        if save is None:
+            return save, stage, arguments
+        rank, buckets, results = arguments
+        copies = [
+            (path, name, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, name, (data, tensors) in buckets
+        ]
+        # Nothing is left to stage, so training goes on at once.
+        return save, None, [rank, copies, results]
+
+    writer.get_save_function_and_args = with_copies
+    caller.async_loop = staticmethod(_run_checkpoint_worker)
+
+
+def _run_checkpoint_worker(*arguments: Any, **options: Any) -> None:
+    """Megatron's worker, in a new process, with `torch.cuda` answering for the CPU."""
+    from megatron_meco.training.cpu import enable_cpu_platform
+
+    enable_cpu_platform()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*arguments, **options)
 
 
 @functools.cache

@@ -48,6 +48,7 @@ def test_no_flag_is_decided_twice() -> None:
     assert both == {
         "ckpt_format",
         "create_attention_mask_in_dataloader",
+        "dataloader_type",
         "moe_router_load_balancing_type",
         "non_persistent_ckpt_type",
         "position_embedding_type",
@@ -69,6 +70,7 @@ def test_every_refused_flag_is_refused_by_name(flags: dict[str, Flag]) -> None:
     values = {
         "ckpt_format": "fsdp_dtensor",
         "create_attention_mask_in_dataloader": 1,
+        "dataloader_type": "cyclic",
         "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
         "position_embedding_type": "mrope",
         "transformer_impl": "inference_optimized",
@@ -202,15 +204,15 @@ def test_context_parallelism_passes(flags: dict[str, Flag], local: bool) -> None
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"hybrid_layer_pattern": "M*"}, "not tested with --context-parallel-size 2: state-space"),
         ({"window_size": (16, 0)}, "--window-size 16 0: not tested with"),
-        ({"seq_length": 66}, "--seq-length 66: no multiple of 4.*Give 68"),
-        ({"meco_pad_documents_to": 6}, "--meco-pad-documents-to 6: no multiple of 4.*Give 12"),
+        ({"seq_length": 66}, "--seq-length 66: not a multiple of 4:.*Give 68"),
+        ({"meco_pad_documents_to": 6}, "--meco-pad-documents-to 6: not a multiple of 4:.*Give 12"),
         (
             {
                 "meco_pad_documents_to": 4,
                 "sequence_parallel": True,
                 "tensor_model_parallel_size": 2,
             },
-            "--meco-pad-documents-to 4: no multiple of 8",
+            "--meco-pad-documents-to 4: not a multiple of 8",
         ),
         ({"cp_comm_type": ["a2a+p2p"]}, r"--cp-comm-type a2a\+p2p: unknown, or not for packed"),
         ({"cp_comm_type": ["p2p", "ring"]}, "--cp-comm-type ring: unknown"),
