@@ -57,6 +57,7 @@ from megatron_meco.training.cpu import (
     enable_cpu_platform,
     impossible_flags,
     looks_like_broken_gpu_setup,
+    run_checkpoint_worker,
     should_use_cpu,
 )
 from megatron_meco.training.kernels import (
@@ -213,7 +214,7 @@ def parse_and_validate_args(
         _end(error)
     apply_meco(args)
     if on_cpu and args.async_save:
-        save_from_the_cpu_in_the_background()
+        save_from_the_cpu_in_the_background(run_checkpoint_worker)
     if getattr(args, "dataloader_inter_document_masking", False) and _is_rank_0():
         print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args

@@ -8,7 +8,7 @@ and apex count as not installed, `CPU_DEFAULTS` turns off the other fused kernel
 GPUs only, and `impossible_flags` names what cannot be had.
 
 torch is changed for the whole process, for good. Not to be had on a CPU: Transformer Engine, FP8,
-CUDA graphs, asynchronous checkpoints.
+CUDA graphs.
 """
 
 from __future__ import annotations
@@ -528,3 +528,17 @@ def _hide_accelerator() -> None:
     torch.accelerator.device_count = _always(0)
     # Megatron always asks for pinned memory; that it has no effect here is no news.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+
+
+def run_checkpoint_worker(*arguments: Any, **options: Any) -> None:
+    """Run the process in which Megatron saves checkpoints while training goes on.
+
+    Args:
+        arguments: As of `PersistentAsyncCaller.async_loop`.
+        options: Likewise.
+    """
+    enable_cpu_platform()
+    # Only now: it asks for the number of devices.
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*arguments, **options)

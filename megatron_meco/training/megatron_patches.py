@@ -244,12 +244,15 @@ def keep_padding_out_of_experts() -> None:
 
 
 @functools.cache
-def save_from_the_cpu_in_the_background() -> None:
+def save_from_the_cpu_in_the_background(worker: Callable[..., None]) -> None:
     """Let Megatron's own asynchronous saves (`--async-strategy mcore`) work on a CPU.
 
     Megatron's worker process divides by the number of CUDA devices, and ends. It also gets the
     tensors themselves, in shared memory, where it would copy a GPU's to the host: training would
     change them while they are written.
+
+    Args:
+        worker: Runs Megatron's worker in a new process in which the CPU answers for CUDA.
 
     Raises:
         MeCoError: Megatron has no such worker.
@@ -276,17 +279,7 @@ def save_from_the_cpu_in_the_background() -> None:
         return save, None, [rank, copies, results]
 
     writer.get_save_function_and_args = with_copies
-    caller.async_loop = staticmethod(_run_checkpoint_worker)
-
-
-def _run_checkpoint_worker(*arguments: Any, **options: Any) -> None:
-    """Megatron's worker, in a new process, with `torch.cuda` answering for the CPU."""
-    from megatron_meco.training.cpu import enable_cpu_platform
-
-    enable_cpu_platform()
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    PersistentAsyncCaller.async_loop(*arguments, **options)
+    caller.async_loop = staticmethod(worker)
 
 
 @functools.cache

@@ -141,7 +141,7 @@ class TestSavesInTheBackground:
         found = object.__new__(writer)
         found.use_msc, found.results_queue = False, "results"
         found.write_buckets = [("ckpt/a", "a", ([("item", b"bytes")], [("item", weight)]))]
-        megatron_patches.save_from_the_cpu_in_the_background.__wrapped__()
+        megatron_patches.save_from_the_cpu_in_the_background.__wrapped__(print)
         save, stage, (rank, buckets, results) = found.get_save_function_and_args()
         assert callable(save)
         assert (stage, rank, results) == (None, 3, "results")
@@ -157,4 +157,4 @@ class TestSavesInTheBackground:
     ) -> None:
         monkeypatch.setattr(writer, "get_save_function_and_args", lambda self, plan: None)
         with pytest.raises(MeCoError, match=r"megatron-core: has no PersistentAsyncCaller"):
-            megatron_patches.save_from_the_cpu_in_the_background.__wrapped__()
+            megatron_patches.save_from_the_cpu_in_the_background.__wrapped__(print)
