@@ -87,12 +87,12 @@ COMMANDS = {
         run="run_tokenizer",
         example="""\
   meco tokenizer train pages-*.jsonl.zst --vocab-size 32000 --output my-tokenizer
-  meco tokenizer llama3 my-llama3""",
+  meco tokenizer llama3 --output my-llama3""",
     ),
     "prepare": Command(
         group=_CORPUS,
         summary="turn raw documents into Megatron files and a metadata file",
-        module="megatron_meco.corpus.prepare_command",
+        module="megatron_meco.corpus.prepare",
         add_arguments="add_prepare_arguments",
         run="run_prepare",
         example="""\

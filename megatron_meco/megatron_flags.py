@@ -77,34 +77,35 @@ HONOURED = names_in(
     main_params_dtype make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval
     masked_softmax_fusion max_position_embeddings memory_snapshot_path merge_file metadata_path
     micro_batch_size microbatch_group_size_per_vp_stage mid_level_dataset_surplus min_loss_scale
-    min_lr mmap_bin_files model_parallel_size mtp_num_layers muon_coefficient_type
-    muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov muon_num_ns_steps
-    muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode muon_use_syrk
-    nccl_communicator_config_path nccl_ub no_load_optim no_load_rng no_persist_layer_norm
-    no_rope_freq no_save_optim no_save_rng no_weight_decay_cond_type non_persistent_ckpt_type
-    non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo non_persistent_local_ckpt_dir
-    non_persistent_save_interval normalization null_tokenizer_eod_id null_tokenizer_pad_id
-    num_attention_heads num_dataset_builder_threads num_distributed_optimizer_instances num_layers
-    num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage
-    num_query_groups num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges
-    object_storage_cache_path one_logger_async one_logger_project one_logger_run_name openai_gelu
-    optimizer optimizer_cpu_offload optimizer_offload_fraction otel_enabled otel_service_name
-    otel_span_groups overlap_cpu_optimizer_d2h_h2d overlap_grad_reduce overlap_p2p_comm
-    overlap_p2p_comm_warmup_flush overlap_param_gather overlap_param_gather_with_optimizer_step
-    override_opt_param_scheduler pad_vocab_size padded_vocab_size per_split_data_args_path
-    perform_initialization pin_cpu_grads pin_cpu_params pipeline_model_parallel_comm_backend
-    pipeline_model_parallel_layout pipeline_model_parallel_size position_embedding_type
-    pretrained_checkpoint profile profile_ranks profile_step_end profile_step_start
-    pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra
-    pytorch_profiler_collect_shapes qk_clip qk_clip_alpha qk_clip_threshold qk_l2_norm qk_layernorm
-    quick_geglu recompute_activations recompute_granularity recompute_method recompute_modules
-    recompute_num_layers record_memory_history record_shapes rerun_mode
-    result_rejected_tracker_filename reuse_grad_buf_for_mxfp8_param_ag rope_scaling_factor
-    rotary_base rotary_interleaved rotary_percent rotary_seq_len_interpolation_factor
-    run_workload_inspector_server save save_activations_interval save_dgrads_interval save_interval
-    save_params_interval save_retain_interval save_tokenizer_assets save_wgrads_interval seed
-    seq_length sequence_parallel sgd_momentum sharp_enabled_group skip_train softmax_type spec
-    special_tokens split squared_relu start_eval_at_iter start_weight_decay step_batch_size_schedule
+    min_lr mmap_bin_files model_parallel_size moe_router_load_balancing_type mtp_num_layers
+    muon_coefficient_type muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov
+    muon_num_ns_steps muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode
+    muon_use_syrk nccl_communicator_config_path nccl_ub no_load_optim no_load_rng
+    no_persist_layer_norm no_rope_freq no_save_optim no_save_rng no_weight_decay_cond_type
+    non_persistent_ckpt_type non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo
+    non_persistent_local_ckpt_dir non_persistent_save_interval normalization null_tokenizer_eod_id
+    null_tokenizer_pad_id num_attention_heads num_dataset_builder_threads
+    num_distributed_optimizer_instances num_experts num_layers num_layers_at_end_in_bf16
+    num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage num_query_groups
+    num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges object_storage_cache_path
+    one_logger_async one_logger_project one_logger_run_name openai_gelu optimizer
+    optimizer_cpu_offload optimizer_offload_fraction otel_enabled otel_service_name otel_span_groups
+    overlap_cpu_optimizer_d2h_h2d overlap_grad_reduce overlap_p2p_comm overlap_p2p_comm_warmup_flush
+    overlap_param_gather overlap_param_gather_with_optimizer_step override_opt_param_scheduler
+    pad_vocab_size padded_vocab_size per_split_data_args_path perform_initialization pin_cpu_grads
+    pin_cpu_params pipeline_model_parallel_comm_backend pipeline_model_parallel_layout
+    pipeline_model_parallel_size position_embedding_type pretrained_checkpoint profile profile_ranks
+    profile_step_end profile_step_start pytorch_profiler_collect_callstack
+    pytorch_profiler_collect_chakra pytorch_profiler_collect_shapes qk_clip qk_clip_alpha
+    qk_clip_threshold qk_l2_norm qk_layernorm quick_geglu recompute_activations
+    recompute_granularity recompute_method recompute_modules recompute_num_layers
+    record_memory_history record_shapes rerun_mode result_rejected_tracker_filename
+    reuse_grad_buf_for_mxfp8_param_ag rope_scaling_factor rotary_base rotary_interleaved
+    rotary_percent rotary_seq_len_interpolation_factor run_workload_inspector_server save
+    save_activations_interval save_dgrads_interval save_interval save_params_interval
+    save_retain_interval save_tokenizer_assets save_wgrads_interval seed seq_length
+    sequence_parallel sgd_momentum sharp_enabled_group skip_train softmax_type spec special_tokens
+    split squared_relu start_eval_at_iter start_weight_decay step_batch_size_schedule
     straggler_ctrlr_port straggler_minmax_count stream_ckpt_dequant swiglu te_rng_tracker
     tensor_model_parallel_size tensorboard_dir tensorboard_log_interval tensorboard_queue_size
     test_data_path tiktoken_num_special_tokens tiktoken_pattern timing_log_level timing_log_option
@@ -128,6 +129,9 @@ HONOURED = names_in(
 )
 """Flags that mean the same with `--meco` as without."""
 
+_FULL_EXPERTS = (
+    "an expert that is full drops tokens: those of one document would decide about those of others",
+)
 REFUSED: dict[str, tuple[str, ...]] = {
     "ckpt_format": ("Megatron writes this format for FSDP only", "Use torch_dist."),
     "create_attention_mask_in_dataloader": (
@@ -172,15 +176,27 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "ModelOpt's loss replaces the masked one",
         "Drop one of the two.",
     ),
+    "moe_expert_capacity_factor": _FULL_EXPERTS,
+    "moe_expert_rank_capacity_factor": _FULL_EXPERTS,
+    "moe_pad_expert_input_to_capacity": _FULL_EXPERTS,
+    "moe_router_fusion": (
+        "Transformer Engine's fused loss takes a whole number of tokens; with a padding mask, "
+        "without which padding counts, Megatron gives it a fraction",
+    ),
+    "moe_router_load_balancing_type": (
+        "sinkhorn chooses experts by all tokens of a micro-batch, so that documents depend on each "
+        "other, and Megatron's quantile balancing takes no padding mask",
+        "Use aux_loss, seq_aux_loss, global_aux_loss or none.",
+    ),
+    "moe_token_drop_policy": _FULL_EXPERTS,
     "mrope_section": ("it sets rotary positions of images, and MeCo trains on text",),
     "multi_latent_attention": ("latent attention over packed documents is not tested",),
     "non_persistent_ckpt_type": (
         "on a restart the samples cannot be compared with those of a local checkpoint",
         "Use --non-persistent-ckpt-type global.",
     ),
-    "num_experts": (
-        "padding would count in the experts' load, auxiliary losses and bias: the router gets no "
-        "padding mask, and with one its expert bias fails (Megatron-LM #6114)",
+    "overlap_moe_expert_parallel_comm": (
+        "it takes its steps from a schedule that MeCo's forward step does not make",
     ),
     "per_dataset_sequences_path": ("MeCo reads the lengths of documents from the .idx files",),
     "phase_transition_iterations": (
@@ -232,12 +248,24 @@ UNTESTED = names_in(
     logits_load_kd_loss_alpha logits_load_msc_prefetch_depth logits_load_prefetch_factor
     logits_save_dir logits_save_dtype logits_save_top_k logits_save_top_p logits_save_top_p_min_k
     mhc_init_gating_factor mhc_num_residual_streams mhc_recompute_layer_num mhc_sinkhorn_iterations
-    min_offloaded_tensor_size mlp_chunks_for_training mup_attn_scale_power mup_base_head_dim
-    mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult offload_modules
-    optimizer_cuda_graph override_ckpt_iteration replication replication_factor replication_jump
-    te_precision_config_file tensor_parallel_num_weight_shards test_mode
-    use_grouped_gemm_for_dense_mlp use_kitchen_attention use_mup use_ring_exchange_p2p
-    use_te_activation_func use_transformer_engine_op_fuser
+    min_offloaded_tensor_size mlp_chunks_for_training moe_combine_bwd_dtype moe_dispatch_fwd_dtype
+    moe_enable_routing_replay moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+    moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs
+    moe_input_jitter_eps moe_latent_size moe_mlp_glu_interleave_size moe_ncclep_static_shape
+    moe_ncclep_zero_copy moe_paged_stash moe_paged_stash_buffer_size_factor_cpu
+    moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size
+    moe_permute_fusion_into_hybridep moe_router_force_biased moe_router_force_load_balancing
+    moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_router_quantile_balancing_ema
+    moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits
+    moe_routing_trace_dump_weights moe_routing_trace_max_training_iters moe_routing_trace_path
+    moe_shared_expert_glu_interleave_size moe_single_grouped_bias moe_single_grouped_weight
+    moe_upcycling_granularity moe_use_grouped_tensor moe_use_upcycling mup_attn_scale_power
+    mup_base_head_dim mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult
+    offload_modules optimizer_cuda_graph overlap_dispatch_backward_with_experts_wgrad
+    override_ckpt_iteration replication replication_factor replication_jump
+    save_tokens_per_expert_interval te_precision_config_file tensor_parallel_num_weight_shards
+    test_mode use_fused_weighted_squared_relu use_grouped_gemm_for_dense_mlp use_kitchen_attention
+    use_mup use_ring_exchange_p2p use_te_activation_func use_transformer_engine_op_fuser
     """
 )
 """Flags that change layers, losses or checkpoints in ways nobody has tried with `--meco`.
@@ -324,34 +352,18 @@ OTHER_PROGRAMS = {
 COMPANIONS = {
     "num_experts": names_in(
         """
-        ep_overlap_early_attn_memory_release expert_model_parallel_size expert_tensor_parallel_size
-        high_priority_a2a_comm_stream moe_apply_probs_on_input moe_aux_loss_coeff
-        moe_combine_bwd_dtype moe_deepep_num_sms moe_dispatch_fwd_dtype moe_enable_deepep
-        moe_enable_routing_replay moe_expert_capacity_factor moe_expert_rank_capacity_factor
+        expert_model_parallel_size expert_tensor_parallel_size high_priority_a2a_comm_stream
+        moe_apply_probs_on_input moe_aux_loss_coeff moe_deepep_num_sms moe_enable_deepep
         moe_ffn_hidden_size moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grouped_gemm
-        moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
-        moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs
-        moe_input_jitter_eps moe_latent_size moe_layer_freq moe_layer_recompute
-        moe_mlp_glu_interleave_size moe_ncclep_static_shape moe_ncclep_zero_copy
-        moe_pad_expert_input_to_capacity moe_paged_stash moe_paged_stash_buffer_size_factor_cpu
-        moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size moe_per_layer_logging
-        moe_permute_fusion moe_permute_fusion_into_hybridep moe_router_bias_update_rate
-        moe_router_dtype moe_router_enable_expert_bias moe_router_force_biased
-        moe_router_force_load_balancing moe_router_fusion moe_router_group_topk
-        moe_router_load_balancing_type moe_router_num_groups moe_router_padding_for_fp8
-        moe_router_padding_for_quantization moe_router_pre_softmax moe_router_quantile_balancing_ema
-        moe_router_score_function moe_router_topk moe_router_topk_scaling_factor
-        moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits
-        moe_routing_trace_dump_weights moe_routing_trace_max_training_iters moe_routing_trace_path
-        moe_shared_expert_gate moe_shared_expert_glu_interleave_size
-        moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_single_grouped_bias
-        moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy
-        moe_upcycling_granularity moe_use_grouped_tensor moe_use_upcycling moe_z_loss_coeff
-        overlap_dispatch_backward_with_experts_wgrad overlap_moe_expert_parallel_comm
-        save_tokens_per_expert_interval use_fused_weighted_squared_relu
-        use_grouped_gemm_for_shared_expert
+        moe_layer_freq moe_layer_recompute moe_per_layer_logging moe_permute_fusion
+        moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
+        moe_router_group_topk moe_router_num_groups moe_router_pre_softmax moe_router_score_function
+        moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
+        moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_token_dispatcher_type
+        moe_z_loss_coeff use_grouped_gemm_for_shared_expert
         """
     ),
+    "overlap_moe_expert_parallel_comm": names_in("ep_overlap_early_attn_memory_release"),
     "mtp_num_layers": names_in(
         """
         mtp_detach_heads mtp_hsm mtp_hybrid_override_pattern mtp_loss_scaling_factor mtp_standalone

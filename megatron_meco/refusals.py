@@ -224,6 +224,10 @@ def _any(value: Any) -> bool:
     return True
 
 
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _differs(value: Any, default: Any) -> bool:
     # NaN differs from every default, as it should here.
     return type(value) is not type(default) or bool(value != default)
@@ -238,22 +242,25 @@ _VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
     "transformer_impl": lambda value: value == "inference_optimized",
     "non_persistent_ckpt_type": lambda value: value == "local",
     "ckpt_format": lambda value: value in ("fsdp_dtensor", "torch_dcp"),
-    # Megatron takes 0 for none.
-    "num_experts": bool,
+    "moe_router_load_balancing_type": lambda value: (
+        not set(_each(value)) <= {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+    ),
 }
 
 _VALUES_LOCAL: dict[str, Callable[[Any], bool]] = {
     "attention_backend": lambda value: value.name not in ("auto", "unfused", "local"),
     "normalization": lambda value: value not in ("RMSNorm", "LayerNorm"),
     "softmax_type": lambda value: value != "vanilla",
+    "moe_token_dispatcher_type": lambda value: value == "flex",
     "cross_entropy_fusion_impl": lambda value: value != "native",
 }
 _NOT_ON_LOCAL_LAYERS = names_in(
     """
     attention_backend cross_entropy_fusion_impl flash_attention_version fp8 fp8_output_proj
-    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit mtp_num_layers
-    normalization qk_clip softmax_type tp_comm_overlap use_flash_attn window_attn_skip_freq
-    window_size
+    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit moe_enable_deepep
+    moe_grouped_gemm moe_permute_fusion moe_token_dispatcher_type mtp_num_layers normalization
+    qk_clip softmax_type tp_comm_overlap use_flash_attn use_grouped_gemm_for_shared_expert
+    window_attn_skip_freq window_size
     """
 )
 
@@ -377,6 +384,7 @@ def check_run(args: argparse.Namespace) -> None:
             where=f"--tensor-model-parallel-size {args.tensor_model_parallel_size}",
             remedy=f"Start a multiple of {layout} ranks, or change the layout.",
         )
+    _check_expert_layout(args)
     step = args.micro_batch_size * (ranks // layout)
     if args.step_batch_size_schedule is None and (args.global_batch_size or step) % step:
         raise FlagError(
@@ -394,6 +402,28 @@ def check_run(args: argparse.Namespace) -> None:
     if args.lr is not None and args.min_lr > args.lr:
         raise FlagError(
             f"above --lr {args.lr}", where=f"--min-lr {args.min_lr}", remedy="Give a smaller one."
+        )
+
+
+def _check_expert_layout(args: argparse.Namespace) -> None:
+    """Refuse expert-parallel sizes that do not fit the ranks; Megatron does so with a traceback."""
+    experts = getattr(args, "expert_model_parallel_size", 1) or 1
+    if experts == 1:
+        return
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    layout = experts * tensor * args.pipeline_model_parallel_size
+    if args.world_size % layout:
+        raise FlagError(
+            f"expert x expert-tensor x pipeline parallel sizes are {layout}, which does not divide "
+            f"the {args.world_size} ranks",
+            where=f"--expert-model-parallel-size {experts}",
+            remedy=f"Start a multiple of {layout} ranks, or change the layout.",
+        )
+    if args.num_experts and args.num_experts % experts:
+        raise FlagError(
+            f"no divisor of --num-experts {args.num_experts}",
+            where=f"--expert-model-parallel-size {experts}",
+            remedy="Choose one that is.",
         )
 
 
@@ -456,7 +486,6 @@ def _check_micro_batch(args: argparse.Namespace) -> None:
 
 # Layers of a hybrid pattern: why they are refused, everywhere or without Transformer Engine.
 _HYBRID_LAYERS = {
-    "E": REFUSED["num_experts"][0],
     "D": REFUSED["experimental_attention_variant"][0],
     "+": REFUSED["multi_latent_attention"][0],
     "/": "nobody has shown that further heads of these layers keep packed documents apart",
@@ -478,9 +507,15 @@ def _check_hybrid_pattern(args: argparse.Namespace) -> None:
                 raise FlagError(
                     f"layer {letter!r}: {refused[letter]}",
                     where=shown(f"--{flag.replace('_', '-')}", pattern),
-                    remedy="Build the model of M (Mamba), * (attention), - (MLP) and, with "
-                    "Transformer Engine, G (gated delta net).",
+                    remedy="Build the model of M (Mamba), * (attention), - (MLP), E (experts) and, "
+                    "with Transformer Engine, G (gated delta net).",
                 )
+        if "E" in pattern and not args.num_experts:
+            raise FlagError(
+                "layer 'E': the number of its experts is missing",
+                where=shown(f"--{flag.replace('_', '-')}", pattern),
+                remedy="Give --num-experts N.",
+            )
 
 
 def _check_further_heads(args: argparse.Namespace) -> None:
@@ -505,6 +540,37 @@ def _check_further_heads(args: argparse.Namespace) -> None:
             "multi-token prediction is not tested with --meco in pipeline stages",
             where=f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
             remedy="Drop --mtp-num-layers, or use one stage.",
+        )
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    """Refuse layouts in which Megatron's router counts other tokens than those of the documents."""
+    if not args.num_experts:
+        return
+    where = f"--num-experts {args.num_experts}"
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise FlagError(
+            "Megatron trains experts on tensor-parallel ranks with sequence parallelism alone",
+            where=where,
+            remedy="Add --sequence-parallel.",
+        )
+    if args.sequence_parallel and getattr(args, "mtp_num_layers", None):
+        raise FlagError(
+            "further heads with experts are not tested with --sequence-parallel: each rank holds a "
+            "part of the padding mask, which Megatron moves by the borders of all documents",
+            where=where,
+            remedy="Use --tensor-model-parallel-size 1, or drop --mtp-num-layers.",
+        )
+    if (
+        "seq_aux_loss" in _each(args.moe_router_load_balancing_type)
+        and args.sequence_parallel
+        and (args.micro_batch_size or 1) > 1
+    ):
+        raise FlagError(
+            "Megatron would take the loss over all samples of a micro-batch: with "
+            "--sequence-parallel ranks hold parts of it, and no whole samples",
+            where="--moe-router-load-balancing-type seq_aux_loss",
+            remedy="Use --micro-batch-size 1 or aux_loss.",
         )
 
 
@@ -636,6 +702,7 @@ def _engine_version() -> str | None:
 _RULES = (
     _check_further_heads,
     _check_hybrid_pattern,
+    _check_experts,
     _check_context_parallelism,
     _check_rotary,
     _check_background_saves,

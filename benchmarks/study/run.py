@@ -220,11 +220,12 @@ def write(study: Study, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     if rows:
-        draw(
-            rows,
-            f"Synthetic worlds, 2 layers, seeds {rows[0].seeds}",
-            path.with_name(f"{path.name}.png"),
-        )
+        title = "Synthetic worlds, 2 layers"
+        if len({row.seeds for row in rows}) == 1:
+            title += f", seeds {', '.join(map(str, rows[0].seeds))}"
+        if study.recipe.shuffle_labels:
+            title += ", control: each document has another one's metadata"
+        draw(rows, title, path.with_name(f"{path.name}.png"))
 
 
 def print_rows(rows: list[Row]) -> None:

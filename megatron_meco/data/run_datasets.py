@@ -16,7 +16,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_meco.config import COOLDOWN, View
+from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, PLAIN, View
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig, Sample
 from megatron_meco.data.evaluation import EVALUATION_VIEWS, EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import Schedule
@@ -42,14 +42,17 @@ class _Composed(torch.utils.data.Dataset[Sample]):
 
 
 class PhasedDataset(_Composed):
-    """Training samples: conditioned below `schedule.switch_sample`, cooldown from there on.
+    """Training samples, phase by phase.
 
-    The phase depends on the sample index alone, so neither rank nor order of access matters.
+    They are plain below `schedule.start_sample`, conditioned below `schedule.switch_sample` and
+    cooldown from there on. The phase depends on the sample index alone, so neither rank nor order
+    of access matters.
 
     Attributes:
         split: Megatron's loader asks for it.
-        conditioned: The first phase, or None if it has no samples.
-        cooldown: The second phase, or None if it has no samples.
+        plain: The phase before the conditioned one, or None if it has no samples (the default).
+        conditioned: The phase with metadata, or None if it has no samples.
+        cooldown: The last phase, or None if it has no samples.
         num_spare: Number of extra samples, which repeat the last one. Megatron's loader needs at
             least one sample, even where a finished run is started again.
     """
@@ -57,7 +60,14 @@ class PhasedDataset(_Composed):
     split = Split.train
     num_spare = 0
 
-    def __init__(self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        conditioned: Any | None,
+        cooldown: Any | None,
+        schedule: Schedule,
+        plain: Any | None = None,
+    ) -> None:
+        self.plain = plain
         self.conditioned = conditioned
         self.cooldown = cooldown
         self.schedule = schedule
@@ -66,18 +76,17 @@ class PhasedDataset(_Composed):
         return self.schedule.num_samples + self.num_spare
 
     @property
-    def parts(self) -> tuple[Any | None, Any | None]:
-        """Both phases."""
-        return self.conditioned, self.cooldown
+    def parts(self) -> tuple[Any | None, ...]:
+        """The phases, in the order of `config.PHASES`."""
+        return self.plain, self.conditioned, self.cooldown
 
     def locate(self, idx: int) -> tuple[Any, int]:
         """The phase's dataset and the index within it of global sample `idx`."""
         if not 0 <= idx < len(self):
             raise IndexError(idx)
         idx = min(idx, self.schedule.num_samples - 1)
-        if idx < self.schedule.switch_sample:
-            return self.conditioned, idx
-        return self.cooldown, idx - self.schedule.switch_sample
+        phase = self.schedule.phase_of_sample(idx)
+        return getattr(self, phase), idx - self.schedule.samples_of(phase).start
 
 
 class ViewsDataset(_Composed):
@@ -240,10 +249,14 @@ def build_datasets(
     whole = None if evaluation is None else EvaluationBlocks(evaluation.size)
     test = _build_evaluation(build, sizes[2], Split.test, whole)
     if train is not None:
-        num_cooldown = schedule.num_samples - schedule.switch_sample
         path = "--meco-cooldown-data-path" if cooldown_blend else "--data-path"
-        _check_enough(train.conditioned, schedule.switch_sample, "conditioned phase", "--data-path")
-        _check_enough(train.cooldown, num_cooldown, "cooldown", path)
+        for phase, what, flag in (
+            (PLAIN, "plain phase", "--data-path"),
+            (CONDITIONED, "conditioned phase", "--data-path"),
+            (COOLDOWN, "cooldown", path),
+        ):
+            needed = len(schedule.samples_of(phase))
+            _check_enough(getattr(train, phase), needed, what, flag)
     for dataset, split in ((valid, Split.valid), (test, Split.test)):
         _check_enough(dataset, sizes[split.value], f"{split.name} split", "--data-path")
     return train, valid, test
@@ -280,21 +293,17 @@ def _only[T](split: Split, by_split: Sequence[T]) -> list[T | None]:
 def _build_training(
     build: _SplitBuilder, schedule: Schedule, cooldown_blend: Blend | None
 ) -> PhasedDataset | None:
-    conditioned = cooldown = None
-    held_out = 0.0 if cooldown_blend else schedule.documents_held_out(build.config.meco)
-    if schedule.switch_sample:
-        conditioned = build(schedule.switch_sample, Split.train, document_share=(0, 1 - held_out))
-    num_cooldown = schedule.num_samples - schedule.switch_sample
-    if num_cooldown and cooldown_blend:
-        own = {"blend": cooldown_blend, "blend_per_split": None, "split": "1,0,0"}
-        cooldown = build(num_cooldown, Split.train, phase=COOLDOWN, document_share=(0, 1), **own)
-    elif num_cooldown:
-        cooldown = build(
-            num_cooldown, Split.train, phase=COOLDOWN, document_share=(1 - held_out, 1)
-        )
-    if conditioned is None and cooldown is None:
+    shares = schedule.document_shares(build.config.meco, own_cooldown=bool(cooldown_blend))
+    parts: dict[str, Any] = {}
+    for phase in PHASES:
+        changes: dict[str, Any] = {"phase": phase, "document_share": shares[phase]}
+        if phase == COOLDOWN and cooldown_blend:
+            changes |= {"blend": cooldown_blend, "blend_per_split": None, "split": "1,0,0"}
+        # Without samples nothing is built.
+        parts[phase] = build(len(schedule.samples_of(phase)), Split.train, **changes)
+    if not any(part is not None for part in parts.values()):
         return None
-    return PhasedDataset(conditioned, cooldown, schedule)
+    return PhasedDataset(schedule=schedule, **parts)
 
 
 def _build_evaluation(

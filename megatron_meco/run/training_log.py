@@ -18,7 +18,9 @@ _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(rf"([a-z ]+?)(?: \(ms\))?: +({_NUMBER}) \|")
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)[^|]*\|(.*)")
 _LOSS = re.compile(rf"lm loss ?([a-z ]*?)(?:-([\w.-]+))? value: ({_NUMBER}) \|")
-_PHASES = re.compile(r"> MeCo: iterations 1 to (\d+) conditioned, \d+ to (\d+) cooldown")
+_PHASES = re.compile(
+    r"> MeCo: iterations (?:1 to (\d+) plain, \d+|1) to (\d+) conditioned, \d+ to (\d+) cooldown"
+)
 _ARGUMENT = re.compile(r"(?:^|\s)(seq_length|micro_batch_size) \.+ (\d+)\s*$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (\S+)")
 _LOADED = re.compile(r"successfully loaded checkpoint from (\S+).*? at iteration +(\d+)")
@@ -95,13 +97,24 @@ class Validation:
 
 @dataclass(frozen=True)
 class Phases:
-    """How the run is divided: steps before the cooldown, and steps altogether."""
+    """How the run is divided: steps before the cooldown, all steps, steps before metadata."""
 
     switch_iteration: int
     num_iterations: int
+    start_iteration: int = 0
+
+    def describe(self) -> str:
+        """The phases in one line."""
+        start = self.start_iteration
+        return (f"iterations 1 to {start:,} plain, {start + 1:,}" if start else "iterations 1") + (
+            f" to {self.switch_iteration:,} conditioned, "
+            f"{self.switch_iteration + 1:,} to {self.num_iterations:,} cooldown"
+        )
 
     def phase_of(self, iteration: int) -> str:
         """The phase of a training step, counted from 1."""
+        if iteration <= self.start_iteration:
+            return "plain"
         return "conditioned" if iteration <= self.switch_iteration else "cooldown"
 
 
@@ -165,7 +178,7 @@ class TrainingLog:
                     losses[name] = float(value)
                 return validation
             if match := _PHASES.search(line):
-                self.phases = Phases(int(match[1]), int(match[2]))
+                self.phases = Phases(int(match[2]), int(match[3]), int(match[1] or 0))
                 return self.phases
             if match := _SAVED.search(line):
                 self.saved = Saved(int(match[1]), match[2])

@@ -18,10 +18,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
-from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_arguments
+from megatron_meco.config import FINGERPRINT_KEYS, PLAIN, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.evaluation import EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
@@ -57,6 +57,7 @@ from megatron_meco.training.cpu import (
     enable_cpu_platform,
     impossible_flags,
     looks_like_broken_gpu_setup,
+    run_checkpoint_worker,
     should_use_cpu,
 )
 from megatron_meco.training.kernels import (
@@ -67,6 +68,7 @@ from megatron_meco.training.kernels import (
 )
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
+    keep_padding_out_of_experts,
     let_distributed_optimizer_resume,
     let_functions_be_specs,
     save_from_the_cpu_in_the_background,
@@ -220,7 +222,7 @@ def parse_and_validate_args(
         _end(error)
     apply_meco(args)
     if on_cpu and args.async_save:
-        save_from_the_cpu_in_the_background()
+        save_from_the_cpu_in_the_background(run_checkpoint_worker)
     if getattr(args, "dataloader_inter_document_masking", False) and _is_rank_0():
         print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args
@@ -482,17 +484,34 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     config = MeCoConfig.from_args(args)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
+    _check_balance_in_samples(args)
     if args.seq_length:
         config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
-        if not args.meco_cooldown_data_path:
-            schedule.documents_held_out(config)
+        schedule.document_shares(config, own_cooldown=bool(args.meco_cooldown_data_path))
     check_blends(args)
     _check_validation(args, flags)
     check_corpora(corpus_prefixes(args), Template.parse(config.template))
     cooldown = cooldown_blend(args)
     check_corpora(cooldown[0] if cooldown else [], None)
+
+
+def _check_balance_in_samples(args: argparse.Namespace) -> None:
+    """Refuse to balance experts within samples where Megatron cannot tell samples apart."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if (
+        args.num_experts
+        and "seq_aux_loss" in args.moe_router_load_balancing_type
+        and (args.micro_batch_size or 1) > 1
+        and "tokens_per_sample" not in {field.name for field in fields(PackedSeqParams)}
+    ):
+        raise FlagError(
+            "this Megatron would take the loss over all samples of a packed micro-batch",
+            where="--moe-router-load-balancing-type seq_aux_loss",
+            remedy="Use --micro-batch-size 1, aux_loss or Megatron-Core 0.19.",
+        )
 
 
 # What stands between two words of Megatron's log, or between a loss and its set.
@@ -717,18 +736,21 @@ def _check_samples(args: argparse.Namespace) -> None:
 
 
 def _check_skipped_iterations(args: argparse.Namespace) -> None:
-    """Refuse to skip the step whose checkpoint is the one at the switch."""
+    """Refuse to skip a step whose checkpoint is the one at a switch."""
     if not args.meco or not args.save:
         return
-    switch = schedule_from_args(args).switch_iteration
-    # Includes those of --result-rejected-tracker-filename.
-    if switch in args.iterations_to_skip:
-        raise FlagError(
-            f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} is "
-            "the last one of the conditioned phase",
-            where="--iterations-to-skip",
-            remedy="Leave it out, or move the switch with --meco-cooldown-start-iteration.",
-        )
+    for switch, _, before, _ in schedule_from_args(args).switches:
+        # Includes those of --result-rejected-tracker-filename.
+        if switch in args.iterations_to_skip:
+            flag = (
+                "--meco-start-iteration" if before == PLAIN else "--meco-cooldown-start-iteration"
+            )
+            raise FlagError(
+                f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} "
+                f"is the last one of the {before} phase",
+                where="--iterations-to-skip",
+                remedy=f"Leave it out, or move the switch with {flag}.",
+            )
 
 
 def apply_meco(args: argparse.Namespace) -> None:
@@ -744,17 +766,20 @@ def apply_meco(args: argparse.Namespace) -> None:
         _take_over_validation(args)
         args.dataloader_inter_document_masking = True
         args.create_attention_mask_in_dataloader = False
-        switch = schedule_from_args(args).switch_iteration
+        switches = [at for at, *_ in schedule_from_args(args).switches]
         for name in ("save_interval", "save_retain_interval"):
             if getattr(args, name):
-                setattr(args, name, SaveInterval(getattr(args, name), also=switch))
+                setattr(args, name, SaveInterval(getattr(args, name), also=switches))
         largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
         if args.pipeline_model_parallel_size > 1 and largest > 1:
             # A packed micro-batch is sent as [mbs * s, 1, h]; the next stage expects [s, mbs, h].
             # With this, stages also send the shape. Megatron requires the second setting with it,
             # even without experts.
             args.variable_seq_lengths = True
-            args.moe_token_dispatcher_type = "alltoall"
+            if args.moe_token_dispatcher_type == "allgather":
+                args.moe_token_dispatcher_type = "alltoall"
+        if args.num_experts:
+            keep_padding_out_of_experts()
         if args.use_distributed_optimizer and optimizer_library() == "torch":
             let_distributed_optimizer_resume()
     # Megatron 0.18 has no such flag.
@@ -798,7 +823,6 @@ def _uses_local_layers(args: argparse.Namespace) -> bool:
         "experimental_attention_variant",
         "heterogeneous_layers_config_path",
         "heterogeneous_layers_config_encoded_json",
-        "num_experts",
         "multi_latent_attention",
     )
     chosen = any(getattr(args, name, None) for name in others)

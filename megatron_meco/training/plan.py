@@ -213,9 +213,15 @@ def _split_sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | Non
 
 def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
     console = Console()
+    start = ""
+    if "start_iteration" in report:
+        start = (
+            f"Plain up to iteration [bold]{report['start_iteration']:,}[/] "
+            f"(sample {report['start_sample']:,}). "
+        )
     console.print(
         f"[bold]{report['num_iterations']:,}[/] iterations, {report['num_samples']:,} samples of "
-        f"{args.seq_length:,} tokens. Switch after iteration "
+        f"{args.seq_length:,} tokens. {start}Switch after iteration "
         f"[bold]{report['switch_iteration']:,}[/] (sample {report['switch_sample']:,})."
     )
     template = args.meco_template or "(none: the matched baseline)"

@@ -48,7 +48,7 @@ from megatron_meco.training.arguments import (
     full_evaluation_from_args,
     schedule_from_args,
 )
-from megatron_meco.training.batch import Batch, CompactSamples, meco_batch
+from megatron_meco.training.batch import Batch, CompactSamples, has_experts, meco_batch
 from megatron_meco.training.blends import cooldown_blend
 from megatron_meco.training.megatron_patches import skip_steps_without_reading_batches
 from megatron_meco.training.phase_switch import PhaseSwitch
@@ -136,6 +136,7 @@ def train_valid_test_datasets_provider(
             **stock.dataset_options(args, get_tokenizer()),
             vocab_size=args.padded_vocab_size,
             meco=MeCoConfig.from_args(args),
+            mark_padding=has_experts(args),
         )
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
         datasets = build_datasets(
@@ -226,6 +227,7 @@ def forward_step(
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             packed_seq_params=packed_seq_params(args, batch["cu_seqlens"], model.training),
+            **_padding_mask(args, model, batch["padding"]),
         )
     return output, functools.partial(
         loss_func,
@@ -234,6 +236,28 @@ def forward_step(
         compared=batch["compared"],
         training=model.training,
     )
+
+
+def _padding_mask(
+    args: argparse.Namespace, model: Any, padding: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The model's argument that keeps padding out of the experts' losses and statistics.
+
+    Args:
+        args: Megatron's arguments.
+        model: The model chunk.
+        padding: (1, tokens), bool; None for a model without experts.
+    """
+    if padding is None:
+        return {}
+    # With sequence parallelism each rank routes its own part of the tokens. Megatron takes that
+    # part of the mask in the first stage of a GPTModel, and nowhere else.
+    is_hybrid = bool(getattr(args, "hybrid_layer_pattern", None))
+    takes_part = not is_hybrid and get_attr_wrapped_model(model, "pre_process")
+    if args.sequence_parallel and not takes_part:
+        ranks = mpu.get_tensor_model_parallel_world_size()
+        padding = padding.chunk(ranks, dim=1)[mpu.get_tensor_model_parallel_rank()].contiguous()
+    return {"padding_mask": padding}
 
 
 def _next_batch(
@@ -381,8 +405,11 @@ def packed_seq_params(
     if getattr(args, "hybrid_layer_pattern", None):
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
-    # By which experts are balanced within a sample.
-    more: dict[str, Any] = {"tokens_per_sample": args.seq_length}
+    more: dict[str, Any] = {}
+    if not args.sequence_parallel:
+        # By which experts are balanced within a sample. Megatron divides a rank's tokens by it,
+        # which with sequence parallelism are not those of whole samples.
+        more["tokens_per_sample"] = args.seq_length
     if num_ranks > 1:
         # Transformer Engine asks for both. A document's padding is part of the document, so no
         # kernel has to skip it: the same tensor says so, too, which older versions would compare.

@@ -78,6 +78,7 @@ def args() -> Namespace:
         context_parallel_size=1,
         hybrid_context_parallel=False,
         mtp_num_layers=None,
+        num_experts=None,
         sft=False,
         meco_validation_sets=None,
     )
@@ -96,8 +97,11 @@ class TwoSamples(torch.utils.data.Dataset):
 
     split = "valid"
 
-    def __init__(self, baseline: bool = False, bounds: tuple[int, int] = (3, 9)) -> None:
+    def __init__(
+        self, baseline: bool = False, bounds: tuple[int, int] = (3, 9), padded: bool = False
+    ) -> None:
         self.baseline = baseline
+        self.padded = padded
         self.bounds = bounds
 
     def __len__(self) -> int:
@@ -118,6 +122,9 @@ class TwoSamples(torch.utils.data.Dataset):
             "max_seqlen": torch.tensor(7, dtype=torch.int32),
             "meco_prefix_tokens": torch.tensor(4 if idx == 0 else 0),
         }
+        if self.padded:
+            # Never in the loss.
+            sample["meco_padding"] = torch.arange(LENGTH) % 4 == 2
         if self.baseline:
             return sample
         compared = sample["loss_mask"] * (torch.arange(LENGTH) > 4)
@@ -152,6 +159,24 @@ def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespac
     assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
     assert found["facts"].shape == (3, SIZE)
     assert all(x is None or x.device.type == "meta" for x in found.values())
+
+
+def test_padding_reaches_every_stage_of_a_model_with_experts(
+    one_rank: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = next_batch(one_rank, args, 5)
+    args.num_experts = 4
+    monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: False)
+    assert next_batch(one_rank, args, 5, padded=True)["padding"].device.type == "meta"
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    found = next_batch(one_rank, args, 5, padded=True)
+    assert found["padding"].tolist() == [[i % 4 == 2 for i in range(LENGTH)] * SIZE]
+    args.num_experts = None
+    monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: True)
+    without = next_batch(one_rank, args, 5)
+    assert plain["padding"] is without["padding"] is None
+    for key in ("loss_mask", "compared"):
+        assert torch.equal(found[key], without[key]), key
 
 
 @pytest.fixture

@@ -17,12 +17,14 @@ from megatron_meco.training.megatron_patches import SaveInterval
 
 class TestSaveInterval:
     def test_it_is_due_at_multiples_and_at_the_switch(self) -> None:
-        interval = SaveInterval(5, also=8)
+        interval = SaveInterval(5, also=[8])
         assert [i for i in range(1, 16) if i % interval == 0] == [5, 8, 10, 15]
         assert interval == 5
+        both = SaveInterval(5, also=[3, 8])
+        assert [i for i in range(1, 16) if i % both == 0] == [3, 5, 8, 10, 15]
 
     def test_it_is_pickled_as_an_int(self) -> None:
-        again = pickle.loads(pickle.dumps(SaveInterval(5, also=8)))
+        again = pickle.loads(pickle.dumps(SaveInterval(5, also=[8])))
         assert type(again) is int
         assert again == 5
 
@@ -74,6 +76,17 @@ class TestAnotherMegatron:
         with pytest.raises(MeCoError, match=r"megatron-core: has no .*dummy_train_step.*0\.19\.2"):
             megatron_patches.skip_steps_without_reading_batches()
         assert training.dummy_train_step is replacement
+
+    def test_experts_of_another_router_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Padding would count."""
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        def other(self: object, routing_map: object) -> None: ...
+
+        monkeypatch.setattr(TopKRouter, "_apply_expert_bias", other)
+        with pytest.raises(MeCoError, match=r"megatron-core: has no TopKRouter._apply_expert_bias"):
+            megatron_patches.keep_padding_out_of_experts.__wrapped__()
+        assert TopKRouter._apply_expert_bias is other
 
     def test_an_unknown_scale_is_not_taken_for_1(self) -> None:
         assert megatron_patches.rotary_scale(SimpleNamespace(_yarn_concentration_factor=1.5)) == 1.5
@@ -128,7 +141,7 @@ class TestSavesInTheBackground:
         found = object.__new__(writer)
         found.use_msc, found.results_queue = False, "results"
         found.write_buckets = [("ckpt/a", "a", ([("item", b"bytes")], [("item", weight)]))]
-        megatron_patches.save_from_the_cpu_in_the_background.__wrapped__()
+        megatron_patches.save_from_the_cpu_in_the_background.__wrapped__(print)
         save, stage, (rank, buckets, results) = found.get_save_function_and_args()
         assert callable(save)
         assert (stage, rank, results) == (None, 3, "results")
@@ -144,4 +157,4 @@ class TestSavesInTheBackground:
     ) -> None:
         monkeypatch.setattr(writer, "get_save_function_and_args", lambda self, plan: None)
         with pytest.raises(MeCoError, match=r"megatron-core: has no PersistentAsyncCaller"):
-            megatron_patches.save_from_the_cpu_in_the_background.__wrapped__()
+            megatron_patches.save_from_the_cpu_in_the_background.__wrapped__(print)
