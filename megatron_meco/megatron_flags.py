@@ -223,8 +223,17 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "these layers are for inference",
         "Use --transformer-impl transformer_engine or local.",
     ),
-    "use_megatron_fsdp": ("FSDP is not tested with MeCo", "Use --use-distributed-optimizer."),
-    "use_torch_fsdp2": ("FSDP is not tested with MeCo", "Use --use-distributed-optimizer."),
+    "use_megatron_fsdp": (
+        "it has one checkpoint format, fsdp_dtensor, which `meco export` and `generate` do not "
+        "read and from which resuming is not tested",
+        "Use --use-distributed-optimizer.",
+    ),
+    "use_torch_fsdp2": (
+        "Megatron saves and resumes it in no format: in torch_dist "
+        "`optim_state_to_sharding_state` finds no sharded parameters, and for torch_dcp "
+        "`load_checkpoint` passes is_loading, which `ChainedOptimizer.state_dict` does not take",
+        "Use --use-distributed-optimizer.",
+    ),
     "yaml_cfg": ("MeCo checks command-line flags", "Give the flags on the command line."),
 }
 """Flags that contradict MeCo: the reason, and the remedy where it is not to drop the flag.
