@@ -69,6 +69,7 @@ from megatron_meco.training.kernels import (
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
     keep_padding_out_of_experts,
+    let_checkpoints_hold_an_interval,
     let_distributed_optimizer_resume,
     let_functions_be_specs,
     save_from_the_cpu_in_the_background,
@@ -418,6 +419,7 @@ def _is_rank_0() -> bool:
 
 
 def _prepare_platform(on_cpu: bool) -> None:
+    let_checkpoints_hold_an_interval()
     if on_cpu:
         enable_cpu_platform()
         return

@@ -67,6 +67,15 @@ class SaveInterval(int):
         return int, (int(self),)
 
 
+def let_checkpoints_hold_an_interval() -> None:
+    """Let `torch.load` read the arguments of a run with a `SaveInterval`.
+
+    It is pickled as `int(...)`, and Megatron 0.18 reads arguments by `torch.load` with
+    `weights_only`, which knows integers but not their class.
+    """
+    torch.serialization.add_safe_globals([int])
+
+
 def skip_helper_compilation() -> None:
     """Keep Megatron from running `make` for dataset helpers that are already compiled.
 

@@ -81,6 +81,18 @@ def test_validation_of_a_run_without_meco() -> None:
     assert History().feed(line) == Validation(iteration=5, losses={"": 7.5})
 
 
+def test_losses_of_validation_sets_stand_apart() -> None:
+    line = AT_ITERATION.rstrip() + (
+        " lm loss conditioned-0 value: 8.5E+00 | lm loss conditioned-0 PPL: 4.9E+03 | lm loss "
+        "shuffled minus conditioned-code-v1.2 value: 2.5E-01 | compared share-0 value: 1.0E+00 | \n"
+    )
+    assert History().feed(line) == Validation(
+        iteration=10,
+        losses={"conditioned": 8.667645, "plain": 8.667905},
+        sets={"0": {"conditioned": 8.5}, "code-v1.2": {"shuffled minus conditioned": 0.25}},
+    )
+
+
 def test_of_two_evaluations_at_one_iteration_the_later_counts() -> None:
     later = AT_ITERATION.replace("8.667905E+00", "8.5E+00")
     assert History.of([AT_ITERATION, later]).validations[10].losses["plain"] == 8.5

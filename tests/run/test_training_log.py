@@ -98,6 +98,17 @@ def test_what_a_person_sees(tmp_path: Path) -> None:
     assert "one_logger" not in text and "DEPRECATED" not in text
 
 
+def test_a_person_sees_each_validation_set(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    more = " lm loss conditioned-wiki value: 1.5 | lm loss plain-wiki value: 1.75 |\n"
+    path.write_text(LOG.rstrip("\n") + more)
+    shown = io.StringIO()
+    follower = Follower(path, Console(file=shown, width=200))
+    follower.conclude(follower.follow(lambda: 0))
+    whole = "iteration 30: validation loss 1.465 with metadata, 1.596 without\n"
+    assert f"{whole}  validation set wiki: 1.500 with metadata, 1.750 without\n" in shown.getvalue()
+
+
 def test_a_plain_start_is_a_phase_of_the_progress(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     phases = "iterations 1 to 10 plain, 11 to 27 conditioned, 28 to 30 cooldown"

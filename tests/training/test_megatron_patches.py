@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,16 @@ class TestSaveInterval:
         again = pickle.loads(pickle.dumps(SaveInterval(5, also=[8])))
         assert type(again) is int
         assert again == 5
+
+    def test_a_checkpoint_of_megatron_018_that_holds_it_can_be_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "common.pt"
+        torch.save({"save_interval": SaveInterval(5, also=(8,))}, path)
+        with torch.serialization.safe_globals([]):
+            torch.serialization.clear_safe_globals()
+            with pytest.raises(pickle.UnpicklingError, match="GLOBAL int"):
+                torch.load(path, weights_only=True)
+            megatron_patches.let_checkpoints_hold_an_interval()
+            assert torch.load(path, weights_only=True) == {"save_interval": 5}
 
 
 class TestAnotherMegatron:
