@@ -95,10 +95,10 @@ for version in $chosen; do
     python=$root/$folder/$version/venv/bin/python
     tests=$DATA_TESTS
     if trains "$folder/$version"; then tests="$tests $TRAINING_TESTS"; fi
-    if needs_a_rank "$folder/$version"; then set -- -k 'not blend and not largest_pack'; else set --; fi
+    if needs_a_rank "$folder/$version"; then set -- -p versions.one_rank; else set --; fi
     say "$version: $tests"
     # shellcheck disable=SC2086
-    PYTHONPATH=$root "$python" -m pytest -q -p no:cacheprovider "$@" $tests ||
+    PYTHONPATH=$root:$root/tests "$python" -m pytest -q -p no:cacheprovider "$@" $tests ||
         failed="$failed $version"
 done
 [ -z "$failed" ] || die "tests failed under:$failed"

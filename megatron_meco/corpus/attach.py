@@ -1,11 +1,14 @@
-"""`meco attach`: metadata for `.bin/.idx` files that exist already; the tokens are not touched.
+"""`meco attach`: metadata for existing `.bin/.idx` files; the tokens are not touched.
 
-The rows come from the original files, in whose order the documents are: their number must be the
-same, and documents all over the corpus are tokenised again and must give the stored tokens. Or they
-come from a Parquet, Arrow or CSV table with one row per document, where only the number can be
-checked. Or fields of such tables are added to metadata that is there, by a key (`join`). The
-metadata file appears when everything has been checked. Costs reading the input, and the tokenizer
-for the sample alone.
+Three sources of rows:
+
+- the original files, in the order of the documents. The counts must agree, and a sample of the
+  documents is tokenised again and compared with the stored tokens;
+- a Parquet, Arrow or CSV table with one row per document, where only the count can be checked;
+- tables whose fields are added to existing metadata by a key (`join`).
+
+The metadata file appears when everything has been checked. Costs reading the input, and the
+tokenizer for the sample.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,11 +52,11 @@ from megatron_meco.corpus.tokenizer import (
     text_encoder,
 )
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
-# What pyarrow's reader of CSV takes for no value.
+# Values that pyarrow's CSV reader takes for null.
 _NULLS = frozenset(
     [
         "",
@@ -118,15 +121,15 @@ def attach_from_files(
         inputs: Files, folders or patterns, as for `meco prepare`.
         fields: The fields to keep.
         tokenizer: The tokenizer of the corpus.
-        text_field: Where a record's text is.
-        num_verified: About how many documents to tokenise again.
-        overwrite: Whether to replace metadata that is there.
+        text_field: Field of the text.
+        num_verified: Approximate number of documents to tokenise again.
+        overwrite: Whether to replace existing metadata.
 
     Returns:
-        The numbers of documents and of verified ones.
+        The numbers of documents and of verified documents.
 
     Raises:
-        DataError: The files are not what the corpus was made of.
+        DataError: The corpus was not made of these files.
     """
     index = _open(prefix, overwrite)
     files = find_files(inputs, prefix)
@@ -156,15 +159,15 @@ def attach_from_table(
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
-        tables: Parquet, Arrow or CSV files, one after the other.
+        tables: Parquet, Arrow or CSV files, in order.
         fields: The columns to keep; dots lead into nested ones.
-        overwrite: Whether to replace metadata that is there.
+        overwrite: Whether to replace existing metadata.
 
     Returns:
         The number of documents.
 
     Raises:
-        DataError: A table cannot be read, lacks a column, or the number of rows is another.
+        DataError: A table cannot be read or lacks a column, or the number of rows differs.
     """
     index = _open(prefix, overwrite)
     check_no_input([metadata_path(prefix)], tables)
@@ -194,15 +197,12 @@ def attach_by_key(
         tables: Parquet, Arrow or CSV files.
         key: A field of the metadata and a column of the tables.
         fields: The columns to add; None: all of the first table but the key.
-        duplicates: Which one of several rows with the same key counts.
-        overwrite: Whether to replace fields that are there.
-
-    Returns:
-        What came together.
+        duplicates: Which of several rows with the same key counts.
+        overwrite: Whether to replace existing fields.
 
     Raises:
-        DataError: A table or the metadata cannot be read, does not fit, or has a key twice.
-        FlagError: A field is there already.
+        DataError: A table or the metadata cannot be read, or a key occurs twice.
+        FlagError: A field exists already.
     """
     index = _open_index(prefix)
     _check_ours(prefix)
@@ -350,20 +350,11 @@ def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --from: how many documents to tokenise again; default: %(default)s",
     )
     add("--overwrite", action="store_true", help="replace metadata that is there")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_attach(args: argparse.Namespace) -> int:
-    """Run `meco attach`.
-
-    Args:
-        args: The parsed arguments of `add_attach_arguments`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        MeCoError: The metadata cannot be attached; nothing has been written.
-    """
+    """Run `meco attach`; returns the exit status, 0."""
     check_local(args.prefix, "PREFIX")
     prefix = Path(args.prefix)
     given = args.metadata_fields if args.join else args.metadata_fields or "url"
@@ -387,6 +378,7 @@ def run_attach(args: argparse.Namespace) -> int:
                     what = "not a plain file" if os.path.exists(path) else "no such file"
                 remedy = f"Give files that end in {', '.join(_TABLES)}."
                 raise DataError(what, where=path, remedy=remedy)
+    report: dict[str, Any] = {}
     if args.join:
         counts = attach_by_key(
             prefix,
@@ -397,6 +389,7 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         count, verified = counts.documents, str(counts)
+        report = asdict(counts)
     elif args.table:
         count = attach_from_table(prefix, args.table, fields, overwrite=args.overwrite)
         verified = "their order cannot be checked"
@@ -411,6 +404,10 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         verified = f"{number:,} of them tokenised again and equal"
+        report = {"verified": number}
+    if args.json:
+        print(json_line({"documents": count, **report, "files": [metadata_path(prefix)]}))
+        return 0
     print(f"written: {metadata_path(prefix)}, {counted(count, 'row')} ({verified})")
     return 0
 

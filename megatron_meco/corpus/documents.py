@@ -35,8 +35,8 @@ class SourceDocument(Document):  # type: ignore[misc]
 
     Attributes:
         path: The input file.
-        line: Its line, row or record there, counted from 1 from the beginning of the part.
-        begin: The first byte of the part of the file.
+        line: Its line, row or record, counted from 1 from the beginning of the part.
+        begin: First byte of the part in the file.
     """
 
     path: str = ""
@@ -46,12 +46,12 @@ class SourceDocument(Document):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line, or another kind of record, that did not become a document.
+    """A line, row or record that did not become a document.
 
     Attributes:
         path: The input file, as the user named it.
-        line: The line's number, counted from 1; in other formats the number of the row or record.
-        reason: Why; one of a small set, so that reasons can be counted.
+        line: Its number, counted from 1.
+        reason: One of a small set, so that reasons can be counted.
         excerpt: The beginning of the line.
     """
 
@@ -62,10 +62,15 @@ class Rejected:
 
 
 class RejectedRecords:
-    """What did not become a document: given to the reader and to the writer of one pipeline.
+    """Rejected records and progress of a task, shared by the reader and the writer of a pipeline.
 
     Args:
-        strict: Whether the first one is an error.
+        strict: Whether the first rejected record is an error.
+
+    Attributes:
+        pending: Rejected records, each with the first byte of its part.
+        lines_of_parts: Path, first byte and number of lines of the parts read.
+        source_bytes: Bytes of input that the task has read.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -73,20 +78,13 @@ class RejectedRecords:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a task: one process may run several with the same steps."""
+        """Begin a task; a process may run several with the same steps."""
         self.pending: list[tuple[Rejected, int]] = []
-        """Rejected records and the first byte of the part that their lines are counted from."""
         self.lines_of_parts: list[tuple[str, int, int]] = []
-        """Path, first byte and number of lines of the parts read."""
         self.source_bytes = 0
-        """How much of its input the task has read."""
 
     def add(self, rejected: Rejected, begin: int) -> None:
-        """Take note of a rejected record.
-
-        Args:
-            rejected: The record.
-            begin: The first byte of its part.
+        """Note a rejected record of the part that begins at the byte `begin`.
 
         Raises:
             DataError: With `strict`.
@@ -101,9 +99,9 @@ class RejectedRecords:
         self.pending.append((rejected, begin))
 
     def drain(self) -> list[tuple[Rejected, int]]:
-        """Return what was added since the last call, in the order of the input."""
+        """Return the records added since the last call, in input order."""
         pending, self.pending = self.pending, []
-        # The writer refuses texts later than the reader lines; the part being read is the last.
+        # The writer rejects texts later than the reader does lines; the current part is the last.
         order = {part[:2]: i for i, part in enumerate(self.lines_of_parts)} if pending else {}
         last = len(order)
         return sorted(pending, key=lambda p: (order.get((p[0].path, p[1]), last), p[0].line))
@@ -114,7 +112,7 @@ class JsonLinesReader(BaseDiskReader):  # type: ignore[misc]
 
     Args:
         data_folder: Where the files are, as for every reader of datatrove.
-        rejected: Where bad lines go; the writer at the end of the pipeline takes the same.
+        rejected: Receives bad lines; also given to the writer at the end of the pipeline.
         **settings: Further settings of datatrove's `BaseDiskReader`.
     """
 
@@ -137,12 +135,12 @@ def read_documents(
 
     Args:
         part: What to read.
-        text_field: Where the text is; dots lead into nested values.
-        rejected: Where bad records go.
+        text_field: Field of the text; dots lead into nested values.
+        rejected: Receives bad records.
         fields: The fields to read; None: all.
 
     Yields:
-        Documents; their metadata is all of the record but the text.
+        Documents; their metadata is the record without its text.
 
     Raises:
         DataError: The file cannot be read to its end.
@@ -170,13 +168,13 @@ def read_documents(
 
 
 class TaskReader(PipelineStep):  # type: ignore[misc]
-    """Reads what each task of a preparation consists of.
+    """Reads the parts of each task of a preparation.
 
     Args:
-        tasks: The parts of each task, as `plan_tasks` gives them.
-        text_field: Where the text is; dots lead into nested values.
-        rejected: Where bad records go.
-        metadata_fields: The fields that are wanted beside the text; None: all.
+        tasks: The parts of each task, from `plan_tasks`.
+        text_field: Field of the text; dots lead into nested values.
+        rejected: Receives bad records.
+        metadata_fields: The fields to read beside the text; None: all.
     """
 
     name = "TaskReader"
@@ -198,15 +196,7 @@ class TaskReader(PipelineStep):  # type: ignore[misc]
     def run(
         self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Yield the documents of a task.
-
-        Args:
-            data: Nothing: this is the first step.
-            rank: The task.
-            world_size: The number of tasks.
-
-        Yields:
-            The documents in the order of the input.
+        """Yield the documents of the task `rank` in input order.
 
         Raises:
             DataError: A file cannot be read to its end.
@@ -259,15 +249,10 @@ def _is_html(text: str) -> bool:
 
 
 def metadata_of(record: dict[str, Any], name: str) -> str | None:
-    """Return a metadata field as a string, or None when the record lacks it.
+    """Return a metadata field as a string, or None if the record lacks it.
 
-    Args:
-        record: One record's values by field.
-        name: The field; numbers, truth values and dates are written as Python writes them, lists
-            and objects as JSON. Dots lead into nested objects.
-
-    Returns:
-        The value.
+    Numbers, truth values and dates are written as Python writes them, lists and objects as JSON.
+    Dots in the name lead into nested objects.
     """
     value = record.get(name) if name in record else _lookup(record, name, None)
     if value is None:
@@ -291,7 +276,7 @@ def _lookup(record: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def text_bytes_of(documents: list[Document]) -> int:
-    """Return the bytes of the documents' texts in UTF-8."""
+    """Return the UTF-8 bytes of the documents' texts."""
     return sum(
         len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
         for d in documents
@@ -299,13 +284,13 @@ def text_bytes_of(documents: list[Document]) -> int:
 
 
 def place_of(document: Document) -> tuple[tuple[str, int], int]:
-    """Return file and line of a document, and the byte that the line is counted from."""
+    """Return (file, line) of a document, and the byte that the line is counted from."""
     path = getattr(document, "path", "") or document.metadata.get("file_path", document.id)
     return (path, getattr(document, "line", 0)), getattr(document, "begin", 0)
 
 
 def metadata_columns(documents: list[Document], fields: Iterable[str]) -> list[list[str | None]]:
-    """Return the documents' values, one list for each field; `file_path` is the input file."""
+    """Return the documents' values, one list per field; `file_path` is the input file."""
     columns: list[list[str | None]] = []
     for name in fields:
         values = [metadata_of(document.metadata, name) for document in documents]
@@ -329,8 +314,8 @@ def read_batches(
 
     Args:
         files: The files.
-        text_field: Where the text is; dots lead into nested values.
-        fields: The fields that are wanted beside the text.
+        text_field: Field of the text; dots lead into nested values.
+        fields: The fields to read beside the text.
 
     Raises:
         DataError: A file cannot be read to its end.

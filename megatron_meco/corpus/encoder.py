@@ -1,12 +1,11 @@
 """Texts to token ids in bulk: gigatoken where it gives the same ids, else the tokenizer itself.
 
-gigatoken is some fifty times as fast as Hugging Face's tokenizers and returns arrays instead of
-Python lists. Whether its ids are the same is not assumed: `choose_encoder` compares both on probes
-and on a sample of the user's own text and falls back with a reason, and a process on another
-machine than the one that compared checks its first batch again. Special tokens written in a text
-stay text. `DocumentEncoder` makes Megatron sequences of it: documents, or their sentences. Costs a
-second per process to load. Given up: SentencePiece and tiktoken models through gigatoken; Megatron
-gives their flags a meaning of their own (spaces, prefixes).
+gigatoken is about fifty times as fast as Hugging Face's tokenizers and returns arrays.
+`choose_encoder` compares both on probes and on a sample of the user's text, and falls back with a
+reason. A process on another machine than the one that compared checks its first batch again.
+Special tokens written in a text stay text. `DocumentEncoder` makes Megatron sequences: documents,
+or their sentences. Loading costs a second per process. SentencePiece and tiktoken models do not go
+through gigatoken: Megatron gives their flags (spaces, prefixes) a meaning of its own.
 """
 
 from __future__ import annotations
@@ -57,11 +56,7 @@ class BulkEncoder(Protocol):
 
 
 class ListBulkEncoder:
-    """A bulk encoder over any encoder that returns lists.
-
-    Args:
-        encoder: The encoder.
-    """
+    """A bulk encoder over an encoder that returns lists."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
@@ -82,14 +77,14 @@ class GigatokenEncoder:
         serialized: A Hugging Face tokenizer as JSON.
 
     Raises:
-        Exception: gigatoken cannot read it; its errors are of no common type.
+        Exception: gigatoken cannot read it; its errors have no common type.
     """
 
     def __init__(self, serialized: str) -> None:
         import gigatoken
 
         settings = json.loads(serialized)
-        # Special tokens in a text are text, and nothing is added, cut or filled up.
+        # Special tokens in a text are text. Nothing is added, truncated or padded.
         added = settings.get("added_tokens") or []
         settings["added_tokens"] = [token for token in added if not token.get("special")]
         settings.update(post_processor=None, truncation=None, padding=None)
@@ -101,13 +96,13 @@ class GigatokenEncoder:
         """Return the ids of all texts end to end, and each text's number of ids.
 
         Args:
-            texts: A string array without nulls is not copied into Python.
+            texts: Strings; a string array without nulls is not copied into Python.
         """
         given = _as_awkward(texts) if isinstance(texts, pa.Array) else texts
         try:
             layout = self._tokenizer.encode_batch(given, parallel=False).layout
         except BaseException as error:
-            # A Rust panic is no Exception, and no process but this one could unpickle it.
+            # A Rust panic is no Exception, and other processes cannot unpickle it.
             if type(error).__name__ != "PanicException":
                 raise
             raise DataError(
@@ -136,14 +131,11 @@ def _as_awkward(texts: pa.Array) -> Any:
 
 
 def fast_encoder(encoder: TextEncoder, sample: list[str]) -> GigatokenEncoder | None:
-    """Return gigatoken's encoder for a tokenizer, compared with it as `choose_encoder` does.
+    """Return gigatoken's encoder for a tokenizer, or None if it gives other ids or cannot read it.
 
     Args:
         encoder: The tokenizer's own encoder.
         sample: Texts to compare, besides the probes.
-
-    Returns:
-        None where it gives other ids, or cannot read the tokenizer.
     """
     if not isinstance(encoder, HuggingFaceEncoder):
         return None
@@ -157,17 +149,17 @@ def build_encoder(
     sample: list[str] | None = None,
     encoder: str = "auto",
 ) -> dict[str, Any]:
-    """Build Megatron's tokenizer and decide how texts are encoded.
+    """Build Megatron's tokenizer and choose how texts are encoded.
 
     Args:
         tokenizer_type: Megatron's `--tokenizer-type`.
         tokenizer_model: Megatron's `--tokenizer-model`.
-        tokenizer_extra: Further tokenizer settings under Megatron's names.
+        tokenizer_extra: Further tokenizer settings, by Megatron's names.
         sample: Texts to compare gigatoken's ids on.
         encoder: `auto`; `gigatoken` refuses to fall back; `huggingface` never compares.
 
     Returns:
-        What a work folder keeps of it: `kind`, `reason`, `eod`, `eod_text`, `vocab_size`, `dtype`.
+        What `choose_encoder` returns, and `eod`, `eod_text`, `vocab_size` and `dtype`.
 
     Raises:
         FlagError: The tokenizer cannot be built, or has no EOD in its vocabulary.
@@ -198,16 +190,16 @@ def build_encoder(
 def choose_encoder(
     encoder: TextEncoder, sample: list[str], *, allow_gigatoken: bool = True
 ) -> dict[str, Any]:
-    """Decide how texts are encoded.
+    """Choose how texts are encoded.
 
     Args:
         encoder: The tokenizer's own encoder.
-        sample: Texts of the corpus; a part of them is compared.
+        sample: Texts of the corpus; some of them are compared.
         allow_gigatoken: False: the tokenizer's own encoder, without a comparison.
 
     Returns:
-        What `write_encoder` keeps: `kind` ("gigatoken", "huggingface", "megatron"), `reason` (one
-        line for the user), and what the encoder is made of.
+        `kind` ("gigatoken", "huggingface", "megatron"), `reason` (one line for the user), and what
+        `encoder_of` needs.
     """
     if not isinstance(encoder, HuggingFaceEncoder):
         arguments = encoder.__reduce__()[1]
@@ -250,20 +242,13 @@ def _compared(encoder: HuggingFaceEncoder, texts: list[str]) -> tuple[GigatokenE
 
 
 def encoder_digest(chosen: dict[str, Any]) -> str:
-    """Return a digest of what decides the ids."""
+    """Return a digest of everything that decides the ids."""
     made_of = {key: chosen.get(key) for key in ("serialized", "arguments")}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def encoder_of(chosen: dict[str, Any]) -> BulkEncoder:
-    """Make the encoder that `choose_encoder` decided on.
-
-    Args:
-        chosen: What it returned, or what a folder keeps of it.
-
-    Returns:
-        The encoder.
-    """
+    """Make the encoder that `choose_encoder` chose."""
     if chosen["kind"] == "megatron":
         from megatron_meco.corpus.tokenizer import rebuild_megatron_encoder
 
@@ -299,7 +284,7 @@ class _CheckedOnce:
 
 
 def _checked_part(texts: list[str]) -> list[str]:
-    """Return texts from all over the sample, up to a size that takes half a second to compare."""
+    """Return texts spread over the sample, up to a size that takes half a second to compare."""
     step = max(len(texts) // _CHECKED_TEXTS, 1)
     part, room = [], _CHECKED_CHARACTERS
     for text in texts[::step]:
@@ -316,7 +301,7 @@ def _special_texts(serialized: str) -> list[str]:
 
 
 def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) -> str | None:
-    # Text by text, so that ids that move from one text into the next are seen.
+    # Text by text, which also finds ids that move from one text into the next.
     for text in texts:
         (a, a_lengths), (b, b_lengths) = one.encode([text]), other.encode([text])
         if not (np.array_equal(a, b) and np.array_equal(a_lengths, b_lengths)):
@@ -326,13 +311,13 @@ def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) ->
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents as ids, cut into Megatron sequences; EODs are not among them.
+    """Documents as ids, cut into Megatron sequences, without EODs.
 
     Attributes:
         ids: The ids of all documents end to end, shape [ids].
-        lengths: Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer.
+        lengths: Ids per document, int64, shape [documents]; -1: refused by the tokenizer.
         sequence_lengths: Ids per sequence, none zero, int64, shape [sequences].
-        num_sequences: Sequences per document, int64, shape [documents]; 0 where it has no ids.
+        num_sequences: Sequences per document, int64, shape [documents]; 0 without ids.
     """
 
     ids: np.ndarray[Any, Any]
@@ -341,7 +326,7 @@ class EncodedDocuments:
     num_sequences: np.ndarray[Any, Any]
 
     def sequence_lengths_with_eod(self) -> np.ndarray[Any, Any]:
-        """Return tokens per sequence with an EOD in the last one of each document."""
+        """Return tokens per sequence, with an EOD in the last sequence of each document."""
         lengths = self.sequence_lengths.copy()
         ends = np.cumsum(self.num_sequences)[self.num_sequences > 0]
         lengths[ends - 1] += 1
@@ -349,18 +334,18 @@ class EncodedDocuments:
 
 
 class DocumentEncoder:
-    """Encodes documents, each as one sequence or as one for each sentence.
+    """Encodes documents, each as one sequence or as one per sentence.
 
     Args:
-        encoder: What encodes texts.
-        learned: What `learn_sentences` returned; None: a document is one sequence.
+        encoder: Encodes texts.
+        learned: From `learn_sentences`; None: a document is one sequence.
     """
 
     def __init__(self, encoder: BulkEncoder, learned: dict[str, Any] | None = None) -> None:
         self._encoder = encoder
         self._splitter: SentenceSplitter | None = None
         if learned is not None:
-            # Seconds of import that most corpora have no use for.
+            # Late: the import takes seconds, and few corpora need it.
             from megatron_meco.corpus.punkt import SentenceSplitter
 
             self._splitter = SentenceSplitter(learned)
@@ -368,12 +353,8 @@ class DocumentEncoder:
     def encode(self, texts: list[str]) -> EncodedDocuments:
         """Encode documents.
 
-        Args:
-            texts: Their texts.
-
-        Returns:
-            Their ids. A sentence without ids (white space alone, to some tokenizers) is no
-            sequence; a document of which one sentence is refused is refused whole.
+        A sentence without ids (white space alone, to some tokenizers) is no sequence. A document is
+        refused if one of its sentences is.
         """
         if self._splitter is None:
             ids, lengths = self._encoder.encode(texts)

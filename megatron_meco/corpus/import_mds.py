@@ -1,13 +1,13 @@
 """`meco import-mds`: token shards of mosaicml-streaming, such as the MeCo authors', as a corpus.
 
 The authors publish documents as ids without BOS and EOS, with `url` and `length`. Each row becomes
-a document with an EOD behind it and a row of metadata. A BOS before and an EOD behind the ids of a
-row are taken for what they are (the one dropped, the other not doubled); either inside is refused:
-such rows are packs of several documents. Runs on the executor of `meco prepare`: a task is a
-gigabyte of shards, the bytes do not depend on the workers, an import that was stopped goes on, and
-files appear only when all is there. Costs the memory of one shard per worker, and the disk space of
-the corpus twice. Given up: checking that the tokenizer is the one that made the ids, which nothing
-tells; only its EOD, BOS and the size of its vocabulary are used.
+a document with an EOD and a row of metadata. A BOS before the ids of a row is dropped, and an EOD
+behind them is not doubled. Either inside a row is refused: such rows are packs of several
+documents. Runs on the executor of `meco prepare`: a task is a gigabyte of shards, the bytes do not
+depend on the workers, an interrupted import resumes, and files appear when the import is complete.
+Costs the memory of one shard and of a batch of 4 M ids per worker, and the disk space of the corpus
+twice. Nothing in the shards tells which tokenizer made the ids; only the tokenizer's EOD, BOS and
+vocabulary size are used.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from megatron_meco.corpus.tokenizer import (
 )
 from megatron_meco.corpus.work_folder import WorkFolder
 from megatron_meco.errors import DataError, MeCoError
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _TASK_BYTES = 1 << 30
 _BATCH_IDS = 4 << 20
@@ -70,16 +70,15 @@ class ImportConfig:
     """What to import.
 
     Attributes:
-        folders: Folders of shards, in the order of their documents; URLs need an index of their
-            own.
-        output: The prefix of the files to write, as in Megatron's `--data-path`.
+        folders: Folders of shards, in document order; URLs need an index of their own.
+        output: Prefix of the files to write, as in Megatron's `--data-path`.
         tokenizer_type: Megatron's `--tokenizer-type`: the tokenizer that made the ids.
         tokenizer_model: Megatron's `--tokenizer-model`.
         ids_column: The column of token ids.
-        token_dtype: The type of the ids where the column is `bytes`.
-        metadata_fields: The columns to keep as metadata; none: no metadata file.
+        token_dtype: The type of the ids if the column is `bytes`.
+        metadata_fields: The columns to keep as metadata; empty: no metadata file.
         workers: Tasks that run at once; 1 works in this process.
-        overwrite: Whether to replace a corpus that is already there.
+        overwrite: Whether to replace an existing corpus.
     """
 
     folders: tuple[str, ...]
@@ -94,18 +93,14 @@ class ImportConfig:
 
 
 def import_mds(config: ImportConfig) -> MergedCorpus:
-    """Write shards of mosaicml-streaming as a corpus, or go on with an unfinished import.
+    """Write shards of mosaicml-streaming as a corpus, or resume an unfinished import.
 
-    Args:
-        config: What to import. With more than one worker the calling script needs the usual
-            `if __name__ == "__main__":`, because workers start from a fresh import.
-
-    Returns:
-        Counts and files.
+    With more than one worker the calling script needs the usual `if __name__ == "__main__":`,
+    because workers start from a fresh import.
 
     Raises:
-        MeCoError: Something cannot be read, understood or written. Finished tasks are kept, and
-            the same call goes on with the rest.
+        MeCoError: Something cannot be read or written. Finished tasks are kept, and the same call
+            continues with the rest.
     """
     _check_config(config)
     indices = [path for folder in config.folders for path in find_indices(os.fspath(folder))]
@@ -117,7 +112,7 @@ def import_mds(config: ImportConfig) -> MergedCorpus:
     _tell_unlisted(paths)
     with WorkFolder(config.output) as work:
         try:
-            # Once more: another process may have been at work until now.
+            # Again: another process may have held the lock until now.
             check_output(config.output, work.path, paths, overwrite=config.overwrite)
             settings = _settings(config)
             step = MdsImporter(
@@ -154,7 +149,7 @@ def _run(
 
 
 def _plan_tasks(shards: list[Shard], config: ImportConfig) -> list[list[Shard]]:
-    """Look the columns over, so that nothing is written before they are right; make tasks."""
+    """Check the columns before anything is written, and make tasks."""
     wanted = [config.ids_column, *config.metadata_fields]
     tasks: list[list[Shard]] = []
     room = 0
@@ -182,8 +177,8 @@ def _plan_tasks(shards: list[Shard], config: ImportConfig) -> list[list[Shard]]:
 
 
 def _tell_unlisted(paths: list[str]) -> None:
-    """Say on stderr which shards lie beside those of the indices and are in none."""
-    # A shard may lie there packed and unpacked.
+    """Warn about shards in the folders that no index lists."""
+    # A shard may exist both packed and unpacked.
     listed = {_without_packing(path) for path in paths}
     folders = sorted({os.path.dirname(path) for path in paths if not is_remote(path)})
     found = [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(folder or "."))]
@@ -202,7 +197,7 @@ def _without_packing(path: str) -> str:
 
 
 def _settings(config: ImportConfig) -> dict[str, Any]:
-    # First: it keeps Megatron's imports from talking.
+    # First: it silences the warnings of Megatron's imports.
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     from megatron.core.datasets.indexed_dataset import DType
 
@@ -217,7 +212,7 @@ def _settings(config: ImportConfig) -> dict[str, Any]:
 def _manifest(
     config: ImportConfig, inputs: list[list[str]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
+    """Return the content of `PREFIX.prepare.json`, equal for equal runs."""
     return {
         "format": MANIFEST_FORMAT,
         "indices": [{"path": path, "sha256": digest} for path, digest in inputs],
@@ -252,7 +247,7 @@ class MdsImporter(PipelineStep):  # type: ignore[misc]
         tasks: The shards of each task.
         settings: `eod`, `bos`, `vocab_size` and `dtype` of the tokenizer.
         ids_column: The column of token ids.
-        token_dtype: The type of the ids where the column is `bytes`.
+        token_dtype: The type of the ids if the column is `bytes`.
         metadata_fields: The columns to keep as metadata.
     """
 
@@ -276,15 +271,7 @@ class MdsImporter(PipelineStep):  # type: ignore[misc]
     def run(
         self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Write the rows of a task's shards, unless it is finished already.
-
-        Args:
-            data: Nothing: this is the first step.
-            rank: The task.
-            world_size: The number of tasks.
-
-        Yields:
-            Nothing: this is also the last step.
+        """Write the rows of the shards of the task `rank`, unless it is finished; yields nothing.
 
         Raises:
             DataError: A shard is damaged, or the files cannot be written.
@@ -361,7 +348,7 @@ class _Batch:
             self.write()
 
     def write(self) -> None:
-        """Write what was added."""
+        """Write the added rows."""
         if not self._rows:
             return
         ids = np.concatenate(self._ids)
@@ -407,20 +394,11 @@ def add_import_mds_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metadata-fields", default="url", metavar="A,B", help="default: %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     add("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_import_mds(args: argparse.Namespace) -> int:
-    """Run `meco import-mds`.
-
-    Args:
-        args: The parsed arguments of `add_import_mds_arguments`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        MeCoError: The shards cannot be imported; nothing has been written under the output's names.
-    """
+    """Run `meco import-mds`; returns the exit status, 0."""
     fields = tuple(name.strip() for name in args.metadata_fields.split(","))
     merged = import_mds(
         ImportConfig(
@@ -435,6 +413,9 @@ def run_import_mds(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     )
+    if args.json:
+        print(json_line(vars(merged)))
+        return 0
     tokens = counted(merged.tokens, "token")
     print(f"{counted(merged.documents, 'document')}, {tokens} (EODs included)")
     for reason, count in sorted(merged.rejected.items()):

@@ -1,10 +1,10 @@
-"""What `meco prepare` reads: files and folders, anywhere fsspec reaches, cut into tasks.
+"""Finds the input of `meco prepare`, anywhere fsspec reaches, and cuts it into tasks.
 
-A task is a run of consecutive files, or a byte range of one plain JSONL file, of about one size.
-The cut depends on the input alone and never on the number of workers, so that the output does not
-either; it grows with the input (16 MiB to 1 GiB), so that a laptop keeps all cores busy and a
-cluster gets about a thousand tasks. Costs one look-up of size and date per file, and four bytes of
-files that may be cut. Given up: cutting compressed files, and Parquet inside a file.
+A task is a run of consecutive files, or a byte range of one plain JSONL file, of about equal size.
+The cut depends on the input alone, not on the number of workers, so the output does not either.
+Task sizes grow with the input (16 MiB to 1 GiB): a laptop keeps all cores busy, and a cluster gets
+about a thousand tasks. Costs one look-up of size and date per file, and four bytes of files that
+may be cut. Compressed files and the other formats are not cut.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ from megatron_meco.corpus.input_bytes import (
     is_remote,
     open_source,
 )
-from megatron_meco.corpus.outputs import is_side_file, logs_of, output_paths
-from megatron_meco.corpus.work_folder import is_work_folder, work_folder_of
+from megatron_meco.corpus.outputs import (
+    is_side_file,
+    is_work_folder,
+    logs_of,
+    output_paths,
+    work_folder_of,
+)
 from megatron_meco.errors import DataError
 from megatron_meco.wording import counted, is_utf8
 
-# What others compress and pack with, which is not read here.
+# Compressions and archives that are not supported.
 _NOT_READ = (".7z", ".bz2", ".br", ".lz4", ".lzma", ".rar", ".sz", ".tar", ".tgz", ".xz", ".zip")
-# A Hugging Face data set saved to disk keeps its description beside its data.
+# A Hugging Face dataset on disk has its description beside its data.
 _NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 _TASKS = 1024
 _MIN_TASK_BYTES = 16 << 20
@@ -49,8 +54,8 @@ class SourceFile:
     Attributes:
         path: A path, or a URL that fsspec opens.
         format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
-        num_bytes: Its size as it is stored.
-        stamp: What changes when the file does: a date or an ETag; empty where there is none.
+        num_bytes: Its size as stored.
+        stamp: A date or an ETag, which changes with the file; empty if there is none.
     """
 
     path: str
@@ -62,18 +67,18 @@ class SourceFile:
 def find_files(
     inputs: Iterable[str | os.PathLike[str]], own: Path | None = None
 ) -> list[SourceFile]:
-    """Return the files that the inputs name, and tell on stderr of what is passed over.
+    """Return the files that the inputs name, and warn about files that are passed over.
 
     Args:
-        inputs: Files, folders (searched for data files, in the order of their names, links to
-            folders followed once), patterns with `*`; local or `protocol://`.
+        inputs: Files, folders (searched for data files in name order, links to folders followed
+            once) or patterns with `*`; local or `protocol://`.
         own: The prefix of a corpus whose files and work folder are no inputs.
 
     Returns:
-        The files in the order of their documents.
+        The files in document order.
 
     Raises:
-        DataError: There is no such file, or nothing in a folder; or a file cannot be an input.
+        DataError: There is no such file, a folder has no data, or a file cannot be an input.
     """
     search = _Search(own)
     files: list[SourceFile] = []
@@ -83,7 +88,7 @@ def find_files(
             files += search.find(name)
         except DataError:
             raise
-        # The libraries behind URLs raise what they like.
+        # The libraries behind URLs raise exceptions of any type.
         except Exception as error:
             told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
             where = str(getattr(error, "filename", None) or name)
@@ -104,11 +109,7 @@ def find_files(
 
 
 def tell_repeated(paths: Iterable[str]) -> None:
-    """Tell on stderr of files that are given more than once, under whatever names.
-
-    Args:
-        paths: Paths and URLs.
-    """
+    """Warn about files that are given more than once, under whatever names."""
     counts: Counter[Any] = Counter()
     repeated = []
     for path in paths:
@@ -127,7 +128,7 @@ def tell_repeated(paths: Iterable[str]) -> None:
 
 
 def warn(text: str) -> None:
-    """Say something on stderr that the user should know and that stops nothing."""
+    """Print a warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -138,7 +139,7 @@ def plan_tasks(files: Sequence[SourceFile]) -> list[list[Part]]:
         files: The files in order.
 
     Returns:
-        For each task its parts; all tasks one after the other are the input in order.
+        The parts of each task; all tasks one after the other are the input in order.
     """
     total = sum(file.num_bytes for file in files)
     size = min(max(total // _TASKS, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
@@ -214,7 +215,7 @@ class _Search:
         ]
 
     def tell(self, files: list[SourceFile]) -> None:
-        """Say what is no input, and which inputs are empty."""
+        """Warn about files that are no input, and about empty inputs."""
         named = {file.path for file in files}
         passed_over = [file for file in self._passed_over if file not in named]
         if passed_over:
@@ -284,7 +285,7 @@ class _Search:
         return _real(file) in self._own_files or is_side_file(file)
 
     def _check_local(self, path: str) -> None:
-        """Refuse what would be waited for, cannot be read, or is of the work itself."""
+        """Refuse files that block, cannot be read, or belong to the work itself."""
         if any(os.path.commonpath([_real(path), folder]) == folder for folder in self._own_folders):
             raise DataError(
                 "lies in the work folder or among the logs of this very corpus",
@@ -308,19 +309,16 @@ class _Search:
 
 
 def _real(path: str | os.PathLike[str]) -> str:
-    """Return where a name really lies; the last part may be a link, which is one's own name."""
+    """Return where a name really lies; the last part may be a link, which is its own name."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)
 
 
 def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk like `os.walk` with links to folders, each folder once, whatever links lead to it.
-
-    Args:
-        folder: Where to begin.
+    """Walk like `os.walk`, following links to folders, each folder once.
 
     Yields:
-        A folder, those in it (which may be taken out), and its files, both sorted.
+        A folder, its folders (which may be removed from the list), and its files, both sorted.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -335,8 +333,7 @@ def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
             seen.add(os.path.realpath(place))
             folders.sort()
             yield place, folders, sorted(names)
-            # Later than all folders themselves, so that these keep their names; not those that
-            # lead back to where they are.
+            # After all real folders, so that these keep their names; without links to a parent.
             links = [f"{place}/{one}" for one in folders if os.path.islink(f"{place}/{one}")]
             waiting += [link for link in links if not _leads_back(link)]
 
@@ -347,7 +344,7 @@ def _leads_back(link: str) -> bool:
 
 
 def _raise(error: OSError) -> None:
-    # What cannot be listed would be lost without a word.
+    # By default `os.walk` silently skips a folder that it cannot list.
     raise error
 
 
@@ -376,13 +373,10 @@ def _is_local(filesystem: Any) -> bool:
 
 
 def check_unchanged(part: Part) -> None:
-    """Refuse a local file that is another than when the preparation began.
-
-    Args:
-        part: What was read of it.
+    """Refuse a local file whose date or size has changed since the preparation began.
 
     Raises:
-        DataError: Its date or size is another.
+        DataError: It has changed.
     """
     if not part.stamp or is_remote(part.path):
         return
@@ -413,7 +407,7 @@ def _stem_and_suffix(path: str) -> tuple[str, str]:
 
 
 def _format(path: str) -> str:
-    # Lines of JSON are what a name that says nothing most likely holds.
+    # A file with an unknown suffix most likely holds JSON lines.
     return FORMAT_BY_SUFFIX.get(_stem_and_suffix(path)[1], "jsonl")
 
 

@@ -1,11 +1,11 @@
-"""What `meco prepare` does: raw documents with metadata to files that Megatron trains from.
+"""`meco prepare`: raw documents with metadata to files that Megatron trains from.
 
 A datatrove pipeline of two steps: a reader that accounts for every record, and a writer of tokens
-and metadata. The input is cut into tasks by itself alone, and what the tasks write is joined in
-their order, so the output is the same for any number of workers, on one machine or on many. Each
-document becomes text tokens and EOD, and one row of metadata; nothing of the metadata is in the
-tokens, so templates can change without preparing again. Costs the tokenizer, and the disk space of
-the corpus twice until it is complete. Given up: progress inside a task that is killed.
+and metadata. The input is cut into tasks, independently of the workers, and the output of the tasks
+is joined in order, so it is the same for any number of workers, on one machine or on many. Each
+document becomes text tokens and EOD, and one row of metadata. The tokens hold no metadata, so
+templates can change without preparing again. Costs the tokenizer, and the disk space of the corpus
+twice until it is complete. A killed task starts again from its beginning.
 """
 
 from __future__ import annotations
@@ -75,23 +75,21 @@ class PrepareConfig:
     """What to prepare, and how.
 
     Attributes:
-        inputs: Files, folders or patterns, local or URLs for fsspec, in the order of their
-            documents.
-        output: The prefix of the files to write, as in Megatron's `--data-path`.
+        inputs: Files, folders or patterns, local or URLs for fsspec, in document order.
+        output: Prefix of the files to write, as in Megatron's `--data-path`.
         tokenizer_type: Megatron's `--tokenizer-type`.
         tokenizer_model: Megatron's `--tokenizer-model`.
-        tokenizer_extra: Further tokenizer settings under Megatron's names.
-        text_field: Where a record's text is; dots lead into nested objects.
-        metadata_fields: The fields to keep as metadata; none: no metadata file.
+        tokenizer_extra: Further tokenizer settings, by Megatron's names.
+        text_field: Field of the text; dots lead into nested objects.
+        metadata_fields: The fields to keep as metadata; empty: no metadata file.
         sentence_language: Store each document as one sequence per sentence of this language; None:
             as one sequence.
-        encoder: `auto`: gigatoken where its ids are the same; `gigatoken`: or refuse;
-            `huggingface`.
+        encoder: `auto`: gigatoken if its ids are the same; `gigatoken`: or refuse; `huggingface`.
         executor: `local`, `slurm` or `ray`.
         executor_options: Settings of datatrove's executor for Slurm or Ray.
         workers: Tasks that run at once; 1 works in this process.
-        strict: Whether the first record that is no document ends the preparation.
-        overwrite: Whether to replace a corpus that is already there.
+        strict: Whether the first rejected record ends the preparation.
+        overwrite: Whether to replace an existing corpus.
     """
 
     inputs: tuple[str | Path, ...]
@@ -115,7 +113,7 @@ class PrepareConfig:
 
 @dataclass
 class PrepareReport(MergedCorpus):
-    """What came out of a preparation; empty apart from `job` where Slurm will write the files.
+    """The result of a preparation; empty apart from `job` if Slurm will write the files.
 
     Attributes:
         eod: The end-of-document id.
@@ -131,18 +129,14 @@ class PrepareReport(MergedCorpus):
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:
-    """Write a corpus, or go on with an unfinished one.
+    """Write a corpus, or resume an unfinished one.
 
-    Args:
-        config: What to prepare. With more than one worker the calling script needs the usual
-            `if __name__ == "__main__":`, because workers start from a fresh import.
-
-    Returns:
-        Counts and files.
+    With more than one worker the calling script needs the usual `if __name__ == "__main__":`,
+    because workers start from a fresh import.
 
     Raises:
-        MeCoError: Something cannot be read, understood or written. Finished tasks are kept, and
-            the same call goes on with the rest.
+        MeCoError: Something cannot be read or written. Finished tasks are kept, and the same call
+            continues with the rest.
     """
     files = find_files(config.inputs, config.output)
     paths = [file.path for file in files]
@@ -152,7 +146,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     workers = config.workers if config.executor == "local" else 1
     with WorkFolder(config.output) as work:
         try:
-            # Once more: another process may have been at work until now.
+            # Again: another process may have held the lock until now.
             check_output(config.output, work.path, paths, overwrite=config.overwrite)
             rejected = RejectedRecords(strict=config.strict)
             steps = [
@@ -173,7 +167,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
 def _begin(
     config: PrepareConfig, files: list[SourceFile], tasks: list[list[Part]], work: WorkFolder
 ) -> dict[str, Any]:
-    """Load the tokenizer, choose the encoder, and see whether earlier work may go on."""
+    """Load the tokenizer, choose the encoder, and begin or resume the work."""
     print("loading the tokenizer ...", file=sys.stderr, flush=True)
     sample = _sample_texts(tasks, config.text_field)
     chosen = build_encoder(
@@ -187,7 +181,7 @@ def _begin(
     language = config.sentence_language
     chosen["sentences"] = None
     if language is not None:
-        # Seconds of import that most corpora have no use for.
+        # Late: the import takes seconds, and few corpora need it.
         from megatron_meco.corpus.punkt import learn_sentences
 
         chosen["sentences"] = learn_sentences(sample, language)
@@ -201,7 +195,7 @@ def _begin(
 
 
 def _sample_texts(tasks: list[list[Part]], text_field: str) -> list[str]:
-    """Return texts from all over the input; what cannot be read comes up when it is prepared."""
+    """Return texts spread over the input; unreadable files are reported when they are prepared."""
     texts: list[str] = []
     step = max(len(tasks) // _SAMPLED_TASKS, 1)
     for rank in range(0, len(tasks), step):
@@ -220,7 +214,7 @@ def _plan_of(
     metadata_fields: tuple[str, ...],
     chosen: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what must be the same for an unfinished preparation to go on."""
+    """Return what must be unchanged for an unfinished preparation to resume."""
     return {
         "format": 2,
         "inputs": [[file.path, file.num_bytes, file.stamp] for file in files],
@@ -259,7 +253,7 @@ def _run(
 def _manifest(
     config: PrepareConfig, files: list[SourceFile], chosen: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what `PREFIX.prepare.json` says: nothing that differs between two equal runs."""
+    """Return the content of `PREFIX.prepare.json`, equal for equal runs."""
     return {
         "format": MANIFEST_FORMAT,
         "inputs": [{"path": file.path, "bytes": file.num_bytes} for file in files],
@@ -364,14 +358,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    """Run `meco prepare`.
-
-    Args:
-        args: The parsed flags of `add_prepare_arguments`.
-
-    Returns:
-        The exit status: 0, or 1 after a refusal (told on stderr).
-    """
+    """Run `meco prepare`; returns the exit status: 0, or 1 after an error, told on stderr."""
     settings = {name: getattr(args, name) for name in args.tokenizer_setting_names}
     fields = tuple(name.strip() for name in args.metadata_fields.split(","))
     try:
@@ -397,7 +384,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         print(f"meco prepare: {error}", file=sys.stderr)
         return 1
     if args.json:
-        # Not `asdict` of the whole, which breaks a Counter.
+        # Not `asdict`, which breaks a Counter.
         print(json.dumps(vars(report), default=_plain))
     else:
         _print_summary(report, Path(args.output))

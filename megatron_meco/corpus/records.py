@@ -37,26 +37,26 @@ from megatron_meco.errors import DataError
 from megatron_meco.wording import counted, first_line, is_utf8
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Row groups may hold texts of megabytes: a batch of a thousand would be gigabytes.
+# Texts may have megabytes each, and a thousand of them gigabytes.
 _PARQUET_ROWS = 100
 _FIELD_CHARACTERS = 1 << 30
 _ARROW_MAGIC = b"ARROW1"
-# What may stand between the last batch and the footer: an end marker and alignment.
+# Most bytes between the last batch and the footer: an end marker and alignment.
 _ARROW_SLACK = 256
 # The end of a stream, and what it was before Arrow 0.15.
 _ARROW_ENDS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
-# Records about pages.
+# WARC records that are no pages.
 _WARC_NO_PAGES = ("warcinfo", "request", "metadata", "revisit", "arc_header")
-# The reason why a line that is whole JSON is no record.
+# The reason for a line of valid JSON that is no record.
 _NO_OBJECT = "not a JSON object"
 
 
 class BadRecord(Exception):
-    """The reason why a record is no document.
+    """A record that is no document.
 
     Args:
         reason: One of a small set, so that reasons can be counted.
-        excerpt: The beginning of the record, where the one who rejects it does not have it.
+        excerpt: The beginning of the record, if the one who rejects it does not have it.
     """
 
     def __init__(self, reason: str, excerpt: str = "") -> None:
@@ -65,7 +65,7 @@ class BadRecord(Exception):
 
 
 class BrokenFile(ValueError):
-    """A file that is not whole, or not of its format."""
+    """A file that is not complete, or not of its format."""
 
 
 type Record = dict[str, Any] | BadRecord
@@ -166,11 +166,11 @@ def _json_records(
     part: Part, on_bytes: Callable[[int], None]
 ) -> Iterator[tuple[int, Record | None, bytes]]:
     end = None if part.is_whole else part.end
-    # A reader of one's own pipeline does not know the size.
+    # 0: `JsonLinesReader` does not know the size.
     num_bytes = part.end if part.is_whole and part.end else None
     for chunk in read_chunks(part.path, part.begin, end, num_bytes=num_bytes):
         lines = chunk.data.split(b"\n")
-        # Behind the last line end; only the last line of a file has none.
+        # Number of the text behind the last line end; only a file's last line has none.
         last = chunk.first_line + len(lines) - 1
         if not lines[-1]:
             lines.pop()
@@ -264,8 +264,8 @@ def _file_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
     count = reader.num_record_batches
     for i in range(count):
         yield reader.get_batch(i)
-    # A footer that is damaged, or belongs to the second of two files in one, names other batches.
-    # So the last one, read whole, has to end where the footer begins.
+    # A damaged footer, or that of a second file appended to the first, names other batches.
+    # So the last batch has to end where the footer begins.
     size = file.seek(0, io.SEEK_END)
     file.seek(size - len(_ARROW_MAGIC) - 4)
     footer_bytes = int.from_bytes(file.read(4), "little")
@@ -277,7 +277,7 @@ def _file_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
         again.get_batch(count - 1)
         unread = footer - watched.end
     else:
-        # The schema, which the footer holds as well.
+        # Only the schema, which the footer repeats.
         unread = footer - footer_bytes
     if unread >= _ARROW_SLACK:
         raise BrokenFile(f"{unread:,} bytes that its footer does not name")
@@ -300,14 +300,14 @@ class _WatchedFile:
 
 
 def _checked(batch: pa.RecordBatch, wanted: set[str]) -> pa.RecordBatch:
-    """Return the wanted parts of a batch; nothing of a damaged one is touched before."""
+    """Return the wanted parts of a batch after validating them."""
     columns: dict[int, pa.Array] = {}
     for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
         paths = [tuple(other.split(".")) for other in wanted]
         inside = [path[1:] for path in paths if path[0] == name and len(path) > 1]
         if name not in wanted and not inside:
             continue
-        # Text that is not UTF-8 is a matter of its row alone.
+        # Text that is not UTF-8 rejects its row, not the file.
         kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
         (column.view(kinds[column.type]) if column.type in kinds else column).validate(full=True)
         part = column if name in wanted else _inside(column, inside)
@@ -325,7 +325,7 @@ def _inside(column: pa.Array, paths: list[tuple[str, ...]]) -> pa.Array | None:
         return None
     fields = {}
     for name in dict.fromkeys(path[0] for path in paths):
-        # A name that stands twice cannot be asked for.
+        # A repeated name cannot be selected.
         if column.type.get_field_index(name) >= 0:
             field = pc.struct_field(column, name)
             deeper = [path[1:] for path in paths if path[0] == name]
@@ -344,14 +344,14 @@ def _rows(batch: pa.RecordBatch) -> Iterator[Record]:
     columns = [_values(column, name) for name, column in zip(names, batch.columns, strict=True)]
     for row in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
         bad = next((value for value in row if isinstance(value, BadRecord)), None)
-        # Of columns with one name the last one counts.
+        # Of columns with the same name the last one counts.
         yield bad or dict(zip(names, row, strict=True))
 
 
 def _values(column: pa.Array, name: str) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
-    # A date beyond the year 9999 is an OverflowError, a ValueError or pyarrow's own.
+    # A date beyond the year 9999 raises OverflowError, ValueError or an Arrow error.
     except Exception:
         values = [_value(scalar, name) for scalar in column]
     return values
@@ -370,7 +370,7 @@ class _CsvLines:
     """The lines of a CSV file, and whether and how they have ended."""
 
     def __init__(self, stream: BinaryIO, newline: str | None) -> None:
-        # What is not UTF-8 comes out as lone surrogates, which are told row by row.
+        # Invalid UTF-8 becomes lone surrogates, which reject their rows.
         self._lines = io.TextIOWrapper(
             stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline
         )
@@ -389,7 +389,7 @@ def _csv_records(
 ) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(_FIELD_CHARACTERS)
     lines = _CsvLines(stream, newline)
-    # Strict: a quote too many would join rows to one field without a word.
+    # Strict: otherwise a stray quote would silently join rows into one field.
     reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     number = 0
@@ -427,7 +427,7 @@ def _csv_records(
 
 
 def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
-    # Seconds of import that other formats have no use for.
+    # Late: the import takes seconds, and other formats do not need it.
     from datatrove.pipeline.readers.warc import process_record
     from warcio.bufferedreaders import BufferedReader
     from warcio.recordloader import ArcWarcRecordLoader
@@ -450,7 +450,7 @@ def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
             found = process_record(record)
         except KeyError:
             found = BadRecord("no address or no date")
-        # An HTTP response has its headers read already, and may be decoded in part alone.
+        # The headers of an HTTP response have been read, and its body perhaps in part.
         while record.raw_stream.read(1 << 16):
             pass
         if record.raw_stream.limit > 0:
@@ -467,7 +467,7 @@ def _warc_records(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 
 def _between(reader: Any, number: int, kind: str | None) -> bytes:
-    """Read the empty lines behind a record and return the first line of the next one."""
+    """Read the empty lines behind a record, and return the first line of the next one."""
     first = reader.readline()
     if first.strip():
         if kind == "warc":
@@ -485,7 +485,7 @@ def _between(reader: Any, number: int, kind: str | None) -> bytes:
 
 
 def _next_line(reader: Any) -> bytes:
-    """Return the first line that is not empty, nothing at the end."""
+    """Return the first line that is not empty; empty at the end."""
     while (line := reader.readline()) and not line.strip():
         pass
     return bytes(line)

@@ -1,10 +1,10 @@
-"""The last step of a preparation: a task's documents to tokens and metadata in files of its own.
+"""The last step of a preparation: a task's documents to tokens and metadata in its own files.
 
-`MegatronWriter` ends any datatrove pipeline; `merge_tasks` (in `merge`) joins what the tasks wrote.
-A task is finished when its record `task-NNNNN.json` is there, which is written last: a killed task
-leaves nothing that counts and runs again whole. Costs the tokenizer, an array copy to put EODs in,
-and about three microseconds of Python per document. Memory is one batch (4 MiB of text, or the
-longest document) and its ids. Given up: going on in the middle of a task.
+`MegatronWriter` ends any datatrove pipeline; `merge_tasks` (in `merge`) joins the tasks. A task is
+finished when its record `task-NNNNN.json` exists, which is written last: a killed task leaves
+nothing that counts and runs again from its beginning. Costs the tokenizer, an array copy to insert
+EODs, and about three microseconds of Python per document. Memory is one batch (4 MiB of text, or
+the longest document) and its ids.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _TASK_SUFFIXES = (".bin", ".lengths", ".sequences", ".rejected.jsonl")
 
 @dataclass
 class TaskRecord:
-    """What a finished task says of itself.
+    """What a finished task says about itself.
 
     Attributes:
         documents: Documents written.
         tokens: Tokens written, EODs included.
-        sequences: Megatron sequences that the documents consist of.
-        text_bytes: Bytes of their text in UTF-8.
+        sequences: Megatron sequences of the documents.
+        text_bytes: UTF-8 bytes of their text.
         missing_metadata: Documents without a value, by metadata field.
         rejected: Rejected records by reason.
         lines_of_parts: Path, first byte and number of lines of the parts read.
@@ -85,20 +85,14 @@ def task_prefix(folder: Path, rank: int) -> Path:
 
 
 def record_path(folder: Path, rank: int) -> Path:
-    """Return the file that says that a task is finished."""
+    """Return the file that marks a task as finished."""
     return folder / f"task-{rank:05d}.json"
 
 
 def read_record(folder: Path, rank: int) -> TaskRecord | None:
-    """Return the record of a finished task.
+    """Return the record of a finished task; None if the task has to run (again).
 
-    Args:
-        folder: The work folder.
-        rank: The task.
-
-    Returns:
-        The record; None where the task is to be run (again): there is none, or it or a file of the
-        task is not what was written.
+    The record must be well-formed, and the files of the task must have the sizes that it gives.
     """
     try:
         record = TaskRecord(**orjson.loads(record_path(folder, rank).read_bytes()))
@@ -109,7 +103,7 @@ def read_record(folder: Path, rank: int) -> TaskRecord | None:
 
 
 def _has_files(prefix: Path, record: TaskRecord) -> bool:
-    """Whether the files of a task have the sizes that its record tells."""
+    """Whether the files of a task have the sizes that its record gives."""
     bins, lengths, sequences, _ = (
         os.path.getsize(f"{prefix}{suffix}") for suffix in _TASK_SUFFIXES
     )
@@ -122,14 +116,14 @@ def _has_files(prefix: Path, record: TaskRecord) -> bool:
 
 
 class MegatronWriter(PipelineStep):  # type: ignore[misc]
-    """Writes the documents of a pipeline as tokens and metadata, one set of files for each task.
+    """Writes the documents of a pipeline as tokens and metadata, one set of files per task.
 
     Args:
-        folder: A folder that `make_work_folder` made; all tasks must reach it.
+        folder: A folder from `make_work_folder`; all tasks must reach it.
         metadata_fields: Keys of the documents' metadata to keep; dots lead into nested values,
             and `file_path` is the input file.
-        rejected: What the reader shares, when it is one of `documents`; None: only texts that the
-            tokenizer refuses are told.
+        rejected: Shared with the reader, if that is one of `documents`; None: only texts that the
+            tokenizer refuses are reported.
     """
 
     name = "MegatronWriter"
@@ -149,15 +143,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
     def run(
         self, data: Iterator[Document] | None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Write the documents of a task, unless it is finished already.
-
-        Args:
-            data: The documents.
-            rank: The task.
-            world_size: The number of tasks.
-
-        Yields:
-            Nothing: this is the last step.
+        """Write the documents of the task `rank`, unless it is finished; yields nothing.
 
         Raises:
             DataError: The files cannot be written, or the tokenizer gave an id outside its
@@ -202,8 +188,8 @@ def with_eod(
     Args:
         ids: The documents' ids end to end, shape [ids].
         lengths: Ids per document, none zero, shape [documents].
-        eod: The id to put in.
-        dtype: The type of the result.
+        eod: The EOD.
+        dtype: Type of the result.
 
     Returns:
         Shape [ids + documents].
@@ -224,7 +210,7 @@ class TaskFiles:
         folder: The work folder.
         rank: The task.
         settings: The encoder's `eod`, `vocab_size` and `dtype`.
-        metadata_fields: The columns of metadata; none: no metadata file.
+        metadata_fields: The columns of metadata; empty: no metadata file.
 
     Raises:
         DataError: A file cannot be written.
@@ -258,15 +244,15 @@ class TaskFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Without an error, `finish` was called and nothing is left to close.
+        # Without an error `finish` has closed everything.
         self._stack.__exit__(kind, error, trace)
 
     def write(self, encoded: EncodedDocuments, columns: list[list[str | None]]) -> None:
-        """Add those of the documents that have ids, and an EOD behind each.
+        """Add the documents that have ids, each with an EOD.
 
         Args:
             encoded: The documents.
-            columns: Their metadata, one list of values for each field.
+            columns: The metadata of those that have ids, one list of values per field.
 
         Raises:
             DataError: An id is outside the vocabulary.
@@ -289,7 +275,7 @@ class TaskFiles:
             self._metadata.append(columns)
 
     def reject(self, rejected: list[tuple[Rejected, int]]) -> None:
-        """Set records aside, in the order of the input."""
+        """Write rejected records, in input order."""
         for record, begin in rejected:
             line = json.dumps({**asdict(record), "begin": begin}, ensure_ascii=False)
             self._files[".rejected.jsonl"].write(line.encode("utf-8", "replace") + b"\n")
@@ -297,13 +283,13 @@ class TaskFiles:
             reasons[record.reason] = reasons.get(record.reason, 0) + 1
 
     def finish(self, lines_of_parts: list[tuple[str, int, int]]) -> None:
-        """Put everything on the disk, under its name; the record comes last."""
+        """Sync and publish all files; the record comes last."""
         self.record.lines_of_parts = lines_of_parts
         self._stack.close()
         write_synced(self._record_path, json.dumps(asdict(self.record)))
 
     def _check(self, ids: np.ndarray[Any, Any]) -> None:
-        # The type on disk is chosen by the vocabulary: a larger id would wrap silently.
+        # The type on disk follows the vocabulary size: a larger id would silently wrap.
         if ids.max() >= self._vocab_size or ids.min() < 0:
             raise DataError(
                 f"the tokenizer gave id {ids.max()}, its vocabulary ends at {self._vocab_size}",

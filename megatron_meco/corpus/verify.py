@@ -1,17 +1,17 @@
-"""`meco verify PREFIX`: whether a corpus on disk is what it should be.
+"""`meco verify PREFIX`: whether a corpus on disk is intact.
 
-Reads every byte once: the structure of the index, one EOD at the end of each document and none
-inside, ids inside the vocabulary, one metadata row per document, and the counts and checksums that
-`meco prepare` left in `PREFIX.prepare.json`. `--against FILES` tokenises the original files again
-and compares tokens and metadata document by document. Costs the disk, and with `--against` the
-tokenizer, in one process. Given up: repairing anything.
+Reads every byte once and checks the structure of the index, one EOD at the end of each document and
+none inside, ids within the vocabulary, one metadata row per document, and the counts and checksums
+in `PREFIX.prepare.json`. `--against FILES` tokenises the original files again and compares tokens
+and metadata document by document. Costs the disk, and with `--against` the tokenizer, in one
+process. Nothing is repaired.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.task_writer import with_eod
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _BLOCK = 1 << 20
 _REBUILD = "Prepare the corpus again."
@@ -51,11 +51,11 @@ _REBUILD = "Prepare the corpus again."
 
 @dataclass
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
-        name: What.
-        told: What was found, in a few words.
+        name: What was checked.
+        told: What was found.
         is_right: Whether it is as it should be.
     """
 
@@ -65,14 +65,14 @@ class Check:
 
 
 def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
-    """Look a corpus over.
+    """Check a corpus.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
-        eod: The end-of-document id; None: what `PREFIX.prepare.json` says.
+        eod: The end-of-document id; None: that of `PREFIX.prepare.json`.
 
     Yields:
-        What was found, check by check.
+        The checks.
 
     Raises:
         DataError: The files cannot be opened as a corpus.
@@ -93,7 +93,7 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
         fields = ", ".join(open_metadata(prefix).column_names)
         yield Check("metadata", f"one row per document: {fields}")
     else:
-        # Also a pipe, which would be waited for, for ever.
+        # `exists`: a pipe also counts; opening it would block forever.
         is_missing = bool(manifest.get("metadata_fields")) or metadata_path(prefix).exists()
         yield Check("metadata", "no file", not is_missing)
     if not manifest:
@@ -153,16 +153,13 @@ def verify_against(
 
     Args:
         prefix: A corpus that `meco prepare` made.
-        inputs: What it was made of.
+        inputs: The files that it was made of.
         encoder: As `meco prepare --encoder`.
         trust_remote_code: Whether code that comes with the tokenizer may run.
 
-    Returns:
-        What was found.
-
     Raises:
-        DataError: The first document that differs; or the corpus has no `PREFIX.prepare.json`.
-        FlagError: The tokenizer cannot be loaded.
+        DataError: Names the first document that differs.
+        FlagError: The corpus has no manifest, or the tokenizer cannot be loaded.
     """
     manifest = read_manifest(prefix)
     if not manifest:
@@ -180,7 +177,7 @@ def verify_against(
     index = check_index(prefix)
     settings = manifest["tokenizer"]
     extra = dict(settings.get("extra", {}))
-    # Whoever wrote the corpus may have trusted that code; this reader has not said so.
+    # The writer of the corpus may have trusted that code; this user has not said so.
     if extra.pop("trust_remote_code", False) and not trust_remote_code:
         raise FlagError(
             f"{prefix}.prepare.json names a tokenizer that brings code of its own",
@@ -301,35 +298,32 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --against: run the code that the corpus's tokenizer brings",
     )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Run `meco verify`.
-
-    Args:
-        args: The parsed arguments of `add_verify_arguments`.
-
-    Returns:
-        The exit status: 0, or 1 when something is not as it should be.
-
-    Raises:
-        MeCoError: The corpus cannot be opened, or differs from the files.
-    """
+    """Run `meco verify`; returns the exit status, 1 if something is wrong."""
     check_local(args.prefix, "PREFIX")
     prefix = Path(args.prefix)
     if args.eod is not None and not 0 <= args.eod < 1 << 31:
         raise FlagError(f"no token id: {args.eod}", where="--eod", remedy="Name the id of the EOD.")
-    is_right = True
-    for check in verify(prefix, args.eod):
-        _print(check)
-        is_right = is_right and check.is_right
-    if args.against:
-        _print(
-            verify_against(
-                prefix, args.against, args.encoder, trust_remote_code=args.trust_remote_code
-            )
-        )
+    checks = []
+    for check in _checks(prefix, args):
+        checks.append(check)
+        if not args.json:
+            _print(check)
+    is_right = all(check.is_right for check in checks)
+    if args.json:
+        print(json_line({"is_right": is_right, "checks": [asdict(check) for check in checks]}))
     return 0 if is_right else 1
+
+
+def _checks(prefix: Path, args: argparse.Namespace) -> Iterator[Check]:
+    yield from verify(prefix, args.eod)
+    if args.against:
+        yield verify_against(
+            prefix, args.against, args.encoder, trust_remote_code=args.trust_remote_code
+        )
 
 
 def _print(check: Check) -> None:

@@ -1,10 +1,10 @@
-"""The folder that a preparation works in, and whether an unfinished one may go on.
+"""The folder that a preparation works in, and whether an unfinished one may resume.
 
 `PREFIX.unfinished/` holds the encoder that all tasks use, a plan that says what is being prepared,
-and the files of finished tasks. Going on is allowed when the plan is the same to the letter: inputs
-with their sizes and dates, fields, tokenizer. A lock on the folder keeps two preparations of one
-corpus apart; it goes with its process. The folder carries a marker (see `outputs`): one without it
-is never touched. Given up: keeping the tasks whose input did not change.
+and the files of finished tasks. A preparation resumes only with an identical plan: inputs with
+their sizes and dates, fields, tokenizer. After any change all tasks run again. A lock on the folder
+keeps two preparations of one corpus apart; it goes with its process. A folder without this
+package's marker is never touched, and only files under this package's names are removed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from typing import Any, Self
 import orjson
 
 from megatron_meco.corpus.encoder import BulkEncoder, build_encoder, encoder_of
+from megatron_meco.corpus.outputs import MARKER, is_work_folder, work_folder_of
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file, whole_folder
 from megatron_meco.wording import counted
 
-PUBLISHING = "publishing"
-"""The file in a work folder that says that files of this preparation have got their names."""
-
-_MARKER = "meco-work-folder.json"
 _FORMAT = 1
 _LOGS = "logs"
 _WORK_FILES = re.compile(
@@ -44,19 +41,18 @@ _PLAN = "plan.json"
 def make_work_folder(
     folder: str | os.PathLike[str], *, sentences: dict[str, Any] | None = None, **tokenizer: Any
 ) -> dict[str, Any]:
-    """Make a folder that a `MegatronWriter` of one's own pipeline can write to.
+    """Make a folder for a `MegatronWriter` in your own pipeline.
 
     Args:
-        folder: The folder, which is made, or one that this function has made before; all tasks must
-            reach it.
-        sentences: What `learn_sentences` returned, to store each document as several sequences.
+        folder: A new folder, or one from an earlier call; all tasks must reach it.
+        sentences: From `learn_sentences`, to store each document as several sequences.
         **tokenizer: The arguments of `build_encoder`.
 
     Returns:
         What `build_encoder` returns, and `sentences`.
 
     Raises:
-        MeCoError: As `build_encoder`; or the folder is there and is somebody else's.
+        MeCoError: As `build_encoder`; or the folder exists and was not made by this function.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -68,16 +64,8 @@ def make_work_folder(
     return chosen
 
 
-def work_folder_of(prefix: Path) -> Path:
-    """Return where the corpus at `prefix` is prepared."""
-    return Path(f"{prefix}.unfinished")
-
-
 def make_marked_folder(path: Path) -> None:
-    """Make a work folder; it appears with its marker.
-
-    Args:
-        path: The folder, which does not exist.
+    """Make a new work folder; it appears with its marker.
 
     Raises:
         DataError: It cannot be made.
@@ -92,19 +80,11 @@ def make_marked_folder(path: Path) -> None:
 
     with whole_folder(path, refuse) as folder:
         marker = {"format": _FORMAT, "made_by": "megatron-meco"}
-        (folder / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
-
-
-def is_work_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder carries the marker of a work folder."""
-    return os.path.isfile(os.path.join(path, _MARKER)) and not os.path.islink(path)
+        (folder / MARKER).write_text(json.dumps(marker), encoding="utf-8")
 
 
 def check_work_folder(path: Path) -> None:
-    """Refuse a folder that this package did not make, or that another version made.
-
-    Args:
-        path: Something that exists.
+    """Refuse an existing folder that this version of this package did not make.
 
     Raises:
         DataError: It is no work folder of this version.
@@ -116,23 +96,20 @@ def check_work_folder(path: Path) -> None:
             remedy="Move or remove it yourself, or choose another --output.",
         )
     try:
-        found: Any = orjson.loads((path / _MARKER).read_bytes())
+        found: Any = orjson.loads((path / MARKER).read_bytes())
     except (OSError, ValueError):
         found = None
     told = found.get("format") if isinstance(found, dict) else None
     if told != _FORMAT:
         raise DataError(
             f"a work folder of format {told!r}, this version has {_FORMAT}",
-            where=str(path / _MARKER),
+            where=str(path / MARKER),
             remedy="Go on with the version that made it, or remove the folder.",
         )
 
 
 def clear_work_folder(path: Path) -> None:
-    """Remove from a work folder what this package wrote there, apart from its marker.
-
-    Args:
-        path: A folder with a marker.
+    """Remove this package's files from a work folder, apart from its marker.
 
     Raises:
         OSError: Something cannot be removed.
@@ -145,10 +122,7 @@ def clear_work_folder(path: Path) -> None:
 
 
 def remove_temporary_files(path: Path) -> None:
-    """Remove from a work folder what killed writers have left, which takes up disk.
-
-    Args:
-        path: A folder with a marker where nobody writes.
+    """Remove the files of killed writers from a work folder in which nobody writes.
 
     Raises:
         OSError: Something cannot be removed.
@@ -159,26 +133,23 @@ def remove_temporary_files(path: Path) -> None:
 
 
 def remove_work_folder(path: Path) -> None:
-    """Remove a work folder; it stays, with its marker, where somebody else put files into it.
-
-    Args:
-        path: A folder with a marker.
+    """Remove a work folder; it stays, with its marker, if it holds files of another origin.
 
     Raises:
         OSError: Something cannot be removed.
     """
     clear_work_folder(path)
-    if [entry.name for entry in path.iterdir()] == [_MARKER]:
-        (path / _MARKER).unlink()
+    if [entry.name for entry in path.iterdir()] == [MARKER]:
+        (path / MARKER).unlink()
         path.rmdir()
 
 
 def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
-    """Keep an encoder in a folder for the processes that work there.
+    """Write an encoder to a folder, for the processes that work there.
 
     Args:
         folder: The folder.
-        chosen: What `choose_encoder` returned, and anything else that belongs to it.
+        chosen: From `choose_encoder`, and anything else that belongs to it.
 
     Raises:
         DataError: The folder cannot be written to.
@@ -188,13 +159,7 @@ def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=2)
 def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
-    """Return the encoder kept in a folder; one process loads it once, whatever it does with it.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        The encoder, and what was kept with it.
+    """Return the encoder in a folder and its settings; one process loads it once.
 
     Raises:
         DataError: There is none.
@@ -202,19 +167,13 @@ def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
     settings = load_settings(folder)
     try:
         return encoder_of(settings), settings
-    # What a damaged tokenizer raises is of no common type.
+    # Damaged tokenizers raise exceptions of any type.
     except Exception as error:
         raise _no_encoder(folder, error) from error
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
-    """Return what was kept with the encoder of a folder.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        What it was given.
+    """Return what `write_encoder` was given.
 
     Raises:
         DataError: It cannot be read.
@@ -257,7 +216,7 @@ class WorkFolder:
         return self
 
     def _locked(self) -> int | None:
-        """Return the folder opened and locked; None where its owner was done and removed it."""
+        """Return the opened and locked folder; None if its owner finished and removed it."""
         descriptor = None
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -287,7 +246,7 @@ class WorkFolder:
         try:
             make_marked_folder(self.path)
         except DataError:
-            # Another process may have made it in between.
+            # Another process may have made it meanwhile.
             if not is_work_folder(self.path):
                 raise
 
@@ -309,13 +268,13 @@ class WorkFolder:
         restart: bool,
         is_alone: bool = True,
     ) -> None:
-        """Begin a preparation, or go on with one.
+        """Begin a preparation, or resume one.
 
         Args:
             plan: What is prepared.
             chosen: The encoder.
-            restart: Whether to start afresh where the unfinished one is another.
-            is_alone: Whether no task of an earlier call can be at work still, as on a cluster.
+            restart: Whether to start afresh if the unfinished work is of another plan.
+            is_alone: Whether no task of an earlier call can still be running, as on a cluster.
 
         Raises:
             DataError: An unfinished preparation of something else is here.
@@ -354,13 +313,13 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove the folder, as far as it is this package's."""
         with contextlib.suppress(OSError):
-            # Another process may have made a new one since this one's was removed.
+            # Another process may have removed this one and made a new one.
             if self._lock and os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 remove_work_folder(self.path)
 
 
 def _difference(earlier: Any, plan: dict[str, Any]) -> str:
-    # An import of shards has no inputs.
+    # An import of shards has no `inputs`.
     if not isinstance(earlier, dict) or not _are_inputs(earlier.get("inputs", [])):
         return f"{_PLAN} is damaged"
     before, now = earlier.get("inputs", []), plan.get("inputs", [])
@@ -383,11 +342,7 @@ def _are_inputs(told: Any) -> bool:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: All that it holds.
+    """Write a small file atomically.
 
     Raises:
         DataError: It cannot be written.
@@ -397,12 +352,12 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def cannot_write(error: OSError, path: Path) -> DataError:
-    """Return what is told of a disk that is full or may not be written."""
+    """Return the error for a disk that is full or read-only."""
     return cannot_write_for(error.strerror or str(error), error.filename or path)
 
 
 def cannot_write_for(reason: str, path: str | Path) -> DataError:
-    """Return what is told of a file that cannot be written, with the reason in a few words."""
+    """Return the error for a file that cannot be written, with the reason in a few words."""
     return DataError(
         f"cannot be written ({reason})",
         where=str(path),

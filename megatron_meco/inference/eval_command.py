@@ -9,6 +9,7 @@ names are looked up and data is loaded before the first forward pass, so mistake
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import re
@@ -36,7 +37,7 @@ from megatron_meco.inference.model_flags import (
 from megatron_meco.inference.output_file import check_result_file, write_json
 from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
 from megatron_meco.untrusted.text_file import read_text
-from megatron_meco.wording import counted, shown
+from megatron_meco.wording import counted, json_line, shown
 
 if TYPE_CHECKING:
     # Importing them loads torch.
@@ -106,17 +107,22 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate this model too, and report --model minus it, paired by document",
     )
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--json", action="store_true", help="print one JSON object; the tables go to stderr")
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Run `meco eval`.
+    """Run `meco eval`; returns the exit status, 0."""
+    with contextlib.ExitStack() as stack:
+        if args.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        report = _run(args)
+    if args.json:
+        print(json_line(report))
+    return 0
 
-    Args:
-        args: The parsed flags of `add_eval_arguments`.
 
-    Returns:
-        The exit status, 0.
-    """
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate, print the tables, and return what `--output` gets."""
     _check_flags(args)
     if args.output is not None:
         check_result_file(args.output)
@@ -149,7 +155,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_json(args.output, about | report)
         print(f"written to {args.output}", file=sys.stderr)
-    return 0
+    return about | report
 
 
 # ---- Flags ----

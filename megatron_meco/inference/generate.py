@@ -144,14 +144,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Run `meco generate`.
-
-    Args:
-        args: The parsed flags of `add_generate_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco generate`; returns the exit status, 0."""
     conditions = parse_metadata(args.metadata)
     _check_flags(args, conditions)
     prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)

@@ -33,7 +33,7 @@ from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
-from megatron_meco.wording import aligned, counted, first_line
+from megatron_meco.wording import JSON_HELP, aligned, counted, first_line, json_line
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -262,17 +262,11 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         help=DEFAULT,
     )
     add("--seed", **SEED, default=0, metavar="S", help=DEFAULT)
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_steer(args: argparse.Namespace) -> int:
-    """Run `meco steer`.
-
-    Args:
-        args: The parsed flags of `add_steer_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco steer`; returns the exit status, 0."""
     remedy = "Give 0 or more, and not more than --max-new-tokens."
     check_range("--min-new-tokens", args.min_new_tokens, 0, args.max_new_tokens, remedy)
     conditions = parse_metadata(args.metadata)
@@ -301,23 +295,22 @@ def run_steer(args: argparse.Namespace) -> int:
     texts = sample(loaded, settings, args.output, _tell)
     told = f"{counted(settings.num_samples, 'sample')} of {counted(len(names), 'kind')}"
     print(f"{args.output}: {told}", file=sys.stderr)
+    about: dict[str, Any] = {}
     if scorer is not None:
         scores = {p: score_texts(scorer, texts[p], args.scorer) for p in settings.prefixes}
         report = _report(scores, args.seed, shuffled=args.shuffled)
-        _print_report(report, names)
-        write_json(
-            args.output / "scores.json",
-            {
-                "scorer": args.scorer,
-                "summary": {
-                    prefix: {
-                        name: {k: asdict(i) for k, i in row.items()} for name, row in rows.items()
-                    }
-                    for prefix, rows in report.items()
-                },
-                "scores": scores,
+        if not args.json:
+            _print_report(report, names)
+        about |= {
+            "scorer": args.scorer,
+            "summary": {
+                prefix: {name: {k: asdict(i) for k, i in row.items()} for name, row in rows.items()}
+                for prefix, rows in report.items()
             },
-        )
+        }
+        write_json(args.output / "scores.json", {**about, "scores": scores})
+    if args.json:
+        print(json_line({"samples": settings.num_samples, **about, "folder": args.output}))
     return 0
 
 

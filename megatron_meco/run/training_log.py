@@ -17,7 +17,7 @@ _NUMBER = r"[-+.\deEnaifNAIF]+"
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(rf"([a-z ]+?)(?: \(ms\))?: +({_NUMBER}) \|")
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)[^|]*\|(.*)")
-_LOSS = re.compile(rf"lm loss ?([a-z ]*?) value: ({_NUMBER}) \|")
+_LOSS = re.compile(rf"lm loss ?([a-z ]*?)(?:-([\w.-]+))? value: ({_NUMBER}) \|")
 _PHASES = re.compile(
     r"> MeCo: iterations (?:1 to (\d+) plain, \d+|1) to (\d+) conditioned, \d+ to (\d+) cooldown"
 )
@@ -83,10 +83,16 @@ class Validation:
 
     Losses are "conditioned", "plain", "shuffled" and "shuffled minus conditioned" (the value of
     metadata, on the tokens that both can be compared on), or "" for a run without MeCo.
+
+    Attributes:
+        iteration: Finished training steps.
+        losses: Of all validation samples.
+        sets: Likewise of each set of `--multiple-validation-sets`, by its name.
     """
 
     iteration: int
     losses: dict[str, float]
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,8 +172,11 @@ class TrainingLog:
                 self.recent_seconds = [*self.recent_seconds[-19:], step.seconds]
                 return step
             if match := _VALIDATION.search(line):
-                losses = {name: float(value) for name, value in _LOSS.findall(match[2])}
-                return Validation(int(match[1]), losses)
+                validation = Validation(int(match[1]), {})
+                for name, of_set, value in _LOSS.findall(match[2]):
+                    losses = validation.sets.setdefault(of_set, {}) if of_set else validation.losses
+                    losses[name] = float(value)
+                return validation
             if match := _PHASES.search(line):
                 self.phases = Phases(int(match[2]), int(match[3]), int(match[1] or 0))
                 return self.phases

@@ -173,7 +173,11 @@ def _build(args: argparse.Namespace) -> Run:
     from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
     from megatron_meco.data.dataset import MeCoGPTDatasetConfig
     from megatron_meco.data.run_datasets import build_datasets
-    from megatron_meco.training.arguments import evaluation_from_args, schedule_from_args
+    from megatron_meco.training.arguments import (
+        evaluation_from_args,
+        full_evaluation_from_args,
+        schedule_from_args,
+    )
     from megatron_meco.training.blends import cooldown_blend
     from megatron_meco.training.stock import dataset_options
 
@@ -187,8 +191,15 @@ def _build(args: argparse.Namespace) -> Run:
         meco=MeCoConfig.from_args(args),
     )
     sizes = _split_sizes(args, schedule)
-    evaluation = evaluation_from_args(args)
-    built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args), evaluation)
+    built = build_datasets(
+        sizes,
+        lambda: True,
+        config,
+        schedule,
+        cooldown_blend(args),
+        evaluation_from_args(args),
+        full_evaluation_from_args(args, sizes[1]),
+    )
     return Run(schedule, *built)
 
 

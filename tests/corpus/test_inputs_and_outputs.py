@@ -210,7 +210,7 @@ def test_a_work_folder_of_others_stays(run: Run, kind: str, overwrite: bool) -> 
     if kind == "file":
         _write("c.unfinished", "notes")
     elif kind == "link":
-        os.symlink(work_folder.work_folder_of(Path("d")), "c.unfinished")
+        os.symlink(outputs.work_folder_of(Path("d")), "c.unfinished")
         work_folder.make_marked_folder(Path("d.unfinished"))
     else:
         os.mkdir("c.unfinished")

@@ -20,7 +20,7 @@ from small_corpus import BOS, EOD, LetterTokenizer, random_bodies, write_corpus
 from megatron_meco.config import COOLDOWN, MeCoConfig, View
 from megatron_meco.data import opened_corpus
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig
-from megatron_meco.data.evaluation import EvaluationBlocks
+from megatron_meco.data.evaluation import EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.data.report import Run, most_documents
 from megatron_meco.data.run_datasets import PhasedDataset, build_datasets
@@ -150,7 +150,8 @@ def test_padding_behind_documents_equals_the_oracle(
     urls = hosts(len(bodies))
     prefix = write_corpus(tmp_path / "c", bodies, {"url": urls})
     meco = MeCoConfig(template=TEMPLATE, pad_documents_to=align, train_on_prefix=True)
-    dataset = build(make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos)), 90)
+    config = make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos), mark_padding=True)
+    dataset = build(config, 90)
     order = reference.document_order(150, (0, 150), SEED, epochs=6)
     prefixes = [prefix_of(url) for url in urls]
     packs, _ = reference.truncate_packs(order, bodies, prefixes, bos, LENGTH, 90, align=align)
@@ -160,6 +161,8 @@ def test_padding_behind_documents_equals_the_oracle(
         assert not (sample["cu_seqlens"] % align).any()
         padded = sum(d["alignment_tokens"] for d in dataset.documents_of(i))
         assert padded == sum(token.kind == "pad" for token in pack.tokens)
+        kinds = [token.kind == "pad" for token in pack.tokens]
+        assert sample["meco_padding"].tolist() == kinds + [True] * (LENGTH - len(kinds))
 
 
 def test_one_epoch_holds_every_document_once_and_pads_the_last_pack(tmp_path: Path) -> None:
@@ -303,7 +306,9 @@ def test_validation_shows_each_pack_in_three_views_as_the_oracle(
     path = write_corpus(tmp_path / "c", bodies, {"url": urls})
     schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
     blend = ([path, path], [0.5, 0.5]) if blended else ([path], None)
-    config = make_config(path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos))
+    config = make_config(
+        path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos), mark_padding=True
+    )
     train, valid, _ = build_datasets(
         [80, 20, 0], lambda: True, config, schedule, evaluation=EvaluationBlocks(10)
     )
@@ -324,6 +329,8 @@ def test_validation_shows_each_pack_in_three_views_as_the_oracle(
             number = int(dataset.dataset_sample_index[number])
         pack = reference.in_view(packs[number], prefixes, view.name.lower(), number)
         assert arrays(sample) == pack.arrays(LENGTH, pad=EOD)
+        kinds = [token.kind == "pad" for token in pack.tokens]
+        assert sample["meco_padding"].tolist() == kinds + [True] * (LENGTH - len(kinds))
         compared = pack.compared(LENGTH)
         assert sample["meco_compared"].tolist() == [mark * (place < 9) for mark in compared]
         num_compared += sum(compared)
@@ -443,6 +450,75 @@ def test_a_run_that_starts_plain_equals_the_oracle(
     assert list(shown) == ["plain", "conditioned", "cooldown"]
     phases = list(shown.values())
     assert not phases[0] & phases[1] | phases[0] & phases[2] | phases[1] & phases[2]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, ""])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("packing", ["truncate", "best-fit"])
+def test_a_full_validation_reads_every_pack_once_in_each_view(
+    tmp_path: Path, template: str, named: bool, packing: str
+) -> None:
+    """Two corpora, three evaluations, the first of them begun at another sample than 0."""
+    bodies = [random_bodies(60), random_bodies(23, seed=1)]
+    paths = [
+        write_corpus(tmp_path / name, each, {"url": hosts(len(each))})
+        for name, each in zip("ab", bodies, strict=True)
+    ]
+    meco = MeCoConfig(template=template, packing=packing)
+    config = make_config(
+        paths[0],
+        blend=None,
+        split=None,
+        blend_per_split=[([paths[0]], None), (paths, None), ([paths[1]], None)],
+        meco=meco,
+    )
+    schedule = make_schedule(meco, BatchSize.constant(4), train_iterations=1)
+    full = FullEvaluation(batch=16, begin=5, number=3, sets=tuple(paths) if named else ())
+    _, valid, test = build_datasets(
+        [4, 99, 7], lambda: True, config, schedule, evaluation=EvaluationBlocks(2), full=full
+    )
+    size = valid.evaluation_size
+    assert size % 16 == 0
+    assert len(valid) == 5 + 3 * size
+    assert len(test) == size
+    views = [View.CONDITIONED, View.PLAIN, View.SHUFFLED] if template else [View.PLAIN]
+    whole = [valid.locate(i) for i in range(5, 5 + size)]
+    samples = [valid[i] for i in range(5, 5 + size)]
+    num_packs = [len(part) for part in valid.parts]
+    num_samples = sum(num_packs)
+    assert 0 <= size - num_samples < 16
+    assert size != num_samples
+    seen = [(id(part), pack) for part, pack in whole[:num_samples]]
+    assert len(set(seen)) == len(seen)
+    assert {part for part, _ in seen} == {id(part) for part in valid.parts}
+    assert [int(s["meco_view"]) for s in samples[:num_samples]] == views * (
+        num_samples // len(views)
+    )
+    # Set after set; without sets all are of the first.
+    numbers = [int(s["meco_set"]) for s in samples]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == ({0, 1} if named else {0})
+    for sample in samples[num_samples:]:
+        assert not sample["loss_mask"].any()
+        assert not sample.get("meco_compared", torch.zeros(1)).any()
+    if named:
+        for (part, _), number in zip(whole, numbers, strict=True):
+            assert part.corpus_prefix == paths[number]
+    for view in views:
+        labels = sum(int(s["loss_mask"].sum()) for s in samples if int(s["meco_view"]) == view)
+        if packing == "best-fit":
+            # Every token of every document that is more than its EOD.
+            assert labels == sum(len(body) for each in bodies for body in each if len(body) > 1)
+    for evaluation in (1, 2):
+        assert [valid.locate(5 + evaluation * size + i) for i in range(size)] == whole
+
+
+def test_a_full_validation_without_documents_is_refused(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(60), {"url": hosts(60)})
+    config = make_config(prefix)
+    schedule = make_schedule(config.meco, BatchSize.constant(4), train_iterations=1)
+    with pytest.raises(DataError, match="--full-validation: there are no documents"):
+        build_datasets([4, 0, 0], lambda: True, config, schedule, full=FullEvaluation(4, 0, 1))
 
 
 def test_cooldown_from_a_corpus_of_its_own(tmp_path: Path) -> None:

@@ -73,6 +73,24 @@ def test_sigkill_before_at_and_after_the_switch(
 
 
 @pytest.mark.distributed
+def test_checkpoints_that_are_saved_in_the_background(
+    corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """Each holds the moment at which it was begun, although training goes on meanwhile."""
+    background = "--async-save --async-strategy mcore --use-persistent-ckpt-worker"
+    result = train(corpus, tokenizer_folder, *meco_flags(tmp_path, background), ranks=2)
+    assert result.status == 0, result.log[-3000:]
+    reference, whole = undisturbed
+    assert result.losses == whole.losses
+    for step in (3, 6, 7, 9, 10):
+        assert f"scheduled an async checkpoint save at iteration {step:7d}" in result.log
+        assert f"successfully saved checkpoint from iteration {step:7d}" in result.log
+        name = f"ckpt/iter_{step:07d}"
+        assert_equal_checkpoints(tmp_path / name, reference / name)
+    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "10"
+
+
+@pytest.mark.distributed
 def test_other_samples_are_refused_by_name(
     corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
 ) -> None:

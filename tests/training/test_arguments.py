@@ -22,8 +22,10 @@ Parse = argparse.Namespace
 def check(corpus: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Parse a command line as a run does, and check it."""
 
-    def run(flags: str, data: str = corpus) -> None:
-        line = f"{MODEL} {RUN} --meco --data-path {data} --tokenizer-type HuggingFaceTokenizer "
+    def run(flags: str, data: str | None = corpus) -> None:
+        words = RUN if data else RUN.replace("--split 80,20,0", "")
+        line = f"{MODEL} {words} --meco --tokenizer-type HuggingFaceTokenizer "
+        line += f"--data-path {data} " if data else ""
         line += f"--tokenizer-model {tokenizer_folder}"
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line.split(), *flags.split()])
         command_line = arguments.CommandLine(None, on_cpu=True)
@@ -39,16 +41,25 @@ def test_a_good_command_line_passes(check) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--dataloader-type cyclic", r"--dataloader-type cyclic.*only the `single` loader keeps"),
-        ("--dataloader-type external", "--dataloader-type external"),
+        ("--dataloader-type cyclic", "--dataloader-type cyclic.*this loader shuffles.*external"),
         ("--reset-attention-mask", r"--reset-attention-mask.*Transformer Engine ignores it"),
         ("--reset-position-ids", "--reset-position-ids"),
         ("--eod-mask-loss", "--eod-mask-loss"),
         ("--context-parallel-size 2", "--context-parallel-size 2.*Add --calculate-per-token-loss"),
+        ("--async-save", "--async-save: without --use-persistent-ckpt-worker"),
+        (
+            "--async-save --use-persistent-ckpt-worker --ckpt-format torch",
+            "--async-save --ckpt-format torch: .*other formats",
+        ),
         ("--phase-transition-iterations 5", "--phase-transition-iterations"),
         ("--rampup-batch-size 2 2 8", r"--rampup-batch-size.*--step-batch-size-schedule"),
-        ("--multiple-validation-sets", "--multiple-validation-sets"),
-        ("--full-validation", "--full-validation.*first evaluation"),
+        ("--multiple-validation-sets", "--multiple-validation-sets: needs --full-validation"),
+        ("--full-validation", "--eval-iters 2: has no effect with --full-validation"),
+        ("--validation-set-names a", "--validation-set-names a: has no effect without"),
+        (
+            "--full-validation --eval-iters 100 --multiple-validation-sets",
+            "--multiple-validation-sets: the sets are the corpora of --valid-data-path",
+        ),
         ("--sft", "--sft"),
         ("--mock-data", "--mock-data"),
         ("--dataloader-fast-cache-load", "--dataloader-fast-cache-load"),
@@ -111,6 +122,67 @@ def test_a_step_whose_checkpoint_is_that_of_a_switch_is_not_skipped(skipped: int
         arguments._check_skipped_iterations(late)
     late.iterations_to_skip = [1, 2, 4, 7, 9]
     arguments._check_skipped_iterations(late)
+
+
+def test_a_refused_flag_that_the_script_adds_is_refused(
+    corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Megatron's own scripts add those of ModelOpt."""
+
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.add_argument("--modelopt-enabled", action="store_true")
+        parser.add_argument("--of-my-own", action="store_true")
+        return parser
+
+    line = f"{MODEL} {RUN} --meco --data-path {corpus} --of-my-own"
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line.split()])
+    command_line = arguments.CommandLine(add, on_cpu=True)
+    arguments.check_arguments(command_line.parse(), command_line.flags)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--modelopt-enabled"])
+    with pytest.raises(FlagError, match="--modelopt-enabled: does not go with --meco"):
+        arguments.check_arguments(command_line.parse(), command_line.flags)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_background_saves_whose_worker_cannot_start_are_refused(on_cpu: bool) -> None:
+    args = argparse.Namespace(async_save=True, async_strategy="nvrx")
+    reason = "needs a CUDA device" if on_cpu else "nvidia-resiliency-ext is not installed"
+    with pytest.raises(FlagError, match=rf"--async-strategy nvrx: .*{reason}.*strategy mcore"):
+        arguments._check_background_saves(args, on_cpu)
+    for change in ({"async_strategy": "mcore"}, {"async_save": False}):
+        arguments._check_background_saves(argparse.Namespace(**vars(args) | change), on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--split 9,1,0 --train-data-path C", "--split 9,1,0: has no effect on the corpora of"),
+        ("--train-data-path C --valid-data-path 1 C 2 C", "--full-validation: .*weights.*valid-"),
+        (
+            "--data-path 1 C 2 C --split 9,1,0",
+            "--full-validation: reads every validation pack",
+        ),
+        ("--train-data-path C", "--multiple-validation-sets: the sets are the corpora of --valid-"),
+        (
+            "--train-data-path C --valid-data-path C --validation-set-names a b",
+            "--validation-set-names a b: 2 names for the 1 corpora",
+        ),
+        (
+            "--train-data-path C --valid-data-path C C --validation-set-names a a",
+            "--validation-set-names a a: 'a' is given twice",
+        ),
+        (
+            "--train-data-path C --valid-data-path C C --validation-set-names a b|c",
+            r"--validation-set-names a b\|c: 'b\|c' would make the log ambiguous",
+        ),
+    ],
+)
+def test_contradictions_of_validation_are_refused_by_name(
+    check, corpus: str, flags: str, message: str
+) -> None:
+    sets = "--full-validation --multiple-validation-sets --eval-iters 100"
+    with pytest.raises(FlagError, match=message):
+        check(f"{sets} {flags.replace(' C', f' {corpus}')}", data=None)
 
 
 def test_a_missing_corpus_field_or_metadata(check, corpus: str, tmp_path: Path) -> None:
