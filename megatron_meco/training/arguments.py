@@ -24,7 +24,7 @@ from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_argument
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.evaluation import EvaluationBlocks
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import SUFFIX_FLAG, Template
 from megatron_meco.errors import FlagError, MeCoError, show_refusals_in_one_line
 from megatron_meco.refusals import (
     Flag,
@@ -456,9 +456,13 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         if not args.meco_cooldown_data_path:
             schedule.documents_held_out(config)
     check_blends(args)
-    check_corpora(corpus_prefixes(args), Template.parse(config.template))
+    check_corpora(
+        corpus_prefixes(args),
+        Template.parse(config.template),
+        Template.parse(config.suffix_template, SUFFIX_FLAG),
+    )
     cooldown = cooldown_blend(args)
-    check_corpora(cooldown[0] if cooldown else [], None)
+    check_corpora(cooldown[0] if cooldown else [])
 
 
 def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
