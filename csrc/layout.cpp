@@ -11,6 +11,19 @@ Strategy parse_strategy(const std::string& name) {
   throw std::invalid_argument("unknown packing strategy: " + name);
 }
 
+const char* name_of(TokenKind kind) {
+  switch (kind) {
+    case TokenKind::kBos:
+      return "bos";
+    case TokenKind::kPrefix:
+      return "prefix";
+    case TokenKind::kBody:
+      return "body";
+    default:
+      return "suffix";
+  }
+}
+
 void check(PackRules* rules) {
   if (rules->capacity < 2 || rules->capacity > kMaxCapacity) {
     throw std::invalid_argument("capacity must be 2 to 67,108,864");

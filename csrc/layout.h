@@ -4,6 +4,11 @@
 // kind:
 //
 //     [BOS] [prefix] body [padding]
+//     [BOS] [prefix] body without EOD, suffix, EOD [padding]
+//
+// A suffix stands on the piece that ends its document. `truncate` may cut the piece inside the
+// suffix. The other strategies keep the suffix and EOD whole, behind at least one token of the
+// body: a document is cut earlier for that.
 //
 // Padding makes it a multiple of the plan's alignment. It belongs to the piece: attention sees one
 // segment, positions run on, nothing of it is in the loss. Since packs are multiples of the
@@ -56,9 +61,10 @@ struct PieceSize {
   int64_t bos = 0;
   int64_t prefix = 0;
   int64_t body = 0;
+  int64_t suffix = 0;
   int64_t padding = 0;
 
-  int64_t total() const { return bos + prefix + body + padding; }
+  int64_t total() const { return bos + prefix + body + suffix + padding; }
 };
 
 class Layout {
@@ -101,7 +107,21 @@ class Layout {
       left -= piece.prefix;
     }
     const int64_t rest = document.body - begin;
-    piece.body = std::min(rest, left);
+    const int64_t suffix = document.suffix;
+    if (suffix <= 0) {
+      piece.body = std::min(rest, left);
+    } else if (kStrategy == Strategy::kTruncate) {
+      piece.body = std::min(rest - 1, left);
+      left -= piece.body;
+      piece.suffix = std::min(suffix, left);
+      if (left > piece.suffix) ++piece.body;  // EOD
+    } else if (rest + suffix <= left) {
+      piece.body = rest;
+      piece.suffix = suffix;
+    } else {
+      // The piece that ends the document needs a token of the body and EOD beside the suffix.
+      piece.body = std::min(std::max<int64_t>(rest - 2, 0), left);
+    }
     if (kStrategy != Strategy::kTruncate && piece.body < rest) {
       piece.body = documents_.cut(document.number, begin, piece.body, room == rules_.capacity);
     }
@@ -115,30 +135,47 @@ class Layout {
   const int64_t bos_;
 };
 
+// A prefix or suffix that a piece shows.
+struct ShownText {
+  int32_t id = -1;
+  int32_t tokens = 0;  // fewer than the text has where the pack ends inside it
+};
+
 // A piece with what is needed to write its tokens.
 struct Piece {
   int64_t document = 0;
   int64_t body = 0;  // tokens of the whole body
   int64_t body_begin = 0;
   int64_t body_end = 0;
-  int32_t prefix_id = -1;
-  int32_t prefix_tokens = 0;  // fewer than the prefix has where the pack ends inside it
+  ShownText prefix;
+  ShownText suffix;
   int32_t padding = 0;
   bool has_bos = false;
 
   // Tokens without padding.
-  int64_t content() const { return (has_bos ? 1 : 0) + prefix_tokens + body_end - body_begin; }
+  int64_t content() const {
+    return (has_bos ? 1 : 0) + prefix.tokens + body_end - body_begin + suffix.tokens;
+  }
 };
 
-enum class TokenKind { kBos, kPrefix, kBody };
+enum class TokenKind { kBos, kPrefix, kBody, kSuffix };
+const char* name_of(TokenKind kind);
 
 // Calls visit(kind, count) for each run of tokens of one kind in a piece, from left to right; the
-// padding is not among them.
+// padding is not among them. The runs of the body may be empty.
 template <typename Visit>
 void for_each_run(const Piece& piece, Visit&& visit) {
   if (piece.has_bos) visit(TokenKind::kBos, 1);
-  if (piece.prefix_tokens > 0) visit(TokenKind::kPrefix, int64_t{piece.prefix_tokens});
-  visit(TokenKind::kBody, piece.body_end - piece.body_begin);
+  if (piece.prefix.tokens > 0) visit(TokenKind::kPrefix, int64_t{piece.prefix.tokens});
+  const int64_t body = piece.body_end - piece.body_begin;
+  if (piece.suffix.tokens == 0) {
+    visit(TokenKind::kBody, body);
+    return;
+  }
+  const int64_t eod = piece.body_end == piece.body ? 1 : 0;
+  visit(TokenKind::kBody, body - eod);
+  visit(TokenKind::kSuffix, int64_t{piece.suffix.tokens});
+  visit(TokenKind::kBody, eod);
 }
 
 }  // namespace meco

@@ -280,7 +280,7 @@ def _setting(entry: _Given) -> Setting:
     if flag.kind == "switch":
         return Setting(flag, (), switch_of(flag.key, entry.node, entry.where), entry.where)
     words = words_of(flag, entry.node, entry.where)
-    if flag.key == "meco-template":
+    if flag.key in ("meco-template", "meco-suffix-template"):
         # Both mean the same to MeCo, and a command with line ends is hard to read.
         words = tuple(word.replace("\n", r"\n").replace("\t", r"\t") for word in words)
     return Setting(flag, words, True, entry.where)

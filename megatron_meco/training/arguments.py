@@ -25,7 +25,7 @@ from megatron_meco.config import FINGERPRINT_KEYS, PLAIN, MeCoConfig, add_meco_a
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.evaluation import EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import SUFFIX_FLAG, Template
 from megatron_meco.errors import FlagError, MeCoError, show_refusals_in_one_line
 from megatron_meco.megatron_flags import REFUSED
 from megatron_meco.refusals import (
@@ -484,9 +484,13 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         schedule.document_shares(config, own_cooldown=bool(args.meco_cooldown_data_path))
     check_blends(args)
     _check_validation(args, flags)
-    check_corpora(corpus_prefixes(args), Template.parse(config.template))
+    check_corpora(
+        corpus_prefixes(args),
+        Template.parse(config.template),
+        Template.parse(config.suffix_template, SUFFIX_FLAG),
+    )
     cooldown = cooldown_blend(args)
-    check_corpora(cooldown[0] if cooldown else [], None)
+    check_corpora(cooldown[0] if cooldown else [])
 
 
 def _check_balance_in_samples(args: argparse.Namespace) -> None:

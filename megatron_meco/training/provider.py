@@ -288,8 +288,8 @@ def loss_func(
         loss_mask: (1, tokens) or (micro-batch, tokens of a sample), float32: those of this
             context-parallel rank, as many of each sample.
         output_tensor: Per-token losses, as many.
-        facts: (3, micro-batch), int32: prefix tokens of each sample, its `View`, and the number of
-            its validation set.
+        facts: (3, micro-batch), int32: prefix and suffix tokens of each sample, its `View`, and the
+            number of its validation set.
         compared: As `loss_mask`, bool: the labels whose loss is compared between views; in
             evaluation only.
         training: Whether this is a training step.
@@ -362,7 +362,7 @@ def _view_losses(
 
 
 def _views_shown(args: argparse.Namespace) -> tuple[View, ...]:
-    if not args.meco_template:
+    if not (args.meco_template or args.meco_suffix_template):
         return (View.PLAIN,)
     return EVALUATION_VIEWS[: args.eval_iters * args.eval_global_batch_size]
 
@@ -370,7 +370,10 @@ def _views_shown(args: argparse.Namespace) -> tuple[View, ...]:
 def _token_counts(
     facts: torch.Tensor, num_tokens: torch.Tensor, num_places: int
 ) -> dict[str, torch.Tensor]:
-    """Prefix share and trained tokens of a step, as pairs that Megatron logs like losses."""
+    """Prefix share and trained tokens of a step, as pairs that Megatron logs like losses.
+
+    Suffixes count as prefixes.
+    """
     # Megatron sums both over micro-batches, data-parallel and context-parallel ranks. A
     # context-parallel rank has all prefix tokens of a sample, but only its part of the places.
     num_ranks = mpu.get_context_parallel_world_size()

@@ -65,6 +65,8 @@ def test_set_wins_over_the_file_and_the_file_over_the_model(tmp_path: Path) -> N
 
 
 def test_a_value_that_begins_with_a_dash_reaches_its_flag(tmp_path: Path) -> None:
+    both = words(write(tmp_path, GOOD), 'meco-suffix-template="\\n{url}"', "meco-suffix-loss=0")
+    assert (both["--meco-suffix-template"], both["--meco-suffix-loss"]) == ([r"\n{url}"], ["0"])
     assert words(write(tmp_path, GOOD), "meco-template='-{url}'")["--meco-template"] == ["-{url}"]
 
 
