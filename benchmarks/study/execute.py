@@ -177,9 +177,12 @@ def flags(run: Run, data: Path, checkpoints: Path) -> list[str]:
 
 
 def _choice_flags(run: Run) -> list[str]:
-    if run.choice is None or not run.choice.start:
-        return []
-    return ["--meco-start-fraction", repr(run.choice.start)]
+    found = []
+    if run.choice and run.choice.start:
+        found += ["--meco-start-fraction", repr(run.choice.start)]
+    if run.choice and run.choice.suffix:
+        found += ["--meco-suffix-template", run.choice.suffix]
+    return found
 
 
 def ask_to_file(model: str, world: WorldSettings, seed: int, template: str, output: str) -> int:

@@ -55,11 +55,13 @@ class Choice:
 
     Attributes:
         start: Share of the iterations on plain documents before metadata come in.
+        suffix: What follows a document, in the loss; with it nothing precedes one.
         tokens: Special tokens that the tokenizer has for it.
         head_tokens: Tokens of metadata that a document has, on average over the conditioned phase.
     """
 
     start: float = 0.0
+    suffix: str = ""
     tokens: tuple[str, ...] = ()
     head_tokens: float = 1.0
 
@@ -119,7 +121,7 @@ class Run:
     @property
     def head_tokens(self) -> float:
         """Tokens of metadata in a document, on average over the whole run."""
-        if not self.template:
+        if not self.template and self.choice is None:
             return 0.0
         choice = self.choice or Choice()
         return choice.head_tokens * (1 - choice.start - self.cooldown)
@@ -268,7 +270,7 @@ class Recipe:
             seed=seed,
             iterations=iterations,
             cooldown=settings["cooldown"] if cooldown is None else cooldown,
-            template="" if arm == BASELINE else template,
+            template="" if arm == BASELINE or (choice and choice.suffix) else template,
             question_template=question_template or template,
             shuffles=arm == SHUFFLED or self.shuffle_labels,
             world=WorldSettings(**settings["world"], lies=lies),

@@ -378,6 +378,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             return None
         if self.config.phase == COOLDOWN:
             return "the cooldown has no suffixes"
+        if self.config.phase != CONDITIONED:
+            return "the plain phase has no suffixes"
         if not self.config.meco.suffix_template:
             return "there is no template"
         if self.config.hide_prefixes:

@@ -62,8 +62,9 @@ def conditioning_of(args: argparse.Namespace) -> Conditioning:
     """
     conditioning = Conditioning.of_folder(args.model, args.template)
     if not conditioning.template:
+        behind = "out prefixes, with metadata behind texts alone"
         raise FlagError(
-            "was trained without metadata",
+            f"was trained with{'out metadata' if conditioning.suffix is None else behind}",
             where=f"--model {args.model}",
             remedy="Give a --template to try metadata on it all the same.",
         )

@@ -136,6 +136,7 @@ def generations_report(
                         prompt,
                         max_new_tokens=max_new_tokens,
                         seed=seed,
+                        suffix=loaded.conditioning.suffix,
                     ),
                 }
                 for prefix in ["", *prefixes]

@@ -62,6 +62,7 @@ def _pack(dataset: Any, index: int) -> dict[str, Any]:
                 "end": end,
                 "body_begin": piece["body_begin"],
                 "prefix": piece["prefix"],
+                **({"suffix": piece["suffix"]} if piece.get("suffix") is not None else {}),
                 "text": text[:_MOST_CHARACTERS]
                 + (" [...]" if len(text) > _MOST_CHARACTERS else ""),
             }

@@ -40,11 +40,15 @@ PREFIXES: dict[str, Callable[[Row], tuple[list[str | None], float]]] = {
         [context(str(math.floor(10 * row["score"]))), context("")],
         0.9,
     ),
+    "appended": lambda row: ([None], 1.0),
     "meta-tokens": lambda row: (["<s1><s2><s3><s4><s5>", None], 0.9),
     "repository-half": lambda row: (
         [f"<repo_name>{row['repo']}<file_sep>{row['path']}\n", None],
         0.5,
     ),
+}
+SUFFIXES: dict[str, Callable[[Row], str]] = {
+    "appended": lambda row: f"\nQuality: {math.floor(row['score'])}",
 }
 # Steps of ten before metadata, and before the cooldown.
 PHASES = {"meco": (0, 9), "late-start": (2, 9)}
@@ -128,6 +132,7 @@ def test_a_recipe(
     report = ask(capsys, "plan", name, folder)
     assert (report.get("start_iteration", 0), report["switch_iteration"]) == (start, switch)
     assert report["documents_with_long_prefix"] == 0
+    suffix_of = SUFFIXES.get(name, lambda row: "")
     first = []
     for sample in range(4 * start, 4 * switch, 8):
         pack = ask(capsys, "inspect", name, folder, "--sample", str(sample))
@@ -137,6 +142,7 @@ def test_a_recipe(
             allowed, share = PREFIXES[name](rows[document["document"]])
             assert document["prefix"] in allowed
             first.append(document["prefix"] == allowed[0])
+            assert document.get("suffix") == (suffix_of(rows[document["document"]]) or None)
             # Behind BOS: in the loss or not.
             in_loss = pack["loss_mask"][bound : bound + document["prefix_tokens"]]
             assert set(in_loss) <= {1.0 if name == "repository-half" else 0.0}

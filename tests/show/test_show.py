@@ -151,6 +151,7 @@ def test_suffixes_are_told_from_bodies(folder: Path, capsys: pytest.CaptureFixtu
             body = "".join(texts[at] for at in span if pack["kinds"][at] == "t")
             assert document["text"] == body
             if suffix:
+                assert document["suffix"] == "".join(texts[at] for at in suffix)
                 assert pack["kinds"][suffix[-1] + 1] == "t"
                 assert texts[suffix[0]] == ";"
                 assert pack["phase"] == "conditioned"

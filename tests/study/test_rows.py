@@ -209,6 +209,9 @@ def test_the_choices_of_the_recipe(tmp_path: Path) -> None:
     heads = {name.removeprefix("choice-"): run.head_tokens for name, run in runs.items()}
     expected = {"keep-half": 0.45, "shuffled": 0.9, "late-20": 0.7, "late-60": 0.3}
     assert heads | expected == pytest.approx({**heads, **expected})
+    assert heads["suffix"] == 0.9
+    behind = flags(runs["choice-suffix"], tmp_path, tmp_path)
+    assert behind == [*whole[:at], "", *whole[at + 1 :], "--meco-suffix-template", r"\n{url.host}"]
     assert heads["meta-tokens"] == 4.5 and reference.head_tokens == 0.9
     # The corpus of the study has no other tokenizer than it had.
     assert [run.variant for run in runs.values() if run.choice.tokens] == ["choice-meta-tokens"]
