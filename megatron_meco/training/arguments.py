@@ -98,6 +98,7 @@ class CommandLine:
         extra_args_provider: The script's own flags, or None.
         on_cpu: Whether to set the defaults for a CPU.
         ignore_unknown_args: Passed to Megatron's function.
+        defaults: The script's own defaults, which Megatron sets when it validates.
 
     Attributes:
         flags: Megatron's flags with the defaults of this host; filled by parsing.
@@ -110,12 +111,14 @@ class CommandLine:
         *,
         on_cpu: bool,
         ignore_unknown_args: bool = False,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.flags: dict[str, Flag] = {}
         self.own_flags: dict[str, Flag] = {}
         self._extra = extra_args_provider
         self._on_cpu = on_cpu
         self._ignore_unknown = ignore_unknown_args
+        self._defaults = dict(defaults or {})
 
     def provide(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add the script's flags and MeCo's to Megatron's parser."""
@@ -132,7 +135,7 @@ class CommandLine:
         return parser
 
     def parse(self) -> argparse.Namespace:
-        """Parse `sys.argv`, and fill in what `--use-checkpoint-args` takes from a checkpoint."""
+        """Parse `sys.argv`, and fill in what a checkpoint and the script's defaults give."""
         from megatron.training.arguments import parse_args
 
         args: argparse.Namespace = parse_args(self.provide, self._ignore_unknown)
@@ -142,6 +145,10 @@ class CommandLine:
             with contextlib.redirect_stdout(io.StringIO()):
                 load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
                 load_args_from_checkpoint(args)
+        for name, value in self._defaults.items():
+            # As Megatron does it.
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
         return args
 
     def expand_branch(self, args: argparse.Namespace) -> tuple[argparse.Namespace, Branch | None]:
@@ -180,6 +187,7 @@ def parse_and_validate_args(
         extra_args_provider,
         on_cpu=on_cpu,
         ignore_unknown_args=bool(megatron_options.get("ignore_unknown_args")),
+        defaults=args_defaults,
     )
 
     def parse_with_megatron() -> argparse.Namespace:

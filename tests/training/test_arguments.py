@@ -149,6 +149,23 @@ def test_a_refused_flag_that_the_script_adds_is_refused(
         arguments.check_arguments(command_line.parse(), command_line.flags)
 
 
+def test_a_default_of_the_script_is_checked_like_a_flag(
+    corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{MODEL} {RUN} --meco --data-path {corpus}"
+    defaults = {"tokenizer_type": "GPT2BPETokenizer", "dataloader_type": "cyclic"}
+    for given, refused in (("", True), ("--dataloader-type single", False)):
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line.split(), *given.split()])
+        command_line = arguments.CommandLine(None, on_cpu=True, defaults=defaults)
+        args = command_line.parse()
+        assert args.tokenizer_type == "GPT2BPETokenizer"
+        if refused:
+            with pytest.raises(FlagError, match="--dataloader-type cyclic"):
+                arguments.check_arguments(args, command_line.flags)
+        else:
+            arguments.check_arguments(args, command_line.flags)
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_background_saves_whose_worker_cannot_start_are_refused(on_cpu: bool) -> None:
     args = argparse.Namespace(async_save=True, async_strategy="nvrx")
