@@ -62,9 +62,11 @@ def conditioning_of(args: argparse.Namespace) -> Conditioning:
     """
     conditioning = Conditioning.of_folder(args.model, args.template)
     if not conditioning.template:
-        behind = "out prefixes, with metadata behind texts alone"
+        what = "was trained without metadata"
+        if conditioning.suffix is not None:
+            what = "was trained without prefixes, with metadata behind texts alone"
         raise FlagError(
-            f"was trained with{'out metadata' if conditioning.suffix is None else behind}",
+            what,
             where=f"--model {args.model}",
             remedy="Give a --template to try metadata on it all the same.",
         )

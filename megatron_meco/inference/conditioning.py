@@ -192,9 +192,11 @@ class Conditioning:
 
     def _check(self, values: Mapping[str, str], where: str) -> None:
         if not self.template:
-            how = "without metadata" if self.suffix is None else "with metadata behind texts alone"
+            what = "but this model was trained without metadata"
+            if self.suffix is not None:
+                what = "but this model was trained with metadata behind texts alone"
             raise FlagError(
-                f"{_spelled(values)}, but this model was trained {how}",
+                f"{_spelled(values)}, {what}",
                 where=where,
                 remedy="Leave the flag out.",
             )
