@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from megatron_meco.inference.candidates import (
 )
 from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.inference.model_flags import DEFAULT, add_model_arguments
+from megatron_meco.inference.paired import NORMAL
 from megatron_meco.untrusted.text_file import read_text
-from megatron_meco.wording import aligned, counted, shown
+from megatron_meco.wording import aligned, counted, print_progress, shown
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,7 +55,6 @@ _FEWEST_HELD_OUT = 4
 # Bayes itself. A few documents without a mistake would ask for any weight above it.
 _HIGHEST_WEIGHT = 1.0
 _NUM_BINS = 10
-_NORMAL = 1.959963984540054
 
 
 # ---- Bayes ----
@@ -170,7 +171,7 @@ def quality(log_probabilities: Floats, truth: npt.NDArray[np.int64]) -> Quality:
     is_right = probabilities.argmax(axis=1) == truth
     confidence = probabilities.max(axis=1)
     accuracy = float(is_right.mean())
-    spread = _NORMAL**2 / number
+    spread = NORMAL**2 / number
     centre = (accuracy + spread / 2) / (1 + spread)
     half = ((accuracy * (1 - accuracy) + spread / 4) * spread) ** 0.5 / (1 + spread)
     bins = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
@@ -284,7 +285,10 @@ def run_attribute(args: argparse.Namespace) -> int:
     score = TextScore(loaded, [*texts, *held_out.texts], longest)
     with enough_memory("--device", "Give one with more memory."):
         likelihoods = log_likelihoods(
-            score.totals, sources.candidates, len(texts) + len(held_out.texts), _tell_progress
+            score.totals,
+            sources.candidates,
+            len(texts) + len(held_out.texts),
+            partial(print_progress, noun="candidate"),
         )
     calibration = None
     if held_out.texts:
@@ -342,7 +346,7 @@ def _sources(args: argparse.Namespace, conditioning: Conditioning) -> _Sources:
         )
     given = None
     if args.candidates is not None:
-        given = read_candidates(args.candidates, conditioning, _tell)
+        given = read_candidates(args.candidates, conditioning)
     counts = None if args.data_path is None else count_prefixes(args.data_path, conditioning)
     candidates = given or most_frequent(counts or Counter(), args.top)
     if len(candidates) < 2:
@@ -460,8 +464,3 @@ def _print(report: dict[str, Any], sources: _Sources, calibration: Calibration |
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _tell_progress(done: int, total: int) -> None:
-    end = "" if done < total else "\n"
-    print(f"\r{done:,} of {counted(total, 'candidate')}", end=end, file=sys.stderr)

@@ -90,10 +90,6 @@ class Checkpoint:
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """Read a tensor, or one row of it: layers are stacked on the first dimension.
 
-        Args:
-            name: Megatron's name.
-            row: Index on the first dimension, or None for the whole tensor.
-
         Raises:
             CheckpointError: If its data is missing or damaged.
         """

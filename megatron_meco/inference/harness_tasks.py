@@ -168,12 +168,7 @@ def compare(
 
 
 def scores_of(name: str, results: Mapping[str, Any]) -> Scores:
-    """Return the values per document of a task's metrics.
-
-    Args:
-        name: The task or group.
-        results: What the harness returned, samples included.
-    """
+    """Return the values per document of a task's metrics, from what the harness returned."""
     scores = {}
     for label, metric, rule in _metrics(name, results):
         scores[label] = _value_and_scores(name, results, metric, rule)[1]
@@ -260,13 +255,7 @@ class Evaluation:
         self.names = [name for task in tasks for name in self._match(task)]
 
     def load(self, name: str) -> dict[str, Any]:
-        """Load a task with its data.
-
-        Args:
-            name: One of `names`.
-
-        Returns:
-            What the harness's `TaskManager.load` returns.
+        """Load one of `names` with its data, as the harness's `TaskManager.load` does.
 
         Raises:
             TaskError: If its definition or its data cannot be loaded.

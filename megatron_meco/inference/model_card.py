@@ -26,16 +26,13 @@ _EXAMPLE_URL = "https://en.wikipedia.org/wiki/Llama"
 
 
 def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> dict[str, Any]:
-    """Collect what `meco.json` holds.
+    """Return the content of `meco.json`.
 
     Args:
         args: The run's flags.
-        iteration: Training steps that were finished.
+        iteration: Finished training steps.
         bos: Token before each document, or None.
         eos: Token after each document.
-
-    Returns:
-        A JSON-serialisable object.
     """
     args = _with_meco_defaults(args)
     paths = _data_paths(args)
@@ -69,14 +66,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
 
 
 def model_card(card: dict[str, Any]) -> str:
-    """Write the model card.
-
-    Args:
-        card: What `describe_run` returned.
-
-    Returns:
-        Markdown.
-    """
+    """Return the model card in Markdown, from the content of `meco.json`."""
     return "\n".join(
         [
             "---",

@@ -118,11 +118,7 @@ _OPTIONAL: dict[str, Check] = {
 
 
 def check_flags(args: Namespace, where: str) -> None:
-    """Refuse flags that are missing or of another kind.
-
-    Args:
-        args: The flags of the run.
-        where: The checkpoint, for the message.
+    """Refuse flags of a run that are missing or have the wrong type.
 
     Raises:
         CheckpointError: Names the flag and its value.

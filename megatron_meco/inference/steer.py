@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
-from megatron_meco.wording import aligned, counted, first_line, shown
+from megatron_meco.wording import aligned, counted, first_line, print_progress, shown
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -170,15 +171,12 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, list[float]]:
-    """Score texts, in batches.
+    """Score texts in batches; return the scores by name, each as long as the texts.
 
     Args:
         scorer: The scorer.
         texts: The texts.
         name: The scorer's name, for messages.
-
-    Returns:
-        The scores by name, each as long as the texts.
 
     Raises:
         ScorerError: If it does not return one finite number per text.
@@ -290,7 +288,7 @@ def run_steer(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     loaded = load_model(args.model, args.device, args.template)
-    texts = sample(loaded, settings, args.output, _tell)
+    texts = sample(loaded, settings, args.output, partial(print_progress, noun="sample"))
     told = f"{counted(settings.num_samples, 'sample')} of {counted(len(names), 'kind')}"
     print(f"{args.output}: {told}", file=sys.stderr)
     if scorer is not None:
@@ -327,14 +325,6 @@ def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict
             )
         names[prefix] = name
     return names
-
-
-def _tell(done: int, total: int) -> None:
-    print(
-        f"\r{done:,} of {counted(total, 'sample')}",
-        end="" if done < total else "\n",
-        file=sys.stderr,
-    )
 
 
 def _report(

@@ -36,14 +36,14 @@ class Words:
     """The run's tokenizer.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         tokenizer: Its `tokenizer.json`.
         config: Its `tokenizer_config.json`.
         size: Tokens, special ones included.
         bos: Token before each document of the run, or None.
         eos: Token after each document.
         bos_text: Text of `bos`, or None if the tokenizer has none.
-        eos_text: Text of the second.
+        eos_text: Text of `eos`.
     """
 
     folder: Path
@@ -148,12 +148,7 @@ def _text(value: Any) -> str | None:
 
 
 def write_tokenizer(folder: Path, words: Words) -> None:
-    """Write a tokenizer that transformers 4 and 5 load, and that begins a text as training did.
-
-    Args:
-        folder: Where to.
-        words: The run's tokenizer.
-    """
+    """Write a tokenizer that transformers 4 and 5 load, and that begins a text as training did."""
     for name in _COPIED:
         if (words.folder / name).is_file():
             shutil.copyfile(words.folder / name, folder / name)

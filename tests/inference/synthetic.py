@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_meco.inference.export import export
+
 HIDDEN, FFN, LAYERS, HEADS, GROUPS, HEAD_DIM = 16, 24, 3, 4, 2, 6
 PADDED = 384
 
@@ -105,6 +107,18 @@ def write_checkpoint(
     # As on a machine without the package that the object came from.
     sys.modules.pop("foreign_package", None)
     return folder
+
+
+def write_run(folder: Path, tokenizer: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint with random weights."""
+    args = run_args(tokenizer, **changes)
+    return write_checkpoint(folder, args, random_tensors(args, seed))
+
+
+def export_random(folder: Path, tokenizer: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint with random weights, export it, and return the export."""
+    export(write_run(folder / "checkpoint", tokenizer, seed, **changes), folder / "model")
+    return folder / "model"
 
 
 def _foreign_object() -> Any:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from inference.synthetic import random_tensors, run_args, write_run
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-torch = pytest.importorskip("torch")
-
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
-
-from megatron_meco.inference.checkpoint import (  # noqa: E402
+from megatron_meco.inference.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_iteration,
@@ -25,8 +23,7 @@ from megatron_meco.inference.checkpoint import (  # noqa: E402
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    args = run_args(tmp_path / "tokenizer")
-    return write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    return write_run(tmp_path / "run", tmp_path / "tokenizer")
 
 
 def test_flags_iteration_and_shapes_without_the_packages_of_the_run(saved: Path) -> None:

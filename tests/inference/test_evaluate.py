@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
-from inference.local_tasks import LENGTH  # noqa: E402
+from inference.local_tasks import LENGTH
 
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.inference import harness_tasks as evaluate_module  # noqa: E402
-from megatron_meco.inference.harness_model import MeCoLM, RequestError  # noqa: E402
-from megatron_meco.inference.harness_tasks import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.inference import harness_tasks as evaluate_module
+from megatron_meco.inference.harness_model import MeCoLM, RequestError
+from megatron_meco.inference.harness_tasks import (
     Comparison,
     Evaluation,
     TaskResult,

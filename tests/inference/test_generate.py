@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.data.template import PrefixText, Token  # noqa: E402
-from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.conditioning import parse_metadata  # noqa: E402
-from megatron_meco.inference.generate import generate_text  # noqa: E402
-from megatron_meco.inference.model import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.data.template import PrefixText, Token
+from megatron_meco.errors import FlagError
+from megatron_meco.inference.conditioning import parse_metadata
+from megatron_meco.inference.generate import generate_text
+from megatron_meco.inference.model import (
     LoadedModel,
     PromptError,
     encode_prompt,

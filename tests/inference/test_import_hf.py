@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from inference.launched import Trained, train_with_logits  # noqa: E402
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from inference.launched import Trained, train_with_logits
+from inference.synthetic import random_tensors, run_args, write_checkpoint
+from safetensors.torch import load_file, save_file
 
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import MeCoError  # noqa: E402
-from megatron_meco.inference.checkpoint import Checkpoint, find_iteration  # noqa: E402
-from megatron_meco.inference.export import export  # noqa: E402
-from megatron_meco.inference.import_hf import import_hf  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.errors import MeCoError
+from megatron_meco.inference.checkpoint import Checkpoint, find_iteration
+from megatron_meco.inference.export import export
+from megatron_meco.inference.import_hf import import_hf
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from inference.synthetic import run_args, write_run
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-torch = pytest.importorskip("torch")
-
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
-
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.untrusted.inert_pickle import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.untrusted.inert_pickle import (
     READ_ERRORS,
     Inert,
     read_pickle,
@@ -152,8 +150,7 @@ def test_numbers_in_the_file_allocate_nothing(code: bytes) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    args = run_args(tokenizer_folder)
-    return write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    return write_run(tmp_path / "run", tokenizer_folder)
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -175,8 +172,7 @@ def test_the_index(saved: Path, tmp_path: Path, how: str, capsys: Any) -> None:
     assert "its index cannot be used" in refused(tmp_path, capsys)
     # An index that is right but for what it holds.
     shutil.rmtree(saved)
-    args = run_args(tmp_path / "no-tokenizer")
-    write_checkpoint(saved, args, random_tensors(args))
+    write_run(saved, tmp_path / "no-tokenizer")
     index = pickle.loads((folder / ".metadata").read_bytes())
     index.planner_data = payload
     (folder / ".metadata").write_bytes(pickle.dumps(index))

@@ -6,13 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from inference.synthetic import random_tensors, run_args
 
-torch = pytest.importorskip("torch")
-
-from inference.synthetic import random_tensors, run_args  # noqa: E402
-
-from megatron_meco.inference.checkpoint import CheckpointError  # noqa: E402
-from megatron_meco.inference.llama import (  # noqa: E402
+from megatron_meco.inference.checkpoint import CheckpointError
+from megatron_meco.inference.llama import (
     Sizes,
     check_architecture,
     plan_weights,

@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.model import LoadedModel, encode_prompt, load_model  # noqa: E402
-from megatron_meco.inference.samples import SampleSettings, sample  # noqa: E402
-from megatron_meco.inference.steer import intervals  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.errors import FlagError
+from megatron_meco.inference.model import LoadedModel, encode_prompt, load_model
+from megatron_meco.inference.samples import SampleSettings, sample
+from megatron_meco.inference.steer import intervals
 
 PREFIX = "URL: en.wikipedia.org\n\n"
 SETTINGS = SampleSettings(
