@@ -91,7 +91,7 @@ def test_killed_again_and_again_and_of_a_lost_worker(
             _kill_one_worker(process.pid)
             told = process.communicate(timeout=60)[1]
             assert process.returncode == 1
-            assert "a worker process died" in told and "the same command goes on" in told
+            assert "a worker process died" in told and "the same command continues" in told
         else:
             # The parent alone: its workers have to end as well.
             process.kill()

@@ -86,7 +86,7 @@ def test_a_tokenizer_of_transformers_is_refused(tokenizer_folder: Path) -> None:
 
     other = AutoTokenizer.from_pretrained(tokenizer_folder)
     for function in (check_tokenizer, resolve_bos, resolve_eod, text_encoder):
-        with pytest.raises(FlagError, match=r"is no tokenizer of Megatron's.*build_tokenizer"):
+        with pytest.raises(FlagError, match=r"is not a Megatron tokenizer.*build_tokenizer"):
             function(other)
     check_tokenizer(build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder)))
 
