@@ -87,7 +87,7 @@ COMMANDS = {
         run="run_tokenizer",
         example="""\
   meco tokenizer train pages-*.jsonl.zst --vocab-size 32000 --output my-tokenizer
-  meco tokenizer llama3 my-llama3""",
+  meco tokenizer llama3 --output my-llama3""",
     ),
     "prepare": Command(
         group=_CORPUS,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
@@ -73,3 +78,33 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+# The one help text of `--json`.
+JSON_HELP = "print one JSON object instead of a table"
+
+
+def json_line(value: Any) -> str:
+    """Return an object as one line of JSON.
+
+    Args:
+        value: Mappings, sequences, dataclasses, texts, numbers and paths.
+
+    Returns:
+        Standard JSON: numbers that are not finite become null, paths become texts.
+    """
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool):
+        return value
+    return int(value) if isinstance(value, Integral) else str(value)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ from megatron_meco.corpus.tokenizer import (
     text_encoder,
 )
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
@@ -351,6 +351,7 @@ def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --from: how many documents to tokenise again; default: %(default)s",
     )
     add("--overwrite", action="store_true", help="replace metadata that is there")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_attach(args: argparse.Namespace) -> int:
@@ -371,6 +372,7 @@ def run_attach(args: argparse.Namespace) -> int:
         )
     _check_tables("--table", args.table or ())
     _check_tables("--join", args.join or ())
+    report: dict[str, Any] = {}
     if args.join:
         counts = attach_by_key(
             prefix,
@@ -381,6 +383,7 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         count, verified = counts.documents, str(counts)
+        report = asdict(counts)
     elif args.table:
         count = attach_from_table(prefix, args.table, fields, overwrite=args.overwrite)
         verified = "their order cannot be checked"
@@ -395,6 +398,10 @@ def run_attach(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
         verified = f"{number:,} of them tokenised again and equal"
+        report = {"verified": number}
+    if args.json:
+        print(json_line({"documents": count, **report, "files": [metadata_path(prefix)]}))
+        return 0
     print(f"written: {metadata_path(prefix)}, {counted(count, 'row')} ({verified})")
     return 0
 

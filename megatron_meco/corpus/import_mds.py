@@ -58,7 +58,7 @@ from megatron_meco.corpus.tokenizer import (
 )
 from megatron_meco.corpus.work_folder import WorkFolder
 from megatron_meco.errors import DataError, MeCoError
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _TASK_BYTES = 1 << 30
 _BATCH_IDS = 4 << 20
@@ -394,6 +394,7 @@ def add_import_mds_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metadata-fields", default="url", metavar="A,B", help="default: %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     add("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_import_mds(args: argparse.Namespace) -> int:
@@ -412,6 +413,9 @@ def run_import_mds(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     )
+    if args.json:
+        print(json_line(vars(merged)))
+        return 0
     tokens = counted(merged.tokens, "token")
     print(f"{counted(merged.documents, 'document')}, {tokens} (EODs included)")
     for reason, count in sorted(merged.rejected.items()):

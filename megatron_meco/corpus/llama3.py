@@ -1,4 +1,4 @@
-"""`meco tokenizer llama3 DIR`: Meta's Llama-3 tokenizer as a Hugging Face folder.
+"""`meco tokenizer llama3 --output DIR`: Meta's Llama-3 tokenizer as a Hugging Face folder.
 
 Meta publishes the tokenizer in its PyPI package `llama-models`, as a tiktoken file that Megatron's
 tokenizers cannot read. transformers' converter, the 256 special tokens that the package lists and

@@ -21,7 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_meco.corpus.index_file import CorpusIndex, check_index
-from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.corpus.manifest import check_checksum
+from megatron_meco.corpus.metadata import (
+    METADATA_SUFFIX,
+    check_row_count,
+    metadata_path,
+    open_metadata,
+)
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
 from megatron_meco.errors import DataError, FlagError
@@ -67,12 +73,13 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
         top: Number of values to name.
 
     Raises:
-        DataError: There is no metadata, or it cannot be read.
+        DataError: There is no metadata, it cannot be read, or a file is damaged.
     """
     table = open_metadata(prefix)
-    index = check_index(prefix) if Path(f"{prefix}.idx").is_file() else None
+    index = open_undamaged_index(prefix) if Path(f"{prefix}.idx").is_file() else None
     if index is not None:
         check_row_count(prefix, index.num_documents)
+    check_checksum(prefix, METADATA_SUFFIX)
     reports = []
     for name in table.column_names:
         column = table[name]
@@ -94,6 +101,22 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
                 ]
         reports.append(report)
     return table.num_rows, reports
+
+
+def open_undamaged_index(prefix: str) -> CorpusIndex:
+    """Open a corpus and refuse an index that is broken or another one than was prepared.
+
+    An index with other document lengths can agree with itself, so its checksum is compared too.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+
+    Raises:
+        DataError: As `check_index` and `check_checksum`.
+    """
+    index = check_index(prefix)
+    check_checksum(prefix, ".idx")
+    return index
 
 
 @dataclass(frozen=True)

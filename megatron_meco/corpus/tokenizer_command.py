@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_meco.corpus.outputs import check_local
-from megatron_meco.wording import counted
+from megatron_meco.errors import FlagError
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +31,14 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--strict", action="store_true", help="stop at the first line that is no document"
     )
+    train.add_argument("--json", action="store_true", help=JSON_HELP)
     llama3 = kinds.add_parser(
         "llama3", help="make the folder of Llama 3's tokenizer", allow_abbrev=False
     )
-    llama3.add_argument("folder", metavar="DIR", help="the folder to make")
+    # Where it was given before all commands had `--output`.
+    llama3.add_argument("folder", nargs="?", metavar="DIR", help=argparse.SUPPRESS)
+    llama3.add_argument("--output", metavar="DIR", help="the folder to make")
+    llama3.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
@@ -43,9 +48,15 @@ def run_tokenizer(args: argparse.Namespace) -> int:
         return _train(args)
     from megatron_meco.corpus.llama3 import write_llama3_tokenizer
 
-    check_local(args.folder, "DIR")
-    folder = Path(args.folder)
+    if (args.folder is None) == (args.output is None):
+        raise FlagError("must be given once", where="--output", remedy="Name the folder to make.")
+    given = args.folder if args.output is None else args.output
+    check_local(given, "--output")
+    folder = Path(given)
     ids = write_llama3_tokenizer(folder)
+    if args.json:
+        print(json_line({"tokens": ids, "folder": folder}))
+        return 0
     print(f"written: {folder}")
     for token, number in ids.items():
         print(f"  {token} {number}")
@@ -64,6 +75,9 @@ def _train(args: argparse.Namespace) -> int:
     made = train_tokenizer(
         args.inputs, folder, args.vocab_size, text_field=args.text_field, strict=args.strict
     )
+    if args.json:
+        print(json_line({**vars(made), "bos": BOS, "eos": EOS, "folder": folder}))
+        return 0
     rows = [
         ("documents", f"{made.documents:,}"),
         ("text", f"{made.text_bytes / 1e6:,.1f} MB"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
 from megatron_meco.corpus.task_writer import with_eod
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _BLOCK = 1 << 20
 _REBUILD = "Prepare the corpus again."
@@ -299,6 +299,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --against: run the code that the corpus's tokenizer brings",
     )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -307,17 +308,23 @@ def run_verify(args: argparse.Namespace) -> int:
     prefix = Path(args.prefix)
     if args.eod is not None and not 0 <= args.eod < 1 << 31:
         raise FlagError(f"no token id: {args.eod}", where="--eod", remedy="Name the id of the EOD.")
-    is_right = True
-    for check in verify(prefix, args.eod):
-        _print(check)
-        is_right = is_right and check.is_right
-    if args.against:
-        _print(
-            verify_against(
-                prefix, args.against, args.encoder, trust_remote_code=args.trust_remote_code
-            )
-        )
+    checks = []
+    for check in _checks(prefix, args):
+        checks.append(check)
+        if not args.json:
+            _print(check)
+    is_right = all(check.is_right for check in checks)
+    if args.json:
+        print(json_line({"is_right": is_right, "checks": [asdict(check) for check in checks]}))
     return 0 if is_right else 1
+
+
+def _checks(prefix: Path, args: argparse.Namespace) -> Iterator[Check]:
+    yield from verify(prefix, args.eod)
+    if args.against:
+        yield verify_against(
+            prefix, args.against, args.encoder, trust_remote_code=args.trust_remote_code
+        )
 
 
 def _print(check: Check) -> None:

@@ -92,11 +92,14 @@ class PackedBatch(Mapping[str, Any]):
         return PackedBatch(moved)
 
     def __del__(self) -> None:
+        # While Python ends, this module's own names may be None.
+        if sys is None or sys.is_finalizing():
+            return
         values: dict[str, Any] = getattr(self, "_values", {})
         read: set[str] = getattr(self, "_read", set())
         unread = {name for names in BORDERS.values() for name in names} & values.keys()
         ignored = unread and "tokens" in read and not unread & read
-        if ignored and not PackedBatch._warned and not sys.is_finalizing():
+        if ignored and not PackedBatch._warned:
             PackedBatch._warned = True
             name = " / ".join(sorted(unread))
             warnings.warn(

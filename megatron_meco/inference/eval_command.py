@@ -9,6 +9,7 @@ names are looked up and data is loaded before the first forward pass, so mistake
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import re
@@ -23,7 +24,7 @@ import yaml
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.flag_range import MOST, SEED, check_range
 from megatron_meco.inference.candidates import read_candidates
-from megatron_meco.inference.conditioning import NO_METADATA, Conditioning, parse_values
+from megatron_meco.inference.conditioning import Conditioning, parse_condition
 from megatron_meco.inference.eval_tables import of_paper, print_pairs, print_results, tell_cut
 from megatron_meco.inference.model_flags import (
     DEFAULT,
@@ -36,7 +37,7 @@ from megatron_meco.inference.model_flags import (
 from megatron_meco.inference.output_file import check_result_file, write_json
 from megatron_meco.inference.paper import PAPER_SHOTS, PAPER_TASKS
 from megatron_meco.untrusted.text_file import read_text
-from megatron_meco.wording import counted, shown
+from megatron_meco.wording import counted, json_line, shown
 
 if TYPE_CHECKING:
     # Importing them loads torch.
@@ -63,7 +64,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--metadata",
         nargs="+",
         metavar="FIELD=VALUE",
-        help="condition every task on these fields of the template, or `none`",
+        help="condition every task on these fields of the template, or `none`, or `empty` (the "
+        "prefix without any value)",
     )
     add(
         _METADATA_FILE,
@@ -105,10 +107,22 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate this model too, and report --model minus it, paired by document",
     )
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--json", action="store_true", help="print one JSON object; the tables go to stderr")
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """Run `meco eval`; returns the exit status, 0."""
+    with contextlib.ExitStack() as stack:
+        if args.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        report = _run(args)
+    if args.json:
+        print(json_line(report))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate, print the tables, and return what `--output` gets."""
     _check_flags(args)
     if args.output is not None:
         check_result_file(args.output)
@@ -141,7 +155,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_json(args.output, about | report)
         print(f"written to {args.output}", file=sys.stderr)
-    return 0
+    return about | report
 
 
 # ---- Flags ----
@@ -173,9 +187,9 @@ class _Plan:
 
 
 def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:
-    given = parse_values(args.metadata or []) if args.metadata != [NO_METADATA] else {}
+    given = parse_condition(args.metadata or [])
     per_task = _read_metadata_file(args.metadata_per_task)
-    prefix = conditioning.render(given) if given else ""
+    prefix = conditioning.prefix_of(given)
     prefixes = {
         task: conditioning.render(values, f"{_METADATA_FILE} {args.metadata_per_task}: {task}")
         for task, values in per_task.items()

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.flag_range import COUNT, SEED, InRange, check_range
-from megatron_meco.inference.conditioning import Conditioning, parse_metadata
+from megatron_meco.inference.conditioning import Conditioning, parse_metadata, spelled
 from megatron_meco.inference.model import load_model
 from megatron_meco.inference.model_flags import (
     DEFAULT,
@@ -34,7 +34,14 @@ from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
-from megatron_meco.wording import aligned, counted, first_line, print_progress, shown
+from megatron_meco.wording import (
+    JSON_HELP,
+    aligned,
+    counted,
+    first_line,
+    json_line,
+    print_progress,
+)
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -223,7 +230,8 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="sample behind these fields of the template; repeat it to compare. Samples from BOS "
+        help="sample behind these fields of the template, or `empty` (the prefix without any "
+        "value); repeat it to compare. Samples from BOS "
         "alone are always included",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
@@ -259,6 +267,7 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         help=DEFAULT,
     )
     add("--seed", **SEED, default=0, metavar="S", help=DEFAULT)
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_steer(args: argparse.Namespace) -> int:
@@ -291,32 +300,31 @@ def run_steer(args: argparse.Namespace) -> int:
     texts = sample(loaded, settings, args.output, partial(print_progress, noun="sample"))
     told = f"{counted(settings.num_samples, 'sample')} of {counted(len(names), 'kind')}"
     print(f"{args.output}: {told}", file=sys.stderr)
+    about: dict[str, Any] = {}
     if scorer is not None:
         scores = {p: score_texts(scorer, texts[p], args.scorer) for p in settings.prefixes}
         report = _report(scores, args.seed, shuffled=args.shuffled)
-        _print_report(report, names)
-        write_json(
-            args.output / "scores.json",
-            {
-                "scorer": args.scorer,
-                "summary": {
-                    prefix: {
-                        name: {k: asdict(i) for k, i in row.items()} for name, row in rows.items()
-                    }
-                    for prefix, rows in report.items()
-                },
-                "scores": scores,
+        if not args.json:
+            _print_report(report, names)
+        about |= {
+            "scorer": args.scorer,
+            "summary": {
+                prefix: {name: {k: asdict(i) for k, i in row.items()} for name, row in rows.items()}
+                for prefix, rows in report.items()
             },
-        )
+        }
+        write_json(args.output / "scores.json", {**about, "scores": scores})
+    if args.json:
+        print(json_line({"samples": settings.num_samples, **about, "folder": args.output}))
     return 0
 
 
-def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict[str, str]:
+def _names(conditions: list[dict[str, str] | None], conditioning: Conditioning) -> dict[str, str]:
     """Names of the conditions by their rendered prefix; '' is no metadata."""
     names: dict[str, str] = {}
     for values in conditions:
-        prefix = conditioning.render(values) if values else ""
-        name = " ".join(f"{field}={shown(value)}" for field, value in values.items())
+        prefix = conditioning.prefix_of(values)
+        name = spelled(values)
         if prefix in names:
             raise FlagError(
                 f"{names[prefix]} and {name} give the same prefix {prefix!r}",

@@ -39,7 +39,7 @@ from megatron_meco.inference.model_flags import (
 from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import check_result_file, write_json
 from megatron_meco.inference.paired import mean_and_error
-from megatron_meco.wording import counted
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _FEWEST_DOCUMENTS = 4
 
@@ -208,6 +208,7 @@ def add_sweep_urls_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", **SEED, default=0, metavar="S", help="decides the halves; default: %(default)s")
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--json", action="store_true", help=JSON_HELP)
 
 
 def run_sweep_urls(args: argparse.Namespace) -> int:
@@ -229,10 +230,14 @@ def run_sweep_urls(args: argparse.Namespace) -> int:
             num_reported=args.report,
             seed=args.seed,
         )
-    _print_results(results, target)
+    settings = {"model": str(args.model), "documents": target.num_documents, "seed": args.seed}
+    report = {**settings, "results": [asdict(result) for result in results]}
+    if args.json:
+        print(json_line(report))
+    else:
+        _print_results(results, target)
     if args.output is not None:
-        settings = {"model": str(args.model), "documents": target.num_documents, "seed": args.seed}
-        write_json(args.output, {**settings, "results": [asdict(result) for result in results]})
+        write_json(args.output, report)
     return 0
 
 

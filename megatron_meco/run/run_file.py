@@ -28,7 +28,7 @@ from megatron_meco.run.plain_yaml import (
     parse_value,
     read_text,
 )
-from megatron_meco.run.presets import complete, flags_of_model, model_names
+from megatron_meco.run.presets import FOLLOWS_FROM, complete, flags_of_model, model_names
 from megatron_meco.run.values import nearest, switch_of, words_of
 
 MODEL, LAUNCH, MECO = "model", "launch", "meco"
@@ -243,7 +243,9 @@ def _resolve(
         on = {key: setting.words for key, setting in settings.items() if setting.on}
         off = {key: () for key, setting in settings.items() if not setting.on}
         for key, words in complete({**off, **on}).items():
-            settings[key] = Setting(flag_table()[key], words, True, place)
+            source = settings.get(FOLLOWS_FROM[key])
+            where = place if source is None else f"{source.where}, from {source.flag.key}"
+            settings[key] = Setting(flag_table()[key], words, True, where)
     settings.update(_of_folder(settings, file))
     return RunFile(file, file.absolute().parent, text, settings, launch, model, overrides)
 

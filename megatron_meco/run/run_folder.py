@@ -82,10 +82,13 @@ def last_log(folder: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def lock_of(log: Path) -> Path:
-    """The file that is locked while the run of a log is going."""
-    _, _, node = log.parent.name.partition("-")
-    return log.parent.parent / f".lock{f'-{node}' if node else ''}"
+def lock_of(log: Path) -> Path | None:
+    """The file that is locked while the run of a log is going; None: not a log of `meco train`."""
+    logs = log.absolute().parent.parent
+    if log.name != LOG or logs.name != _LOGS:
+        return None
+    _, _, node = log.absolute().parent.name.partition("-")
+    return logs / f".lock{f'-{node}' if node else ''}"
 
 
 def last_checkpoint(folder: Path) -> int | None:

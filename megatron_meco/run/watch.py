@@ -62,7 +62,9 @@ def run_watch(args: argparse.Namespace) -> int:
     follower = Follower(log)
     if path.is_dir():
         follower.say(f"log {log}")
-    status = follower.follow(lambda: 0 if args.once else follower.ended(lock_of(log)))
+    status = follower.follow(
+        lambda: 0 if args.once else follower.ended(lock_of(log)), tells_of_waiting=not args.once
+    )
     return follower.conclude(status, is_over=not args.once)
 
 
@@ -97,11 +99,12 @@ class Follower:
         """Print a line above the bar."""
         self._console.print(escape(text), style=style or None)
 
-    def follow(self, poll: Callable[[], int | None]) -> int:
+    def follow(self, poll: Callable[[], int | None], *, tells_of_waiting: bool = False) -> int:
         """Show the log as it grows.
 
         Args:
             poll: The exit status of the run, or None while it is going.
+            tells_of_waiting: Say so if the log holds no training step yet.
 
         Returns:
             The status.
@@ -112,7 +115,13 @@ class Follower:
                 # Asked first: what the run wrote before it ended is still to be read.
                 status = poll()
                 rest = self._read(file, rest)
-                self._caught_up = True
+                if not self._caught_up:
+                    self._caught_up = True
+                    # A log that ended long ago is not waited for.
+                    age = time.time() - self._path.stat().st_mtime
+                    self._heard = time.monotonic() - max(0.0, age)
+                    if tells_of_waiting and status is None:
+                        self._tell_of_waiting()
                 if status is not None:
                     if rest:
                         self._take(rest)
@@ -120,10 +129,10 @@ class Follower:
                 self._warn_of_silence()
                 time.sleep(_POLL_SECONDS)
 
-    def ended(self, lock: Path) -> int | None:
+    def ended(self, lock: Path | None) -> int | None:
         """The status of a run that another process started, or None while it may be going."""
         quiet = time.monotonic() - self._heard
-        if lock.exists():
+        if lock is not None and lock.exists():
             return None if _is_locked(lock) else self._status()
         if not self._caught_up or quiet < _QUIET_SECONDS:
             return None
@@ -136,8 +145,12 @@ class Follower:
             return 1
         last, first = self._log.last, self._log.first
         if last is None or first is None:
-            if is_over:
-                self.say("ended without a training step; the log says why", "yellow")
+            self.say(
+                "ended without a training step; the log says why"
+                if is_over
+                else f"no training step in {self._path}",
+                "yellow",
+            )
             return 0
         done = "done" if self._log.is_complete else "so far"
         steps = last.iteration - first.iteration + 1
@@ -171,10 +184,7 @@ class Follower:
         if isinstance(event, Step):
             self._show_step(event)
         elif isinstance(event, Phases):
-            self.say(
-                f"iterations 1 to {event.switch_iteration:,} conditioned, "
-                f"{event.switch_iteration + 1:,} to {event.num_iterations:,} cooldown"
-            )
+            self.say(event.describe())
         elif isinstance(event, Saved):
             self.say(f"checkpoint of iteration {event.iteration:,} in {event.folder}", "green")
         elif isinstance(event, Validation):
@@ -218,14 +228,32 @@ class Follower:
             "shuffled minus conditioned": "wrong minus right",
             "": "",
         }
-        losses = [
-            " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
-            for name, value in validation.losses.items()
-        ]
+
+        def shown(losses: dict[str, float]) -> str:
+            parts = [
+                " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
+                for name, value in losses.items()
+            ]
+            return ", ".join(parts)
+
         phases = self._log.phases
-        at_switch = phases is not None and phases.switch_iteration == validation.iteration
+        at_switch = phases is not None and validation.iteration in (
+            phases.start_iteration,
+            phases.switch_iteration,
+        )
         note = " (at the switch)" if at_switch else ""
-        self.say(f"iteration {validation.iteration:,}{note}: validation loss {', '.join(losses)}")
+        whole = shown(validation.losses)
+        self.say(f"iteration {validation.iteration:,}{note}: validation loss {whole}")
+        for name, losses in validation.sets.items():
+            self.say(f"  validation set {name}: {shown(losses)}")
+
+    def _tell_of_waiting(self) -> None:
+        if self._log.last is not None:
+            return
+        what = "is empty" if self._path.stat().st_size == 0 else "holds no training step"
+        self.say(
+            f"{self._path} {what} so far; waiting for the first step. Ctrl-C ends this, not a run"
+        )
 
     def _warn_of_silence(self) -> None:
         quiet = time.monotonic() - self._heard

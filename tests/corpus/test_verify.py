@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz.mutations import Index
 from small_corpus import write_corpus
 
 from megatron_meco.corpus import input_files
 from megatron_meco.corpus.index_file import check_index
-from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.corpus.metadata import metadata_path, open_metadata
+from megatron_meco.corpus.metadata_report import report_metadata
 from megatron_meco.corpus.prepare import PrepareConfig, prepare
+from megatron_meco.errors import DataError
+from megatron_meco.show.corpus_facts import corpus_facts
 
 type Meco = Callable[..., tuple[int, str]]
 
@@ -227,3 +231,31 @@ def test_one_of_a_thing_and_rates_of_what_there_is(
     rates = [line for line in told.splitlines() if "docs/s" in line]
     assert len(rates) == 3 and all("kB/s" in line or "MB/s" in line for line in rates)
     assert not any("  0.0 MB/s" in line for line in rates) and "CUDA" not in told
+
+
+def test_metadata_and_show_refuse_an_index_that_moved_a_border(corpus: tuple[Path, Path]) -> None:
+    """Its numbers agree with one another, and two documents have other lengths."""
+    prefix = corpus[0]
+    index = Index(Path(f"{prefix}.idx").read_bytes())
+    index.lengths[3] += 2
+    index.lengths[4] -= 2
+    index.set_pointers()
+    Path(f"{prefix}.idx").write_bytes(index.content())
+    check_index(prefix)
+    for look in (report_metadata, corpus_facts):
+        with pytest.raises(DataError, match="its CRC-32 is") as refusal:
+            look(str(prefix), 10)
+        assert refusal.value.where == f"{prefix}.idx"
+
+
+def test_metadata_and_show_refuse_values_that_were_changed(corpus: tuple[Path, Path]) -> None:
+    prefix = corpus[0]
+    path = metadata_path(prefix)
+    content = path.read_bytes()
+    assert b"https://h2.org/2" in content
+    path.write_bytes(content.replace(b"https://h2.org/2", b"https://h9.org/2"))
+    open_metadata(prefix)
+    for look in (report_metadata, corpus_facts):
+        with pytest.raises(DataError, match="its CRC-32 is") as refusal:
+            look(str(prefix), 10)
+        assert refusal.value.where == str(path)

@@ -236,6 +236,15 @@ def test_refusals_of_megatron_and_meco_get_their_line(
     assert run.locate(error).where.endswith(place)
 
 
+def test_what_follows_from_a_key_is_told_where_the_key_is(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path, f"{GOOD}seq-length: -5\n"))
+    error = MeCoError("must be above 0", where="--max-position-embeddings -5")
+    place = f"{tmp_path}/run.yaml:5, from seq-length: --max-position-embeddings -5"
+    assert run.locate(error).where == place
+    error = MeCoError("too large", where="--min-lr 1")
+    assert "run.yaml:1 (model laptop-3m), from lr: --min-lr" in run.locate(error).where
+
+
 def test_other_commands_take_the_run_file_too(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "launch: {nproc-per-node: 2}\n")
     with training_flags(["--set", "lr=1e-3", str(path)]) as flags:

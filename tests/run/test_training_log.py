@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,12 +98,65 @@ def test_what_a_person_sees(tmp_path: Path) -> None:
     assert "one_logger" not in text and "DEPRECATED" not in text
 
 
+def test_a_plain_start_is_a_phase_of_the_progress(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    phases = "iterations 1 to 10 plain, 11 to 27 conditioned, 28 to 30 cooldown"
+    text = LOG.replace("iterations 1 to 27 conditioned, 28 to 30 cooldown", phases)
+    path.write_text(text.replace("iteration        1/", "iteration        3/"))
+    path.write_text(path.read_text() + LOG.splitlines()[-1].replace("30 on", "10 on") + "\n")
+    shown = io.StringIO()
+    follower = Follower(path, Console(file=shown, width=200))
+    assert follower.conclude(follower.follow(lambda: 0)) == 0
+    assert f"{phases}\n" in shown.getvalue()
+    assert re.search(r"^(?:meco: )?plain +3/30", shown.getvalue(), re.MULTILINE)
+    assert "iteration 10 (at the switch): validation" in shown.getvalue()
+
+
 def test_watch_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in ((tmp_path, "holds no log"), (tmp_path / "no.txt", "is not a file")):
         assert cli.main(["watch", str(path)]) == 1
         assert message in capsys.readouterr().err
     (tmp_path / "log.txt").write_text(LOG)
     assert cli.main(["watch", str(tmp_path / "log.txt"), "--once"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "log.txt is empty so far; waiting for the first step"),
+        ("notes\n", "log.txt holds no training step so far; waiting for the first step"),
+        (LOG.splitlines()[2], "holds no training step so far"),
+        (LOG, ""),
+    ],
+)
+def test_watch_says_at_once_what_it_waits_for(
+    text: str,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "log.txt").write_text(text)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    # The first time that it would wait.
+    monkeypatch.setattr("megatron_meco.run.watch.time.sleep", interrupt)
+    assert cli.main(["watch", str(tmp_path / "log.txt")]) == 130
+    said = capsys.readouterr().err
+    assert told in said and ("waiting" in said) == bool(told)
+
+
+def test_an_old_log_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(LOG.replace("      2/      30", "     30/      30"))
+    os.utime(path, (1e9, 1e9))
+    assert cli.main(["watch", str(path)]) == 0
+    assert "done: iteration 30 of 30" in capsys.readouterr().err
+    path.write_text("nothing of a run\n")
+    assert cli.main(["watch", str(path), "--once"]) == 0
+    assert "no training step in" in capsys.readouterr().err
 
 
 def test_a_crash_under_torchrun_is_told_in_its_own_lines(tmp_path: Path) -> None:
