@@ -57,7 +57,7 @@ def write_corpus(folder: Path, num_ids: int) -> None:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """That of a process of one rank."""
+    """The environment of a process of one rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,7 +68,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 def trainer_flags(size: Any, folder: Path, steps: int) -> list[str]:
-    """The run of `examples/pretrain_gpt.py`."""
+    """The flags of `examples/pretrain_gpt.py`."""
     model = (
         f"--num-layers {size.layers} --hidden-size {size.hidden} --ffn-hidden-size {size.ffn} "
         f"--num-attention-heads {size.heads} --position-embedding-type rope --swiglu "

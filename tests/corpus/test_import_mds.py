@@ -29,7 +29,7 @@ type Import = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Import:
-    """Return a function that runs the command and returns its status and what it said."""
+    """Return a function that runs the command and returns its status and output."""
 
     def run_with(*words: object, output: str = "out", workers: int = 1) -> tuple[int, str]:
         capsys.readouterr()

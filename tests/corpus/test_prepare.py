@@ -221,7 +221,7 @@ def _read(tmp_path: Path, content: bytes) -> tuple[list[str], list[Rejected]]:
 
 @pytest.fixture
 def use_encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that has every task encode with a fake."""
+    """Return a function that makes every task use a fake encoder."""
 
     def use(ids_of: Callable[[str], list[int]]) -> None:
         def encode(texts: list[str]) -> tuple[Any, Any]:
@@ -435,7 +435,7 @@ def test_a_folder_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_encoding_adds_and_drops_nothing(tokenizer_folder: Path) -> None:
-    """Megatron's own tokenizer adds BOS and EOS here."""
+    """Megatron's own tokenizer would add BOS and EOS."""
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
     assert (resolve_bos(tokenizer), resolve_eod(tokenizer)) == (0, 1)
     assert tokenizer.tokenize("a")[0] == 0

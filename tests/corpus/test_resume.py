@@ -1,4 +1,4 @@
-"""`prepare` under SIGKILL: nothing lost, nothing doubled, and the same bytes as without it."""
+"""`prepare` under SIGKILL gives the same bytes as without it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ LENGTH = 256
 
 
 def _texts(count: int) -> list[str]:
-    """Pages of up to 12 sentences, with what is easily taken for the end of one."""
+    """Pages of up to 12 sentences, with abbreviations and other false ends."""
     draw = random.Random(0)
     names = ["Dr. Smith", "the river", "Dr. Jones", "a crew of 3.5 men", "the mill"]
     ends = [". ", "! ", "?\n\n", '." ', ".) ", ".\t  "]

@@ -1,4 +1,4 @@
-"""A checkpoint as Megatron writes it, without training: known tensors, flags, one piece each."""
+"""Checkpoints in Megatron's format without training: known tensors and flags, one piece each."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def random_tensors(args: Namespace, seed: int = 0) -> dict[str, torch.Tensor]:
 def write_checkpoint(
     folder: Path, args: Namespace, tensors: dict[str, torch.Tensor], iteration: int = 20
 ) -> Path:
-    """Write one iteration, its tracker file, and some things that are no weights."""
+    """Write one iteration, its tracker file, and some entries that are not weights."""
     path = folder / f"iter_{iteration:07d}"
     path.mkdir(parents=True)
     state: dict[str, Any] = dict(tensors)

@@ -1,4 +1,4 @@
-"""Wrong metadata as a control, and two models on the same documents, against plain oracles."""
+"""Wrong metadata as a control and two models on the same documents, against simple oracles."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def check(row: dict[str, Any], one: list[float], other: list[float]) -> None:
 def test_a_baseline_is_compared_without_metadata(
     model_folder: Path, tmp_path: Path, tasks: Path, only_local: None, capsys: Any
 ) -> None:
-    """A model that was trained without a template reads no prefix, unless one is given."""
+    """A model that was trained without a template reads no prefix unless one is given."""
     baseline = shutil.copytree(model_folder, tmp_path / "baseline")
     card = json.loads((baseline / "meco.json").read_text())
     (baseline / "meco.json").write_text(json.dumps(card | {"template": "", "fields": []}))

@@ -1,4 +1,4 @@
-"""`meco eval` against the harness's own model, the requests it makes, its table, its refusals."""
+"""`meco eval`: equality with the harness's own model, its requests, its table, its errors."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_the_papers_tasks_with_its_urls(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ten tasks, each on its URL, 0-shot and 5-shot; their data is not to be had in a test."""
+    """Ten tasks, each on its URL, 0-shot and 5-shot, with local data in place of their own."""
     from lm_eval import tasks as harness_tasks
 
     asked = []
@@ -390,7 +390,7 @@ def test_the_inputs_are_not_written_over(
 def test_a_model_that_computes_nothing(
     model_folder: Path, tasks: Path, only_local: None, tmp_path: Path, capsys: Any
 ) -> None:
-    """The largest of numbers that are NaN is the first: an accuracy that means nothing."""
+    """argmax of NaN is 0, which would give a meaningless accuracy."""
     import shutil
 
     from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""The exported folder: what transformers makes of it, and that it agrees with Megatron."""
+"""The exported folder: transformers loads it, and its logits agree with Megatron's."""
 
 from __future__ import annotations
 

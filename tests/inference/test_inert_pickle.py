@@ -1,4 +1,4 @@
-"""Pickles that would run something, at each place where a stranger's folder is read."""
+"""Pickles that would run code, at each place where a foreign folder is read."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Reduces:
         return self.call
 
     def __call__(self) -> None:
-        """Only what can be called may be pickled as a function; this one is not."""
+        """pickle requires a callable; it is never called."""
 
 
 def payloads(mark: Path) -> dict[str, Any]:
-    """Objects that make a file when they are unpickled, by how they do it."""
+    """Objects that create a file when unpickled, by mechanism."""
     touch = Reduces(os.mkdir, str(mark))
     return {
         "a call": touch,
@@ -68,7 +68,7 @@ HOW = list(payloads(Path("x")))
 
 @pytest.fixture(autouse=True)
 def modules_by_name() -> Any:
-    """Let modules be pickled, as a hand-written pickle names them."""
+    """Make modules picklable, as a hand-written pickle could name them."""
     copyreg.pickle(type(os), lambda module: (__import__, (module.__name__,)))
     yield
     copyreg.dispatch_table.pop(type(os))
@@ -111,7 +111,7 @@ def test_what_torch_saves_is_read_without_its_tensors() -> None:
 
 
 def test_a_file_changes_nothing_for_the_next_one() -> None:
-    """BUILD with a pair sets attributes of what is on the stack, which may be a class."""
+    """BUILD with a pair sets attributes of the top of the stack, which may be a class."""
     for module, name in (("collections", "OrderedDict"), ("torch", "Size"), ("evil", "Thing")):
         # GLOBAL, MARK, NONE, dict {"__init__": 5}, TUPLE2, BUILD, STOP
         code = b"c" + module.encode() + b"\n" + name.encode() + b"\n"
@@ -154,7 +154,7 @@ def saved(tmp_path: Path, tokenizer_folder: Path) -> Path:
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Export, and give back the refusal: one line, nothing run, nothing written."""
+    """Export and return the error: one line, nothing run, nothing written."""
     out = tmp_path / "out"
     assert cli.main(["export", "--load", str(tmp_path / "run"), "--output", str(out)]) == 1
     err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The mapping, tensor by tensor, against an assembly from named heads; every refusal."""
+"""The mapping, tensor by tensor, against an assembly from named heads; every error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _numbers: dict[object, int] = {}
 
 
 def marked(*names: object) -> torch.Tensor:
-    """A row per name that no other name has."""
+    """A distinct row for each name."""
     numbers = [_numbers.setdefault(name, 100 + len(_numbers)) for name in names]
     return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, HIDDEN).contiguous()
 

@@ -1,4 +1,4 @@
-"""Samples that an interruption does not change, intervals that are right, scorers of the user's."""
+"""Samples after interruptions, confidence intervals, and the user's scorers."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_scored_by_a_function_and_then_by_another_scorer(
 def test_right_and_wrong_metadata(
     model_folder: Path, scorers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The control of one prefix is the samples under the two others, BOS alone not among them."""
+    """The control of a prefix is the samples under the two others, without BOS alone."""
     hosts = ("a.org", "b.org", "c.org")
     flags = [word for host in hosts for word in ("--metadata", f"url={host}")]
     flags += ["--shuffled", "--scorer", "my_scorers:length", "--output", str(scorers / "out")]
@@ -273,7 +273,7 @@ def test_samples_that_were_changed_are_neither_used_nor_cut_off(
 
 
 def test_samples_with_other_spelling_go_on(loaded: LoadedModel, tmp_path: Path) -> None:
-    """JSON that another program wrote, whose lines have other lengths: nothing is cut inside."""
+    """JSON by another program has lines of other lengths; no line is cut."""
     whole = sample(loaded, SETTINGS, tmp_path / "out")
     file = tmp_path / "out" / "generations.jsonl"
     lines = [json.loads(line) for line in file.read_bytes().splitlines()]

@@ -1,4 +1,4 @@
-"""Ranking on one half, measuring on the other: halves, scores, candidates, the command."""
+"""Ranking on one half and measuring on the other: scores, candidates, the command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXTS = ["the quick brown fox", "a lazy dog and a fox " * 30, "the dog", "brown 
 
 
 def test_the_half_that_ranks_is_not_the_half_that_reports() -> None:
-    """With scores that are noise alone, the winner looks good on the first half and only there."""
+    """With pure noise, the winner looks good on the first half only."""
     draw = random.Random(5)
     table = {name: [draw.gauss(0, 1) for _ in range(101)] for name in ["", *map(str, range(200))]}
     asked: dict[str, list[list[int]]] = {}
