@@ -52,7 +52,7 @@ source behind the text, the likelihood of that suffix goes here, with a uniform 
 """
 
 _FEWEST_HELD_OUT = 4
-# Bayes itself. A few documents without a mistake would ask for any weight above it.
+# 1 is Bayes. A few documents that are all classified correctly would fit any larger weight.
 _HIGHEST_WEIGHT = 1.0
 _NUM_BINS = 10
 
@@ -360,7 +360,7 @@ def _sources(args: argparse.Namespace, conditioning: Conditioning) -> _Sources:
         even = np.full(len(candidates), -np.log(len(candidates)))
         return _Sources(candidates=candidates, log_priors=even, share=None)
     numbers = np.array([counts[one.prefix] for one in candidates], dtype=np.float64)
-    # One more each, so that a candidate that the corpus lacks stays possible.
+    # Add-one smoothing keeps candidates possible that the corpus lacks.
     priors = (numbers + 1) / (numbers + 1).sum()
     return _Sources(
         candidates=candidates,

@@ -83,7 +83,7 @@ def count_prefixes(data_path: str, conditioning: Conditioning) -> collections.Co
     where = str(metadata_path(data_path))
     counts: collections.Counter[str] = collections.Counter()
     for batch in table.to_batches(_ROWS_AT_ONCE):
-        # Frequency filters choose among these very values, so all of them are candidates.
+        # Frequency filters choose among these values, so all of them are candidates.
         frequent = {
             p: template.values(p, batch, where)
             for p in template.placeholders
@@ -157,7 +157,7 @@ def read_candidates(
 def _values(line: str, fields: Sequence[str], where: str) -> dict[str, str]:
     if line.startswith("{"):
         return _json_values(line, where)
-    # What looks like a field's name may be a misspelled one.
+    # A word before = may be a misspelled field name.
     named = re.match(r"([^\W\d][\w.-]*)\s*=", line)
     if len(fields) == 1 and named is None:
         return {fields[0]: line}

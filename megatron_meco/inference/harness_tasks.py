@@ -245,7 +245,7 @@ class Evaluation:
             )
         try:
             self._manager = TaskManager(include_path=str(include_path) if include_path else None)
-        # The files are the user's and may fail in any way.
+        # The user's files may raise any exception.
         except Exception as error:
             raise FlagError(
                 f"its tasks cannot be read ({one_line(error)})",
@@ -359,7 +359,7 @@ def open_evaluation(tasks: Iterable[str], include_path: Path | None) -> Evaluati
             where="--tasks",
             remedy="Install it: pip install 'megatron-meco[eval]'.",
         )
-    # Their notes on every overwritten default and every retried download drown the table.
+    # They log every overwritten default and every retried download.
     for name in ("lm_eval", "huggingface_hub", "datasets", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return Evaluation(tasks, include_path)

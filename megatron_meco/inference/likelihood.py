@@ -9,7 +9,7 @@ import torch
 from megatron_meco.errors import FlagError
 from megatron_meco.inference.model import LoadedModel, check_finite, encode_prompt, encode_text
 
-# Positions whose logits exist at the same time: 1,024 of 128,256 float32 are half a gigabyte.
+# Positions with logits in memory: 1,024 of 128,256 float32 are half a gigabyte.
 _POSITIONS_AT_ONCE = 1024
 
 

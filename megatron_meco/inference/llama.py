@@ -44,8 +44,7 @@ _LAYER_WEIGHTS = (
     ("mlp.down_proj.weight", "mlp.linear_fc2.weight", "all"),
 )
 
-# What a Llama has, by the names in the run's flags. A flag that the checkpoint does not know of had
-# no effect on it.
+# Required values of the run's flags. A flag that the checkpoint lacks had no effect on it.
 _MUST_BE: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,

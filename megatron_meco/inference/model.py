@@ -222,7 +222,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def _token_id(tokenizer: Any, name: str) -> int:
     found = tokenizer.convert_tokens_to_ids(name)
-    # For a token that is not there it gives the id of its unknown token.
+    # It returns the id of UNK for an unknown token.
     if found is None or tokenizer.convert_ids_to_tokens(found) != name:
         raise unknown_token(name, "the model's template")
     return int(found)

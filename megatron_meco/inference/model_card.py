@@ -182,7 +182,7 @@ def _schedule(args: Namespace, iteration: int) -> dict[str, Any]:
         "switch_iteration": schedule.switch_iteration,
         "switch_sample": schedule.switch_sample,
         **start_of(schedule),
-        # Of the last step that this checkpoint has seen.
+        # The phase of the last step before this checkpoint.
         "phase": schedule.phase_of_iteration(max(iteration - 1, 0)),
     }
 
@@ -203,7 +203,7 @@ def _known_columns(paths: list[str]) -> list[str] | None:
     try:
         return list(open_metadata(paths[0]).schema.names) if paths else None
     except MeCoError:
-        # The corpus may well lie on another machine.
+        # The corpus may be on another machine.
         return None
 
 

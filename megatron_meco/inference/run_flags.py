@@ -38,7 +38,7 @@ def _switch(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    # Half characters cannot be written to a file.
+    # Lone surrogates cannot be written to a file.
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 

@@ -164,7 +164,7 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    # The module is the user's and may fail in any way.
+    # The user's module may raise any exception.
     except Exception as error:
         raise _unusable(name, first_line(error), remedy) from error
     if not callable(found):
@@ -193,7 +193,7 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
         batch = list(texts[begin : begin + _TEXTS_AT_ONCE])
         try:
             given = scorer(batch)
-        # The function is the user's too.
+        # So may the user's function.
         except Exception as error:
             raise _unusable(
                 name, f"failed ({type(error).__name__}: {first_line(error)})"
