@@ -182,7 +182,7 @@ def test_metadata_that_is_not_ours_and_inputs_are_not_replaced(
     for content in (target.read_bytes(), b"", b"notes"):
         target.write_bytes(content)
         status, told = meco("attach", prefix, "--table", table, "--overwrite")
-        assert status == 1 and "is no metadata file of this package" in told
+        assert status == 1 and "is not metadata that this package wrote" in told
         assert target.read_bytes() == content
     target.unlink()
     assert meco("attach", prefix, "--table", table)[0] == 0

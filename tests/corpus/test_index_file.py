@@ -88,7 +88,7 @@ def test_what_is_wrong_is_told(
     with pytest.raises(DataError, match=told) as refusal:
         check_index(prefix)
     assert refusal.value.where in (f"{prefix}.idx", f"{prefix}.bin")
-    assert "repare" in refusal.value.remedy or "text alone" in refusal.value.remedy
+    assert "repare" in refusal.value.remedy or "text-only" in refusal.value.remedy
 
 
 @pytest.mark.parametrize("change", [-1, 1, -100, None])

@@ -97,7 +97,7 @@ def test_samples_of_other_settings_are_not_mixed(loaded: LoadedModel, tmp_path: 
 
 def test_intervals_are_those_of_the_mean() -> None:
     draw = np.random.default_rng(3)
-    scores, plain = draw.beta(2, 8, 2000), draw.beta(4, 6, 2000)
+    scores, plain = draw.beta(2, 8, 500), draw.beta(4, 6, 500)
     found = intervals(scores, plain)
     assert intervals(plain).keys() == {"mean", "share_above_0.5"}
 
@@ -107,22 +107,22 @@ def test_intervals_are_those_of_the_mean() -> None:
         return (high - low) / 2
 
     assert found["mean"].value == pytest.approx(scores.mean())
-    assert half_width("mean") == pytest.approx(1.96 * scores.std() / 2000**0.5, rel=0.05)
+    assert half_width("mean") == pytest.approx(1.96 * scores.std() / 500**0.5, rel=0.05)
     share = (scores > 0.5).mean()
     assert found["share_above_0.5"].value == share
     assert half_width("share_above_0.5") == pytest.approx(
-        1.96 * (share * (1 - share) / 2000) ** 0.5, rel=0.1
+        1.96 * (share * (1 - share) / 500) ** 0.5, rel=0.1
     )
-    both = (scores.var() / 2000 + plain.var() / 2000) ** 0.5
+    both = (scores.var() / 500 + plain.var() / 500) ** 0.5
     assert found["difference"].value == pytest.approx(scores.mean() - plain.mean())
     assert half_width("difference") == pytest.approx(1.96 * both, rel=0.05)
     assert found["ratio"].value == pytest.approx(scores.mean() / plain.mean())
-    wrong = draw.beta(3, 7, 4000)
+    wrong = draw.beta(3, 7, 1000)
     more = intervals(scores, plain, wrong=wrong)
     assert {name: more[name] for name in found} == found
     assert more["right_minus_shuffled"].value == pytest.approx(scores.mean() - wrong.mean())
     found["right_minus_shuffled"] = more["right_minus_shuffled"]
-    both = (scores.var() / 2000 + wrong.var() / 4000) ** 0.5
+    both = (scores.var() / 500 + wrong.var() / 1000) ** 0.5
     assert half_width("right_minus_shuffled") == pytest.approx(1.96 * both, rel=0.05)
     # Nothing to divide by.
     assert "ratio" not in intervals([0.1, 0.2], [0.0, 0.0])
