@@ -162,7 +162,7 @@ def build_tokenizer(
 def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTokenizerText:
     """As Megatron-Core's `build_tokenizer`, which was part of the trainer before 0.17."""
     if flags.tokenizer_type != "HuggingFaceTokenizer":
-        raise ValueError("this Megatron-Core builds Hugging Face tokenizers alone")
+        raise ValueError("this Megatron-Core builds only Hugging Face tokenizers")
     tokenizer: MegatronTokenizerText = tokenizer_class.from_pretrained(
         tokenizer_path=flags.tokenizer_model,
         metadata_path=flags.metadata_path or {"library": "huggingface"},
@@ -204,12 +204,13 @@ def _parser_defaults() -> dict[str, Any]:
     source = Path(megatron.core.__file__).parents[1] / "training/config/training_config.py"
     if not source.is_file():
         return found
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "TokenizerConfig":
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    with contextlib.suppress(ValueError, StopIteration):
-                        found[line.target.id] = _default(line.value)
+    nodes = ast.parse(source.read_text(encoding="utf-8")).body
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    fields = [line for one in classes if one.name == "TokenizerConfig" for line in one.body]
+    for field in fields:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            with contextlib.suppress(ValueError, StopIteration):
+                found[field.target.id] = _default(field.value)
     return found
 
 
@@ -223,7 +224,7 @@ def _default(value: ast.expr | None) -> Any:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse an object that is no tokenizer of Megatron's, such as one of transformers.
+    """Refuse an object that is not a Megatron tokenizer, such as one of transformers.
 
     Raises:
         FlagError: Says how to build one.
@@ -231,7 +232,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     if not hasattr(tokenizer, "unique_identifiers") or not hasattr(tokenizer, "tokenize"):
         kind = type(tokenizer)
         raise FlagError(
-            f"{kind.__module__}.{kind.__qualname__} is no tokenizer of Megatron's",
+            f"{kind.__module__}.{kind.__qualname__} is not a Megatron tokenizer",
             where="tokenizer",
             remedy="Build one with megatron_meco.corpus.tokenizer.build_tokenizer("
             "'HuggingFaceTokenizer', FOLDER).",
@@ -266,7 +267,7 @@ def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
     """Return the id that begins a document, or None if the tokenizer has none.
 
     Raises:
-        FlagError: It is no tokenizer of Megatron's.
+        FlagError: It is not a Megatron tokenizer.
     """
     check_tokenizer(tokenizer)
     bos = _attribute(tokenizer, "bos")
@@ -282,7 +283,7 @@ def token_ids(tokenizer: MegatronTokenizerText, names: Iterable[str], where: str
         where: The flag that names them, for the message.
 
     Raises:
-        FlagError: The vocabulary lacks one; or it is no tokenizer of Megatron's.
+        FlagError: The vocabulary lacks one; or it is not a Megatron tokenizer.
     """
     check_tokenizer(tokenizer)
     return {name: _token_id(tokenizer, name, where) for name in names}
@@ -314,7 +315,7 @@ def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
     """Return the fastest encoder that gives this tokenizer's ids for plain text and adds no tokens.
 
     Raises:
-        FlagError: It is no tokenizer of Megatron's.
+        FlagError: It is not a Megatron tokenizer.
     """
     check_tokenizer(tokenizer)
     through_megatron = MegatronEncoder(tokenizer)

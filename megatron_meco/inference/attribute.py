@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ from megatron_meco.inference.candidates import (
 )
 from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.inference.model_flags import DEFAULT, add_model_arguments
+from megatron_meco.inference.paired import NORMAL
 from megatron_meco.untrusted.text_file import read_text
-from megatron_meco.wording import aligned, counted, shown
+from megatron_meco.wording import aligned, counted, print_progress, shown
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,10 +54,9 @@ documents (`SuffixScore.totals`), by the numbers of the documents."""
 _PREFIX, _SUFFIX = "prefix", "suffix"
 
 _FEWEST_HELD_OUT = 4
-# Bayes itself. A few documents without a mistake would ask for any weight above it.
+# 1 is Bayes. A few documents that are all classified correctly would fit any larger weight.
 _HIGHEST_WEIGHT = 1.0
 _NUM_BINS = 10
-_NORMAL = 1.959963984540054
 
 
 # ---- Bayes ----
@@ -172,7 +173,7 @@ def quality(log_probabilities: Floats, truth: npt.NDArray[np.int64]) -> Quality:
     is_right = probabilities.argmax(axis=1) == truth
     confidence = probabilities.max(axis=1)
     accuracy = float(is_right.mean())
-    spread = _NORMAL**2 / number
+    spread = NORMAL**2 / number
     centre = (accuracy + spread / 2) / (1 + spread)
     half = ((accuracy * (1 - accuracy) + spread / 4) * spread) ** 0.5 / (1 + spread)
     bins = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
@@ -301,7 +302,10 @@ def run_attribute(args: argparse.Namespace) -> int:
     priors = sources.log_priors if by == _PREFIX else np.zeros(len(sources.candidates))
     with enough_memory("--device", "Give one with more memory."):
         likelihoods = log_likelihoods(
-            score.totals, sources.candidates, len(texts) + len(held_out.texts), _tell_progress
+            score.totals,
+            sources.candidates,
+            len(texts) + len(held_out.texts),
+            partial(print_progress, noun="candidate"),
         )
     calibration = None
     if held_out.texts:
@@ -379,7 +383,7 @@ def _sources(args: argparse.Namespace, conditioning: Conditioning) -> _Sources:
         )
     given = None
     if args.candidates is not None:
-        given = read_candidates(args.candidates, conditioning, _tell)
+        given = read_candidates(args.candidates, conditioning)
     counts = None if args.data_path is None else count_prefixes(args.data_path, conditioning)
     candidates = given or most_frequent(counts or Counter(), args.top)
     if len(candidates) < 2:
@@ -393,7 +397,7 @@ def _sources(args: argparse.Namespace, conditioning: Conditioning) -> _Sources:
         even = np.full(len(candidates), -np.log(len(candidates)))
         return _Sources(candidates=candidates, log_priors=even, share=None)
     numbers = np.array([counts[one.prefix] for one in candidates], dtype=np.float64)
-    # One more each, so that a candidate that the corpus lacks stays possible.
+    # Add-one smoothing keeps candidates possible that the corpus lacks.
     priors = (numbers + 1) / (numbers + 1).sum()
     return _Sources(
         candidates=candidates,
@@ -499,8 +503,3 @@ def _print(
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _tell_progress(done: int, total: int) -> None:
-    end = "" if done < total else "\n"
-    print(f"\r{done:,} of {counted(total, 'candidate')}", end=end, file=sys.stderr)

@@ -210,16 +210,13 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
 def load_harness_model(
     folder: Path, device: str | None, template: str | None, batch_size: int | str
 ) -> MeCoLM:
-    """Load a model for the harness, with the checks of the other commands.
+    """Load a model for the harness, without prefix and with the checks of the other commands.
 
     Args:
         folder: The model.
         device: Device, or None for the first GPU or the CPU.
         template: Template in place of the model's own, or None.
         batch_size: Requests at once, or `auto`.
-
-    Returns:
-        The model, without prefix.
 
     Raises:
         FlagError: If the folder cannot be loaded.

@@ -15,7 +15,7 @@ from megatron_meco.inference.model import (
     end_tokens,
 )
 
-# Positions whose logits exist at the same time: 1,024 of 128,256 float32 are half a gigabyte.
+# Positions with logits in memory: 1,024 of 128,256 float32 are half a gigabyte.
 _POSITIONS_AT_ONCE = 1024
 
 

@@ -28,16 +28,13 @@ _EXAMPLE_URL = "https://en.wikipedia.org/wiki/Llama"
 
 
 def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> dict[str, Any]:
-    """Collect what `meco.json` holds.
+    """Return the content of `meco.json`.
 
     Args:
         args: The run's flags.
-        iteration: Training steps that were finished.
+        iteration: Finished training steps.
         bos: Token before each document, or None.
         eos: Token after each document.
-
-    Returns:
-        A JSON-serialisable object.
     """
     args = _with_meco_defaults(args)
     paths = _data_paths(args)
@@ -75,14 +72,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
 
 
 def model_card(card: dict[str, Any]) -> str:
-    """Write the model card.
-
-    Args:
-        card: What `describe_run` returned.
-
-    Returns:
-        Markdown.
-    """
+    """Return the model card in Markdown, from the content of `meco.json`."""
     return "\n".join(
         [
             "---",
@@ -227,7 +217,7 @@ def _schedule(args: Namespace, iteration: int) -> dict[str, Any]:
         "switch_iteration": schedule.switch_iteration,
         "switch_sample": schedule.switch_sample,
         **start_of(schedule),
-        # Of the last step that this checkpoint has seen.
+        # The phase of the last step before this checkpoint.
         "phase": schedule.phase_of_iteration(max(iteration - 1, 0)),
     }
 
@@ -248,7 +238,7 @@ def _known_columns(paths: list[str]) -> list[str] | None:
     try:
         return list(open_metadata(paths[0]).schema.names) if paths else None
     except MeCoError:
-        # The corpus may well lie on another machine.
+        # The corpus may be on another machine.
         return None
 
 

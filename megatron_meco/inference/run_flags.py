@@ -38,7 +38,7 @@ def _switch(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    # Half characters cannot be written to a file.
+    # Lone surrogates cannot be written to a file.
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -123,11 +123,7 @@ _OPTIONAL: dict[str, Check] = {
 
 
 def check_flags(args: Namespace, where: str) -> None:
-    """Refuse flags that are missing or of another kind.
-
-    Args:
-        args: The flags of the run.
-        where: The checkpoint, for the message.
+    """Refuse flags of a run that are missing or have the wrong type.
 
     Raises:
         CheckpointError: Names the flag and its value.

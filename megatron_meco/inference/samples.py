@@ -216,7 +216,7 @@ def _whole_batches(
             break
         kind, place = divmod(number, settings.num_samples)
         try:
-            # A further kind would be one too many.
+            # IndexError: more samples than the settings ask for.
             prefix = settings.prefixes[kind]
             entry = json.loads(line)
             text = entry["text"]

@@ -1,4 +1,4 @@
-"""What models do under the metadata of each source: losses of held-out texts, and generations."""
+"""Losses of held-out texts and generations of models under the metadata of each source."""
 
 from __future__ import annotations
 
