@@ -400,7 +400,10 @@ def packed_seq_params(
     # An upper bound is enough for the kernels, and needs no device sync.
     longest = args.seq_length
     num_ranks = mpu.get_context_parallel_world_size()
-    if args.transformer_impl != "local" and not args.apply_rope_fusion:
+    own_rope = args.transformer_impl == "local" and not getattr(
+        args, "multi_latent_attention", False
+    )
+    if not own_rope and not args.apply_rope_fusion:
         # Megatron's RoPE does not restart in a pack that is as long as its table of angles.
         # Transformer Engine divides this length by the number of chunks.
         longest += 1 if num_ranks == 1 else 2 * num_ranks
