@@ -262,9 +262,8 @@ SCENARIOS = {
             ),
             "--task openbookqa --limit 400": "--task local_choice --include-path tasks --limit 8",
             "--top 20 --text": "--top 2 --text",
-            "--scorer detoxify --output toxicity": (
-                "--scorer my_module:my_function --num-samples 4 --max-new-tokens 16 --output toxicity"
-            ),
+            "--scorer detoxify": "--scorer my_module:my_function",
+            "--output toxicity": "--num-samples 4 --max-new-tokens 16 --output toxicity",
             "--output samples": "--num-samples 4 --max-new-tokens 16 --output samples",
         },
         not_run={"pip ": _DOWNLOADS},
