@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from memory import Peak
 from tokenizers import Tokenizer
 
-from megatron_meco.corpus.bulk import GigatokenEncoder, fast_encoder
+from megatron_meco.corpus.encoder import GigatokenEncoder, fast_encoder
 from megatron_meco.corpus.metadata import MetadataWriter, open_metadata
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 from megatron_meco.data.prefix_table import load_prefix_table

@@ -83,13 +83,12 @@ def ours(
     source: Path, tokenizer: Path, work: Path, workers: int, settings: dict[str, Any]
 ) -> float:
     """Run the tasks of `meco prepare` and join them."""
-    from megatron_meco.corpus.bulk import write_encoder
     from megatron_meco.corpus.documents import RejectedRecords, TaskReader
     from megatron_meco.corpus.executors import LocalExecutor
+    from megatron_meco.corpus.input_files import find_files, plan_tasks
     from megatron_meco.corpus.merge import merge_tasks
-    from megatron_meco.corpus.outputs import make_marked_folder
-    from megatron_meco.corpus.sources import find_files, plan_tasks
     from megatron_meco.corpus.task_writer import MegatronWriter
+    from megatron_meco.corpus.work_folder import make_marked_folder, write_encoder
 
     folder = work / "ours.unfinished"
     make_marked_folder(folder)
@@ -170,7 +169,7 @@ def recipe(source: Path, tokenizer: Path, work: Path, workers: int, _: Any) -> N
 
 
 def _bare(source: Path, serialized: str, worker: int, workers: int, queue: Any) -> None:
-    from megatron_meco.corpus.bulk import GigatokenEncoder
+    from megatron_meco.corpus.encoder import GigatokenEncoder
 
     texts = [json.loads(line)["text"] for line in source.open("rb")][worker::workers]
     begin = time.monotonic()
@@ -234,8 +233,8 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Return medians, ratios and what they were measured on."""
+    from megatron_meco.corpus.encoder import build_encoder
     from megatron_meco.corpus.llama3 import write_llama3_tokenizer
-    from megatron_meco.corpus.work_folder import build_encoder
 
     tokenizer = args.tokenizer or scratch / "llama3"
     if args.tokenizer is None:

@@ -92,7 +92,7 @@ COMMANDS = {
     "prepare": Command(
         group=_CORPUS,
         summary="turn raw documents into Megatron files and a metadata file",
-        module="megatron_meco.corpus.prepare_command",
+        module="megatron_meco.corpus.prepare",
         add_arguments="add_prepare_arguments",
         run="run_prepare",
         example="""\

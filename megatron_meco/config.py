@@ -18,10 +18,12 @@ from megatron_meco.errors import FlagError
 PACKING_STRATEGIES = ("truncate", "split", "best-fit")
 """Names of the packing strategies; see `megatron_meco.data.packing`."""
 
+PLAIN = "plain"
 CONDITIONED = "conditioned"
 COOLDOWN = "cooldown"
-PHASES = (CONDITIONED, COOLDOWN)
-"""The phases of a run: documents with prefixes, then plain documents."""
+PHASES = (PLAIN, CONDITIONED, COOLDOWN)
+"""The phases of a run in order: plain documents (by default no samples), documents with prefixes,
+then plain documents again."""
 
 
 class View(IntEnum):
@@ -88,6 +90,16 @@ class MeCoConfig:
     """Share of the training documents held out for the cooldown; None: the cooldown's share of the
     samples."""
 
+    start_fraction: float = 0.0
+    """Share of the iterations, at the start, that train on plain documents: the `plain` phase."""
+
+    start_iteration: int | None = None
+    """Number of iterations of the `plain` phase; instead of `start_fraction`."""
+
+    start_documents: float | None = None
+    """Share of the training documents that the `plain` phase draws from; None: in proportion to
+    the samples, of what the cooldown leaves."""
+
     plain_fraction: float = 0.0
     """Seeded share of documents that have no prefix in the conditioned phase either."""
 
@@ -127,6 +139,7 @@ class MeCoConfig:
                     remedy="Drop it, or --meco-cooldown-data-path.",
                 )
         _check_at_least(self.cooldown_start_iteration, 0, "--meco-cooldown-start-iteration")
+        self._check_start()
         _check_at_least(self.max_documents_per_pack, 0, "--meco-max-documents-per-pack")
         _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
         _check_at_least(self.pad_documents_to, 1, "--meco-pad-documents-to")
@@ -149,12 +162,33 @@ class MeCoConfig:
                 remedy="Give a --meco-template, or drop the flag.",
             )
 
+    def _check_start(self) -> None:
+        _check_share(self.start_fraction, "--meco-start-fraction")
+        _check_at_least(self.start_iteration, 0, "--meco-start-iteration")
+        if self.start_fraction and self.start_iteration is not None:
+            raise FlagError(
+                f"does not go with --meco-start-fraction {self.start_fraction!r}",
+                where=f"--meco-start-iteration {self.start_iteration}",
+                remedy="Give one of the two.",
+            )
+        if self.start_documents is not None:
+            _check_share(self.start_documents, "--meco-start-documents")
+            if not (self.start_fraction or self.start_iteration):
+                raise FlagError(
+                    "has no effect: the conditioned phase comes first",
+                    where="--meco-start-documents",
+                    remedy="Give --meco-start-iteration or --meco-start-fraction, or drop it.",
+                )
+
     @property
     def unique_identifiers(self) -> dict[str, Any]:
         """Everything that determines a sample, for Megatron's cache keys (JSON-serializable)."""
         values = asdict(self)
         if self.pad_documents_to == 1:
             del values["pad_documents_to"]  # the key of caches from before there was the flag
+        for name in ("start_fraction", "start_iteration", "start_documents"):
+            if not values[name]:
+                del values[name]  # likewise; 0 has no plain phase either
         return values
 
     def check_sequence_length(self, sequence_length: int) -> None:
@@ -191,6 +225,9 @@ class MeCoConfig:
             cooldown_start_iteration=args.meco_cooldown_start_iteration,
             cooldown_data_path=tuple(args.meco_cooldown_data_path or ()),
             cooldown_documents=args.meco_cooldown_documents,
+            start_fraction=args.meco_start_fraction,
+            start_iteration=args.meco_start_iteration,
+            start_documents=args.meco_start_documents,
             plain_fraction=args.meco_plain_fraction,
             repeat_prefix=not args.meco_prefix_once,
             max_documents_per_pack=args.meco_max_documents_per_pack,
@@ -284,6 +321,29 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="F",
         help="Share of the training documents held out for the cooldown. Default: the cooldown's "
         "share of the samples.",
+    )
+    group.add_argument(
+        "--meco-start-fraction",
+        type=float,
+        default=defaults.start_fraction,
+        metavar="F",
+        help="Share of the iterations that train on plain documents before the conditioned phase. "
+        "Default: %(default)s.",
+    )
+    group.add_argument(
+        "--meco-start-iteration",
+        type=int,
+        metavar="N",
+        help="Start the conditioned phase after N iterations on plain documents; instead of "
+        "--meco-start-fraction.",
+    )
+    group.add_argument(
+        "--meco-start-documents",
+        type=float,
+        metavar="F",
+        help="Share of the training documents for the iterations before the conditioned phase. "
+        "Default: in proportion to the samples, of the documents that the cooldown leaves. The "
+        "phases share no document.",
     )
     group.add_argument(
         "--meco-plain-fraction",

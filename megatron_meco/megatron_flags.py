@@ -1,6 +1,6 @@
 """Which flags of Megatron work with MeCo.
 
-Every flag of Megatron-Core 0.19.2 and of its main branch (d98e8a64) is in exactly one of
+Every flag of Megatron-Core 0.18, 0.19 and of its main branch (d98e8a64) is in exactly one of
 `HONOURED`, `REFUSED`, `UNTESTED`, `OTHER_PROGRAMS` and `COMPANIONS`. Any other flag belongs to a
 newer Megatron and is refused until it is added here (`megatron_meco.refusals`,
 `tests/training/test_megatron_flags.py`). Names are argparse's `dest`.
@@ -36,7 +36,8 @@ HONOURED = names_in(
     clone_scatter_output_in_embedding config_logger_dir context_parallel_size
     create_attention_mask_in_dataloader cross_entropy_fusion_impl cross_entropy_loss_fusion
     data_args_path data_cache_path data_parallel_random_init data_path
-    dataloader_inter_document_masking ddp_average_in_collective ddp_bucket_size ddp_num_buckets
+    dataloader_inter_document_masking dataloader_type
+    ddp_average_in_collective ddp_bucket_size ddp_num_buckets
     ddp_pad_buckets_for_high_nccl_busbw ddp_param_name_patterns_for_fp32_local_accumulation
     ddp_reduce_scatter_with_fp32_accumulation decoder_first_pipeline_num_layers
     decoder_last_pipeline_num_layers decoupled_lr decoupled_min_lr defer_embedding_wgrad_compute
@@ -60,6 +61,7 @@ HONOURED = names_in(
     flight_recorder_trace_buffer_size fp16 fp16_lm_cross_entropy fp32_residual_connection fp8
     fp8_amax_compute_algo fp8_amax_history_len fp8_interval fp8_margin fp8_output_proj
     fp8_param_gather fp8_quantizer_factory fp8_recipe fp8_wgrad ft_num_warmup_iters
+    full_validation
     global_batch_size glu_linear_offset gpu_sniff_test_interval grad_reduce_in_bf16
     gradient_accumulation_fusion gradient_reduce_div_fusion group_query_attention hidden_dropout
     hidden_size high_priority_stream_groups hybrid_layer_pattern hybrid_override_pattern hysteresis
@@ -75,34 +77,35 @@ HONOURED = names_in(
     main_params_dtype make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval
     masked_softmax_fusion max_position_embeddings memory_snapshot_path merge_file metadata_path
     micro_batch_size microbatch_group_size_per_vp_stage mid_level_dataset_surplus min_loss_scale
-    min_lr mmap_bin_files model_parallel_size mtp_num_layers muon_coefficient_type
-    muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov muon_num_ns_steps
-    muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode muon_use_syrk
-    nccl_communicator_config_path nccl_ub no_load_optim no_load_rng no_persist_layer_norm
-    no_rope_freq no_save_optim no_save_rng no_weight_decay_cond_type non_persistent_ckpt_type
-    non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo non_persistent_local_ckpt_dir
-    non_persistent_save_interval normalization null_tokenizer_eod_id null_tokenizer_pad_id
-    num_attention_heads num_dataset_builder_threads num_distributed_optimizer_instances num_layers
-    num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage
-    num_query_groups num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges
-    object_storage_cache_path one_logger_async one_logger_project one_logger_run_name openai_gelu
-    optimizer optimizer_cpu_offload optimizer_offload_fraction otel_enabled otel_service_name
-    otel_span_groups overlap_cpu_optimizer_d2h_h2d overlap_grad_reduce overlap_p2p_comm
-    overlap_p2p_comm_warmup_flush overlap_param_gather overlap_param_gather_with_optimizer_step
-    override_opt_param_scheduler pad_vocab_size padded_vocab_size per_split_data_args_path
-    perform_initialization pin_cpu_grads pin_cpu_params pipeline_model_parallel_comm_backend
-    pipeline_model_parallel_layout pipeline_model_parallel_size position_embedding_type
-    pretrained_checkpoint profile profile_ranks profile_step_end profile_step_start
-    pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra
-    pytorch_profiler_collect_shapes qk_clip qk_clip_alpha qk_clip_threshold qk_l2_norm qk_layernorm
-    quick_geglu recompute_activations recompute_granularity recompute_method recompute_modules
-    recompute_num_layers record_memory_history record_shapes rerun_mode
-    result_rejected_tracker_filename reuse_grad_buf_for_mxfp8_param_ag rope_scaling_factor
-    rotary_base rotary_interleaved rotary_percent rotary_seq_len_interpolation_factor
-    run_workload_inspector_server save save_activations_interval save_dgrads_interval save_interval
-    save_params_interval save_retain_interval save_tokenizer_assets save_wgrads_interval seed
-    seq_length sequence_parallel sgd_momentum sharp_enabled_group skip_train softmax_type spec
-    special_tokens split squared_relu start_eval_at_iter start_weight_decay step_batch_size_schedule
+    min_lr mmap_bin_files model_parallel_size moe_router_load_balancing_type mtp_num_layers
+    muon_coefficient_type muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov
+    muon_num_ns_steps muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode
+    muon_use_syrk nccl_communicator_config_path nccl_ub no_load_optim no_load_rng
+    no_persist_layer_norm no_rope_freq no_save_optim no_save_rng no_weight_decay_cond_type
+    non_persistent_ckpt_type non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo
+    non_persistent_local_ckpt_dir non_persistent_save_interval normalization null_tokenizer_eod_id
+    null_tokenizer_pad_id num_attention_heads num_dataset_builder_threads
+    num_distributed_optimizer_instances num_experts num_layers num_layers_at_end_in_bf16
+    num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage num_query_groups
+    num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges object_storage_cache_path
+    one_logger_async one_logger_project one_logger_run_name openai_gelu optimizer
+    optimizer_cpu_offload optimizer_offload_fraction otel_enabled otel_service_name otel_span_groups
+    overlap_cpu_optimizer_d2h_h2d overlap_grad_reduce overlap_p2p_comm overlap_p2p_comm_warmup_flush
+    overlap_param_gather overlap_param_gather_with_optimizer_step override_opt_param_scheduler
+    pad_vocab_size padded_vocab_size per_split_data_args_path perform_initialization pin_cpu_grads
+    pin_cpu_params pipeline_model_parallel_comm_backend pipeline_model_parallel_layout
+    pipeline_model_parallel_size position_embedding_type pretrained_checkpoint profile profile_ranks
+    profile_step_end profile_step_start pytorch_profiler_collect_callstack
+    pytorch_profiler_collect_chakra pytorch_profiler_collect_shapes qk_clip qk_clip_alpha
+    qk_clip_threshold qk_l2_norm qk_layernorm quick_geglu recompute_activations
+    recompute_granularity recompute_method recompute_modules recompute_num_layers
+    record_memory_history record_shapes rerun_mode result_rejected_tracker_filename
+    reuse_grad_buf_for_mxfp8_param_ag rope_scaling_factor rotary_base rotary_interleaved
+    rotary_percent rotary_seq_len_interpolation_factor run_workload_inspector_server save
+    save_activations_interval save_dgrads_interval save_interval save_params_interval
+    save_retain_interval save_tokenizer_assets save_wgrads_interval seed seq_length
+    sequence_parallel sgd_momentum sharp_enabled_group skip_train softmax_type spec special_tokens
+    split squared_relu start_eval_at_iter start_weight_decay step_batch_size_schedule
     straggler_ctrlr_port straggler_minmax_count stream_ckpt_dequant swiglu te_rng_tracker
     tensor_model_parallel_size tensorboard_dir tensorboard_log_interval tensorboard_queue_size
     test_data_path tiktoken_num_special_tokens tiktoken_pattern timing_log_level timing_log_option
@@ -117,7 +120,8 @@ HONOURED = names_in(
     use_layer_wise_param_layout use_mp_args_from_checkpoint_args use_persistent_ckpt_worker
     use_precision_aware_optimizer use_pytorch_profiler use_rope_scaling
     use_rotary_position_embeddings use_sharp use_tokenizer_model_from_checkpoint_args
-    use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping valid_data_path verify_integrity
+    use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping valid_data_path
+    multiple_validation_sets validation_set_names verify_integrity
     vocab_extra_ids vocab_file vocab_size wandb_entity wandb_exp_name wandb_project wandb_save_dir
     warmup weight_decay weight_decay_incr_style wgrad_deferral_limit window_attn_skip_freq
     window_size
@@ -125,33 +129,32 @@ HONOURED = names_in(
 )
 """Flags that mean the same with `--meco` as without."""
 
+_FULL_EXPERTS = (
+    "an expert that is full drops tokens: those of one document would decide about those of others",
+)
 REFUSED: dict[str, tuple[str, ...]] = {
-    "ckpt_format": ("the format belongs to FSDP, which is not tested", "Use torch_dist."),
+    "ckpt_format": ("Megatron writes this format for FSDP only", "Use torch_dist."),
     "create_attention_mask_in_dataloader": (
-        "it separates documents by cu_seqlens, without a dense mask",
+        "MeCo separates documents by cu_seqlens and makes no dense mask",
     ),
-    "dataloader_defer_npy_index_mmap": ("its plan is no .npy index and is mapped without a scan",),
-    "dataloader_fast_cache_load": ("its plan is no .npy index and is mapped without a scan",),
+    "dataloader_defer_npy_index_mmap": ("MeCo has a plan in place of Megatron's .npy index",),
+    "dataloader_fast_cache_load": ("MeCo has a plan in place of Megatron's .npy index",),
     "dataloader_type": (
-        "phases follow the order of the samples, which only the `single` loader keeps",
-        "Drop the flag; packs are shuffled when they are planned.",
+        "the phase of a sample is decided by its place in the run, and this loader shuffles",
+        "Use single or external. Packs are shuffled when they are planned.",
     ),
     "decrease_batch_size_if_needed": (
-        "the phases are counted in samples of the batch size that was asked for",
+        "the phases are counted in samples of the given batch size",
         "Choose a --global-batch-size that the layout divides.",
     ),
-    "encoder_seq_length": ("one length rules plans and layers", "Use --seq-length."),
-    "eod_mask_loss": ("it masks by token id; MeCo trains EOD and masks borders by position",),
+    "encoder_seq_length": ("plans and layers have one length", "Use --seq-length."),
+    "eod_mask_loss": ("it masks by token id; MeCo trains on EOD and masks borders by position",),
     "experimental_attention_variant": (
         "nobody has shown that this attention keeps packed documents apart",
     ),
     "fim_data": (
         "it rearranges the tokens that MeCo masks by position",
         "Drop --fim-data or --meco.",
-    ),
-    "full_validation": (
-        "Megatron ends the run at the first evaluation, unless there are several validation sets",
-        "Drop the flag and give --eval-iters.",
     ),
     "heterogeneous_layers_config_encoded_json": (
         "nobody has shown that these layers keep packed documents apart",
@@ -164,25 +167,36 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "Use --context-parallel-size with --cp-comm-type p2p.",
     ),
     "hybrid_context_parallel": (
-        "it takes its batches from a loader of its own, without MeCo's packs",
+        "its data loader deals parts of a sample to several ranks, and a pack is one piece",
         "Use --context-parallel-size.",
     ),
     "max_seqlen_per_dp_cp_rank": ("it belongs to --hybrid-context-parallel",),
     "mock_data": ("mock documents have no metadata", "Give --data-path, or drop --meco."),
     "modelopt_enabled": (
-        "ModelOpt's loss takes the place of the masked one",
+        "ModelOpt's loss replaces the masked one",
         "Drop one of the two.",
     ),
-    "mrope_section": ("the rotary positions of images have no place in text",),
+    "moe_expert_capacity_factor": _FULL_EXPERTS,
+    "moe_expert_rank_capacity_factor": _FULL_EXPERTS,
+    "moe_pad_expert_input_to_capacity": _FULL_EXPERTS,
+    "moe_router_fusion": (
+        "Transformer Engine's fused loss takes a whole number of tokens; with a padding mask, "
+        "without which padding counts, Megatron gives it a fraction",
+    ),
+    "moe_router_load_balancing_type": (
+        "sinkhorn chooses experts by all tokens of a micro-batch, so that documents depend on each "
+        "other, and Megatron's quantile balancing takes no padding mask",
+        "Use aux_loss, seq_aux_loss, global_aux_loss or none.",
+    ),
+    "moe_token_drop_policy": _FULL_EXPERTS,
+    "mrope_section": ("it sets rotary positions of images, and MeCo trains on text",),
     "multi_latent_attention": ("latent attention over packed documents is not tested",),
-    "multiple_validation_sets": ("MeCo reports its validation losses from one set",),
     "non_persistent_ckpt_type": (
-        "a restart cannot compare its samples with those of a local checkpoint",
+        "on a restart the samples cannot be compared with those of a local checkpoint",
         "Use --non-persistent-ckpt-type global.",
     ),
-    "num_experts": (
-        "padding would count in the experts' load, auxiliary losses and bias: the router gets no "
-        "padding mask, and with one its expert bias fails (Megatron-LM #6114)",
+    "overlap_moe_expert_parallel_comm": (
+        "it takes its steps from a schedule that MeCo's forward step does not make",
     ),
     "per_dataset_sequences_path": ("MeCo reads the lengths of documents from the .idx files",),
     "phase_transition_iterations": (
@@ -194,7 +208,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "Use rope, yarn, learned_absolute or none.",
     ),
     "rampup_batch_size": (
-        "this Megatron reads the flag and ignores it",
+        "Megatron parses the flag and ignores it",
         "Use --step-batch-size-schedule.",
     ),
     "reset_attention_mask": (
@@ -203,7 +217,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "reset_position_ids": (
         "it finds documents by the EOD token; MeCo restarts positions at each document",
     ),
-    "sft": ("it brings packed data of its own", "Drop --sft or --meco."),
+    "sft": ("it packs samples in its own way", "Drop --sft or --meco."),
     "sft_tokenizer_prompt_format": ("it belongs to --sft",),
     "transformer_impl": (
         "these layers are for inference",
@@ -211,7 +225,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "use_megatron_fsdp": ("FSDP is not tested with MeCo", "Use --use-distributed-optimizer."),
     "use_torch_fsdp2": ("FSDP is not tested with MeCo", "Use --use-distributed-optimizer."),
-    "validation_set_names": ("MeCo reports its validation losses from one set",),
     "yaml_cfg": ("MeCo checks command-line flags", "Give the flags on the command line."),
 }
 """Flags that contradict MeCo: the reason, and the remedy where it is not to drop the flag.
@@ -235,12 +248,24 @@ UNTESTED = names_in(
     logits_load_kd_loss_alpha logits_load_msc_prefetch_depth logits_load_prefetch_factor
     logits_save_dir logits_save_dtype logits_save_top_k logits_save_top_p logits_save_top_p_min_k
     mhc_init_gating_factor mhc_num_residual_streams mhc_recompute_layer_num mhc_sinkhorn_iterations
-    min_offloaded_tensor_size mlp_chunks_for_training mup_attn_scale_power mup_base_head_dim
-    mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult offload_modules
-    optimizer_cuda_graph override_ckpt_iteration replication replication_factor replication_jump
-    te_precision_config_file tensor_parallel_num_weight_shards test_mode
-    use_grouped_gemm_for_dense_mlp use_kitchen_attention use_mup use_ring_exchange_p2p
-    use_te_activation_func use_transformer_engine_op_fuser
+    min_offloaded_tensor_size mlp_chunks_for_training moe_combine_bwd_dtype moe_dispatch_fwd_dtype
+    moe_enable_routing_replay moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+    moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs
+    moe_input_jitter_eps moe_latent_size moe_mlp_glu_interleave_size moe_ncclep_static_shape
+    moe_ncclep_zero_copy moe_paged_stash moe_paged_stash_buffer_size_factor_cpu
+    moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size
+    moe_permute_fusion_into_hybridep moe_router_force_biased moe_router_force_load_balancing
+    moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_router_quantile_balancing_ema
+    moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits
+    moe_routing_trace_dump_weights moe_routing_trace_max_training_iters moe_routing_trace_path
+    moe_shared_expert_glu_interleave_size moe_single_grouped_bias moe_single_grouped_weight
+    moe_upcycling_granularity moe_use_grouped_tensor moe_use_upcycling mup_attn_scale_power
+    mup_base_head_dim mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult
+    offload_modules optimizer_cuda_graph overlap_dispatch_backward_with_experts_wgrad
+    override_ckpt_iteration replication replication_factor replication_jump
+    save_tokens_per_expert_interval te_precision_config_file tensor_parallel_num_weight_shards
+    test_mode use_fused_weighted_squared_relu use_grouped_gemm_for_dense_mlp use_kitchen_attention
+    use_mup use_ring_exchange_p2p use_te_activation_func use_transformer_engine_op_fuser
     """
 )
 """Flags that change layers, losses or checkpoints in ways nobody has tried with `--meco`.
@@ -254,7 +279,9 @@ OTHER_PROGRAMS = {
         grpo_filter_groups_with_same_reward grpo_group_size grpo_iterations grpo_kl_beta
         grpo_prompts_per_step langrl_env_config perform_rl_step refit_method
         rl_consumption_granularity rl_default_temperature rl_default_top_k rl_default_top_p
-        rl_durable_rollout_bank rl_generation_lag rl_importance_sampling_truncation_coef
+        rl_durable_rollout_bank rl_generation_batch_size rl_generation_lag
+        rl_num_parallel_generation_batches rl_num_parallel_generations rl_parallel_generation_tasks
+        rl_importance_sampling_truncation_coef
         rl_inference_expert_model_parallel_size rl_inference_expert_tensor_model_parallel_size
         rl_inference_logprobs_is_correction rl_inference_model_unified_memory_level
         rl_inference_parsers rl_inference_pipeline_model_parallel_size
@@ -325,34 +352,18 @@ OTHER_PROGRAMS = {
 COMPANIONS = {
     "num_experts": names_in(
         """
-        ep_overlap_early_attn_memory_release expert_model_parallel_size expert_tensor_parallel_size
-        high_priority_a2a_comm_stream moe_apply_probs_on_input moe_aux_loss_coeff
-        moe_combine_bwd_dtype moe_deepep_num_sms moe_dispatch_fwd_dtype moe_enable_deepep
-        moe_enable_routing_replay moe_expert_capacity_factor moe_expert_rank_capacity_factor
+        expert_model_parallel_size expert_tensor_parallel_size high_priority_a2a_comm_stream
+        moe_apply_probs_on_input moe_aux_loss_coeff moe_deepep_num_sms moe_enable_deepep
         moe_ffn_hidden_size moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grouped_gemm
-        moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
-        moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs
-        moe_input_jitter_eps moe_latent_size moe_layer_freq moe_layer_recompute
-        moe_mlp_glu_interleave_size moe_ncclep_static_shape moe_ncclep_zero_copy
-        moe_pad_expert_input_to_capacity moe_paged_stash moe_paged_stash_buffer_size_factor_cpu
-        moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size moe_per_layer_logging
-        moe_permute_fusion moe_permute_fusion_into_hybridep moe_router_bias_update_rate
-        moe_router_dtype moe_router_enable_expert_bias moe_router_force_biased
-        moe_router_force_load_balancing moe_router_fusion moe_router_group_topk
-        moe_router_load_balancing_type moe_router_num_groups moe_router_padding_for_fp8
-        moe_router_padding_for_quantization moe_router_pre_softmax moe_router_quantile_balancing_ema
-        moe_router_score_function moe_router_topk moe_router_topk_scaling_factor
-        moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits
-        moe_routing_trace_dump_weights moe_routing_trace_max_training_iters moe_routing_trace_path
-        moe_shared_expert_gate moe_shared_expert_glu_interleave_size
-        moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_single_grouped_bias
-        moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy
-        moe_upcycling_granularity moe_use_grouped_tensor moe_use_upcycling moe_z_loss_coeff
-        overlap_dispatch_backward_with_experts_wgrad overlap_moe_expert_parallel_comm
-        save_tokens_per_expert_interval use_fused_weighted_squared_relu
-        use_grouped_gemm_for_shared_expert
+        moe_layer_freq moe_layer_recompute moe_per_layer_logging moe_permute_fusion
+        moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias
+        moe_router_group_topk moe_router_num_groups moe_router_pre_softmax moe_router_score_function
+        moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
+        moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_token_dispatcher_type
+        moe_z_loss_coeff use_grouped_gemm_for_shared_expert
         """
     ),
+    "overlap_moe_expert_parallel_comm": names_in("ep_overlap_early_attn_memory_release"),
     "mtp_num_layers": names_in(
         """
         mtp_detach_heads mtp_hsm mtp_hybrid_override_pattern mtp_loss_scaling_factor mtp_standalone

@@ -101,8 +101,9 @@ def check_flags(
                 )
         for main, names in COMPANIONS.items():
             if name in names and main not in given:
+                needed = f"without {flags[main].spelling}" if main in flags else "in this Megatron"
                 raise FlagError(
-                    f"has no effect without {flags[main].spelling}" if main in flags else "unused",
+                    f"has no effect {needed}",
                     where=where,
                     remedy=_DROP,
                 )
@@ -223,6 +224,10 @@ def _any(value: Any) -> bool:
     return True
 
 
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _differs(value: Any, default: Any) -> bool:
     # NaN differs from every default, as it should here.
     return type(value) is not type(default) or bool(value != default)
@@ -232,27 +237,30 @@ def _differs(value: Any, default: Any) -> bool:
 # Flags of which only some values are refused.
 _VALUES_REFUSED: dict[str, Callable[[Any], bool]] = {
     "create_attention_mask_in_dataloader": bool,
-    "dataloader_type": lambda value: value != "single",
+    "dataloader_type": lambda value: value == "cyclic",
     "position_embedding_type": lambda value: value in ("mrope", "relative"),
     "transformer_impl": lambda value: value == "inference_optimized",
     "non_persistent_ckpt_type": lambda value: value == "local",
     "ckpt_format": lambda value: value in ("fsdp_dtensor", "torch_dcp"),
-    # Megatron takes 0 for none.
-    "num_experts": bool,
+    "moe_router_load_balancing_type": lambda value: (
+        not set(_each(value)) <= {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+    ),
 }
 
 _VALUES_LOCAL: dict[str, Callable[[Any], bool]] = {
     "attention_backend": lambda value: value.name not in ("auto", "unfused", "local"),
     "normalization": lambda value: value not in ("RMSNorm", "LayerNorm"),
     "softmax_type": lambda value: value != "vanilla",
+    "moe_token_dispatcher_type": lambda value: value == "flex",
     "cross_entropy_fusion_impl": lambda value: value != "native",
 }
 _NOT_ON_LOCAL_LAYERS = names_in(
     """
     attention_backend cross_entropy_fusion_impl flash_attention_version fp8 fp8_output_proj
-    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit mtp_num_layers
-    normalization qk_clip softmax_type tp_comm_overlap use_flash_attn window_attn_skip_freq
-    window_size
+    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit moe_enable_deepep
+    moe_grouped_gemm moe_permute_fusion moe_token_dispatcher_type mtp_num_layers normalization
+    qk_clip softmax_type tp_comm_overlap use_flash_attn use_grouped_gemm_for_shared_expert
+    window_attn_skip_freq window_size
     """
 )
 
@@ -379,6 +387,7 @@ def check_run(args: argparse.Namespace) -> None:
             where=f"--{kind.replace('_', '-')}-parallel-size {sizes[kind]}",
             remedy=f"Start a multiple of {layout} ranks, or change the layout.",
         )
+    _check_expert_layout(args)
     step = args.micro_batch_size * (ranks // layout)
     if args.step_batch_size_schedule is None and (args.global_batch_size or step) % step:
         raise FlagError(
@@ -396,6 +405,28 @@ def check_run(args: argparse.Namespace) -> None:
     if args.lr is not None and args.min_lr > args.lr:
         raise FlagError(
             f"above --lr {args.lr}", where=f"--min-lr {args.min_lr}", remedy="Give a smaller one."
+        )
+
+
+def _check_expert_layout(args: argparse.Namespace) -> None:
+    """Refuse expert-parallel sizes that do not fit the ranks; Megatron does so with a traceback."""
+    experts = getattr(args, "expert_model_parallel_size", 1) or 1
+    if experts == 1:
+        return
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    layout = experts * tensor * args.pipeline_model_parallel_size
+    if args.world_size % layout:
+        raise FlagError(
+            f"expert x expert-tensor x pipeline parallel sizes are {layout}, which does not divide "
+            f"the {args.world_size} ranks",
+            where=f"--expert-model-parallel-size {experts}",
+            remedy=f"Start a multiple of {layout} ranks, or change the layout.",
+        )
+    if args.num_experts and args.num_experts % experts:
+        raise FlagError(
+            f"no divisor of --num-experts {args.num_experts}",
+            where=f"--expert-model-parallel-size {experts}",
+            remedy="Choose one that is.",
         )
 
 
@@ -428,6 +459,23 @@ def _check_iterations_and_samples(args: argparse.Namespace) -> None:
             )
 
 
+def _check_background_saves(args: argparse.Namespace) -> None:
+    if not args.async_save:
+        return
+    if not args.use_persistent_ckpt_worker:
+        raise FlagError(
+            "without --use-persistent-ckpt-worker Megatron's `validate_args` turns it off",
+            where="--async-save",
+            remedy="Add that flag, or drop this one.",
+        )
+    if args.ckpt_format != "torch_dist":
+        raise FlagError(
+            "Megatron's `save_checkpoint` has it for other formats only",
+            where=f"--async-save --ckpt-format {args.ckpt_format}",
+            remedy="Use --ckpt-format torch_dist, or drop --async-save.",
+        )
+
+
 def _check_micro_batch(args: argparse.Namespace) -> None:
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         tokens = (getattr(args, name) or 0) * (args.seq_length or 0)
@@ -441,7 +489,6 @@ def _check_micro_batch(args: argparse.Namespace) -> None:
 
 # Layers of a hybrid pattern: why they are refused, everywhere or without Transformer Engine.
 _HYBRID_LAYERS = {
-    "E": REFUSED["num_experts"][0],
     "D": REFUSED["experimental_attention_variant"][0],
     "+": REFUSED["multi_latent_attention"][0],
     "/": "nobody has shown that further heads of these layers keep packed documents apart",
@@ -463,9 +510,15 @@ def _check_hybrid_pattern(args: argparse.Namespace) -> None:
                 raise FlagError(
                     f"layer {letter!r}: {refused[letter]}",
                     where=shown(f"--{flag.replace('_', '-')}", pattern),
-                    remedy="Build the model of M (Mamba), * (attention), - (MLP) and, with "
-                    "Transformer Engine, G (gated delta net).",
+                    remedy="Build the model of M (Mamba), * (attention), - (MLP), E (experts) and, "
+                    "with Transformer Engine, G (gated delta net).",
                 )
+        if "E" in pattern and not args.num_experts:
+            raise FlagError(
+                "layer 'E': the number of its experts is missing",
+                where=shown(f"--{flag.replace('_', '-')}", pattern),
+                remedy="Give --num-experts N.",
+            )
 
 
 def _check_further_heads(args: argparse.Namespace) -> None:
@@ -501,6 +554,37 @@ def _check_query_groups(args: argparse.Namespace) -> None:
             f"does not divide the {heads} attention heads",
             where=f"--num-query-groups {groups}",
             remedy=f"Give a number by which {heads} can be divided.",
+        )
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    """Refuse layouts in which Megatron's router counts other tokens than those of the documents."""
+    if not args.num_experts:
+        return
+    where = f"--num-experts {args.num_experts}"
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise FlagError(
+            "Megatron trains experts on tensor-parallel ranks with sequence parallelism alone",
+            where=where,
+            remedy="Add --sequence-parallel.",
+        )
+    if args.sequence_parallel and getattr(args, "mtp_num_layers", None):
+        raise FlagError(
+            "further heads with experts are not tested with --sequence-parallel: each rank holds a "
+            "part of the padding mask, which Megatron moves by the borders of all documents",
+            where=where,
+            remedy="Use --tensor-model-parallel-size 1, or drop --mtp-num-layers.",
+        )
+    if (
+        "seq_aux_loss" in _each(args.moe_router_load_balancing_type)
+        and args.sequence_parallel
+        and (args.micro_batch_size or 1) > 1
+    ):
+        raise FlagError(
+            "Megatron would take the loss over all samples of a micro-batch: with "
+            "--sequence-parallel ranks hold parts of it, and no whole samples",
+            where="--moe-router-load-balancing-type seq_aux_loss",
+            remedy="Use --micro-batch-size 1 or aux_loss.",
         )
 
 
@@ -558,13 +642,13 @@ def _check_context_parallelism(args: argparse.Namespace) -> None:
     given = getattr(args, "meco_pad_documents_to", None)
     if given is not None and given % alignment:
         raise FlagError(
-            f"no multiple of {alignment}, in which this layout divides the documents of a pack",
+            f"not a multiple of {alignment}: the ranks divide every document of a pack by that",
             where=f"--meco-pad-documents-to {given}",
             remedy=f"Give {math.lcm(max(given, 1), alignment)}, or drop the flag.",
         )
     if args.seq_length and args.seq_length % alignment:
         raise FlagError(
-            f"no multiple of {alignment}, in which this layout divides the documents of a pack",
+            f"not a multiple of {alignment}: the ranks divide every document of a pack by that",
             where=f"--seq-length {args.seq_length}",
             remedy=f"Give {-(-args.seq_length // alignment) * alignment}.",
         )
@@ -632,9 +716,11 @@ def _engine_version() -> str | None:
 _RULES = (
     _check_further_heads,
     _check_hybrid_pattern,
+    _check_experts,
     _check_context_parallelism,
     _check_query_groups,
     _check_rotary,
+    _check_background_saves,
     _check_batch_schedule,
     _check_iterations_and_samples,
     _check_micro_batch,

@@ -62,6 +62,17 @@ def aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
     return lines
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # The one help text of `--json`.
 JSON_HELP = "print one JSON object instead of a table"
 

@@ -7,6 +7,7 @@ walking over the tokens one by one, each carrying what it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 MASK64 = (1 << 64) - 1
 
@@ -59,6 +60,34 @@ def document_order(
     for epoch in range(1, epochs):
         order += [split[i] for i in permutation(len(split), seed, epoch)]
     return [first + d for d in order]
+
+
+def phase_at(index: int, ends: tuple[int, int, int]) -> tuple[str, int]:
+    """Phase of a global sample and its number in it; `ends`: samples before each phase's end."""
+    start, switch, end = ends
+    assert index < end
+    if index < start:
+        return "plain", index
+    return ("conditioned", index - start) if index < switch else ("cooldown", index - switch)
+
+
+def documents_by_phase(
+    num_documents: int, ends: tuple[int, int, int], held_out: Fraction | None = None
+) -> dict[str, tuple[int, int]]:
+    """Places in the split's permutation that each phase draws from.
+
+    The cooldown has the last ones: `held_out`, or its share of the samples. The others divide the
+    rest by their samples, the plain phase first. Shares are rounded to whole documents.
+    """
+    start, switch, end = ends
+    last = Fraction(end - switch, end) if held_out is None else held_out
+    border = num_documents - num_documents * last
+    first, border = round(border * Fraction(start, switch)), round(border)
+    return {
+        "plain": (0, first),
+        "conditioned": (first, border),
+        "cooldown": (border, num_documents),
+    }
 
 
 @dataclass

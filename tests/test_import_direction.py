@@ -42,7 +42,7 @@ ALLOWED = {
 
 # What is known of a corpus and of a document's source: the only part of corpus/ that data/ may use.
 SOURCE = {
-    *("bulk", "index_file", "manifest", "metadata", "punkt", "sentences", "text_arrays"),
+    *("encoder", "index_file", "manifest", "metadata", "punkt", "sentences", "text_arrays"),
     *("tokenizer", "url"),
 }
 TOP = {"cli", "completion", "doctor", "show", "__main__"}

@@ -110,7 +110,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
 
 
 def test_each_user_of_it_names_its_flag_and_remedy(tmp_path: Path) -> None:
-    from megatron_meco.corpus.task_writer import write_synced
+    from megatron_meco.corpus.work_folder import write_synced
     from megatron_meco.data.array_file import write_arrays
     from megatron_meco.inference.output_file import write_json
 

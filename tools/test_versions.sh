@@ -13,7 +13,10 @@ VERSIONS="0.16.1 0.17.1 0.18.2 0.19.2"
 
 # The data part, then what trains. Each set takes a few minutes, mostly imports.
 DATA_TESTS="tests/data/test_dataset.py tests/data/test_packed_batches.py tests/versions/test_samples.py"
-TRAINING_TESTS="tests/versions/test_losses.py tests/training/test_leakage.py"
+TRAINING_TESTS="tests/versions/test_losses.py tests/training/test_leakage.py
+    tests/training/test_megatron_flags.py tests/training/test_full_validation.py"
+# Of a checkout alone: Megatron's wheel has no tests.
+OWN_TESTS=tests/versions/test_megatrons_own.py
 
 say() { printf '%s\n' "versions: $*"; }
 die() { printf '%s\n' "versions: error: $*" >&2; exit 1; }
@@ -95,10 +98,17 @@ for version in $chosen; do
     python=$root/$folder/$version/venv/bin/python
     tests=$DATA_TESTS
     if trains "$folder/$version"; then tests="$tests $TRAINING_TESTS"; fi
-    if needs_a_rank "$folder/$version"; then set -- -k 'not blend and not largest_pack'; else set --; fi
-    say "$version: $tests"
+    if needs_a_rank "$folder/$version"; then set -- -p versions.one_rank; else set --; fi
+    unset MEGATRON_TESTS
+    if [ "$version" = main ]; then
+        MEGATRON_TESTS=$(cd "$MEGATRON_MAIN" && pwd -P)/tests/unit_tests/data/test_gpt_dataset.py
+        export MEGATRON_TESTS
+        tests="$tests $OWN_TESTS"
+    fi
     # shellcheck disable=SC2086
-    PYTHONPATH=$root "$python" -m pytest -q -p no:cacheprovider "$@" $tests ||
+    say "$version:" $tests
+    # shellcheck disable=SC2086
+    PYTHONPATH=$root:$root/tests "$python" -m pytest -q -p no:cacheprovider "$@" $tests ||
         failed="$failed $version"
 done
 [ -z "$failed" ] || die "tests failed under:$failed"

@@ -1,11 +1,14 @@
-"""`meco attach`: metadata for `.bin/.idx` files that exist already; the tokens are not touched.
+"""`meco attach`: metadata for existing `.bin/.idx` files; the tokens are not touched.
 
-The rows come from the original files, in whose order the documents are: their number must be the
-same, and documents all over the corpus are tokenised again and must give the stored tokens. Or they
-come from a Parquet, Arrow or CSV table with one row per document, where only the number can be
-checked. Or fields of such tables are added to metadata that is there, by a key (`join`). The
-metadata file appears when everything has been checked. Costs reading the input, and the tokenizer
-for the sample alone.
+Three sources of rows:
+
+- the original files, in the order of the documents. The counts must agree, and a sample of the
+  documents is tokenised again and compared with the stored tokens;
+- a Parquet, Arrow or CSV table with one row per document, where only the count can be checked;
+- tables whose fields are added to existing metadata by a key (`join`).
+
+The metadata file appears when everything has been checked. Costs reading the input, and the
+tokenizer for the sample.
 """
 
 from __future__ import annotations
@@ -15,20 +18,23 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datatrove.data import Document
 
 from megatron_meco.corpus.documents import (
-    RejectedRecords,
-    TaskReader,
-    told_columns,
-    told_records,
+    line_of,
+    metadata_columns,
+    metadata_of,
+    read_batches,
+    text_bytes_of,
 )
 from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
+from megatron_meco.corpus.input_bytes import Part
+from megatron_meco.corpus.input_files import SourceFile, check_unchanged, find_files
 from megatron_meco.corpus.join import DUPLICATES, Duplicates, JoinCounts, join_metadata
-from megatron_meco.corpus.metadata import MetadataWriter, check_row_count, metadata_path
+from megatron_meco.corpus.metadata import check_row_count, metadata_path, replace_metadata
 from megatron_meco.corpus.outputs import (
     check_fields,
     check_local,
@@ -36,10 +42,7 @@ from megatron_meco.corpus.outputs import (
     is_metadata_file,
 )
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.readers import count_lines
-from megatron_meco.corpus.records import BadRecord, metadata_of
-from megatron_meco.corpus.sources import Part, SourceFile, check_unchanged, find_files, plan_tasks
-from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of
+from megatron_meco.corpus.records import BadRecord, column_names, read_records
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_TYPES,
     TextEncoder,
@@ -48,13 +51,12 @@ from megatron_meco.corpus.tokenizer import (
     resolve_eod,
     text_encoder,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.wording import JSON_HELP, json_line
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _ROWS = 10_000
 _TABLES = (".parquet", ".arrow", ".csv")
-# What pyarrow's reader of CSV takes for no value.
+# Values that pyarrow's CSV reader takes for null.
 _NULLS = frozenset(
     [
         "",
@@ -81,16 +83,17 @@ _ORDER = "Give exactly the files that the corpus was made of, in the same order.
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What the stored documents are compared with."""
+    """What the stored documents are compared with.
+
+    Attributes:
+        encoder: Texts to ids, without BOS and EOD.
+        bos: May stand before a stored document.
+        eod: May stand behind it.
+    """
 
     encoder: TextEncoder
-    """Texts to ids, without BOS and EOD."""
-
     bos: int | None
-    """May stand before a stored document."""
-
     eod: int
-    """May stand behind it."""
 
     def is_stored_as(self, text: str, stored: np.ndarray[Any, Any]) -> bool:
         """Whether these tokens are this text, with or without BOS and EOD around it."""
@@ -118,23 +121,23 @@ def attach_from_files(
         inputs: Files, folders or patterns, as for `meco prepare`.
         fields: The fields to keep.
         tokenizer: The tokenizer of the corpus.
-        text_field: Where a record's text is.
-        num_verified: About how many documents to tokenise again.
-        overwrite: Whether to replace metadata that is there.
+        text_field: Field of the text.
+        num_verified: Approximate number of documents to tokenise again.
+        overwrite: Whether to replace existing metadata.
 
     Returns:
-        The numbers of documents and of verified ones.
+        The numbers of documents and of verified documents.
 
     Raises:
-        DataError: The files are not what the corpus was made of.
+        DataError: The corpus was not made of these files.
     """
     index = _open(prefix, overwrite)
     files = find_files(inputs, prefix)
     check_no_input([metadata_path(prefix)], [file.path for file in files])
     step = max(index.num_documents // num_verified, 1)
     verified = text_bytes = 0
-    with MetadataWriter(prefix, fields) as writer, _progress(index) as progress:
-        for batch in _document_batches(files, text_field, fields):
+    with replace_metadata(prefix, fields) as writer, _progress(index) as progress:
+        for batch in read_batches(files, text_field, fields):
             begin = writer.num_rows
             if begin + len(batch) > index.num_documents:
                 raise _other_count("more than ", index.num_documents, index, prefix)
@@ -156,19 +159,19 @@ def attach_from_table(
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
-        tables: Parquet, Arrow or CSV files, one after the other.
+        tables: Parquet, Arrow or CSV files, in order.
         fields: The columns to keep; dots lead into nested ones.
-        overwrite: Whether to replace metadata that is there.
+        overwrite: Whether to replace existing metadata.
 
     Returns:
         The number of documents.
 
     Raises:
-        DataError: A table cannot be read, lacks a column, or the number of rows is another.
+        DataError: A table cannot be read or lacks a column, or the number of rows differs.
     """
     index = _open(prefix, overwrite)
     check_no_input([metadata_path(prefix)], tables)
-    with MetadataWriter(prefix, fields) as writer, _progress(index) as progress:
+    with replace_metadata(prefix, fields) as writer, _progress(index) as progress:
         for table in find_files(tables):
             for rows in _table_rows(table, fields):
                 writer.append([[metadata_of(row, name) for row in rows] for name in fields])
@@ -194,15 +197,12 @@ def attach_by_key(
         tables: Parquet, Arrow or CSV files.
         key: A field of the metadata and a column of the tables.
         fields: The columns to add; None: all of the first table but the key.
-        duplicates: Which one of several rows with the same key counts.
-        overwrite: Whether to replace fields that are there.
-
-    Returns:
-        What came together.
+        duplicates: Which of several rows with the same key counts.
+        overwrite: Whether to replace existing fields.
 
     Raises:
-        DataError: A table or the metadata cannot be read, does not fit, or has a key twice.
-        FlagError: A field is there already.
+        DataError: A table or the metadata cannot be read, or a key occurs twice.
+        FlagError: A field exists already.
     """
     index = _open_index(prefix)
     _check_ours(prefix)
@@ -210,7 +210,7 @@ def attach_by_key(
     check_no_input([metadata_path(prefix)], tables)
     files = find_files(tables)
     if fields is None:
-        fields = [name for name in told_columns(_whole(files[0])) if name != key]
+        fields = [name for name in column_names(_whole(files[0])) if name != key]
         check_fields(fields)
     rows = ((file.path, _table_rows(file, [key, *fields])) for file in files)
     return join_metadata(prefix, rows, key, fields, duplicates=duplicates, overwrite=overwrite)
@@ -252,27 +252,14 @@ def _progress(index: CorpusIndex) -> DocumentProgress:
     return DocumentProgress("attach", index.num_documents)
 
 
-def _document_batches(
-    files: list[SourceFile], text_field: str, fields: list[str]
-) -> Iterator[list[Document]]:
-    tasks = plan_tasks(files)
-    rejected = RejectedRecords()
-    reader = TaskReader(tasks, text_field, rejected, fields)
-    for rank in range(len(tasks)):
-        yield from batches(reader.run(rank=rank))
-        rejected.reset()
-
-
 def _verify(
     document: Document, number: int, index: CorpusIndex, tokenizer: Tokenizer, prefix: Path
 ) -> None:
     begin, end = index.bounds(number, number + 1)
     if tokenizer.is_stored_as(document.text, index.tokens[begin:end]):
         return
-    path, line = getattr(document, "path", ""), getattr(document, "line", 0)
-    line += count_lines(path, getattr(document, "begin", 0))
     raise DataError(
-        f"document {number:,} is not what the tokenizer makes of {path}, line {line}",
+        f"document {number:,} is not what the tokenizer makes of {line_of(document)}",
         where=str(prefix),
         remedy=f"{_ORDER} The tokenizer must be the one of the corpus.",
     )
@@ -288,7 +275,7 @@ def _other_count(more: str, found: int, index: CorpusIndex, prefix: Path) -> Dat
 
 def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
     part = _whole(table)
-    names = told_columns(part)
+    names = column_names(part)
     missing = sorted({f if f in names else f.partition(".")[0] for f in fields} - set(names))
     if missing:
         raise DataError(
@@ -297,7 +284,7 @@ def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str,
             remedy="Name columns with --metadata-fields.",
         )
     rows: list[dict[str, Any]] = []
-    for number, record in told_records(part, fields, parquet_rows=_ROWS, newline=""):
+    for number, record, _ in read_records(part, fields, parquet_rows=_ROWS, newline=""):
         if isinstance(record, BadRecord):
             raise DataError(
                 str(record),
@@ -305,7 +292,8 @@ def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str,
                 remedy="Mend the row: each one belongs to a document.",
             )
         is_csv = part.format == "csv"
-        rows.append({k: None if is_csv and v in _NULLS else v for k, v in record.items()})
+        values = cast(dict[str, Any], record)
+        rows.append({k: None if is_csv and v in _NULLS else v for k, v in values.items()})
         if len(rows) == _ROWS:
             yield rows
             rows = []
@@ -366,17 +354,7 @@ def add_attach_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_attach(args: argparse.Namespace) -> int:
-    """Run `meco attach`.
-
-    Args:
-        args: The parsed arguments of `add_attach_arguments`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        MeCoError: The metadata cannot be attached; nothing has been written.
-    """
+    """Run `meco attach`; returns the exit status, 0."""
     check_local(args.prefix, "PREFIX")
     prefix = Path(args.prefix)
     given = args.metadata_fields if args.join else args.metadata_fields or "url"

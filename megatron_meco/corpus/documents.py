@@ -1,59 +1,76 @@
-"""Readers for datatrove pipelines that account for every record.
+"""Documents of raw files, every record accounted for.
 
-`TaskReader` reads what a task of `meco prepare` consists of: JSONL by lines, because datatrove's
-reader drops a bad line without saying which; Parquet, Arrow, CSV and WARC by `formats`, because
-datatrove's readers take files that end early for whole ones. `JsonLinesReader` is the same for
-one's own pipeline. What is rejected goes into a `RejectedRecords` that reader and writer of one
-pipeline share. Costs about three microseconds per document beyond JSON. Given up: datatrove's
-`limit`, `skip` and statistics per document in `TaskReader`.
+`TaskReader` is the datatrove step that reads a task of `meco prepare`. datatrove's own readers drop
+bad lines without naming them and accept files that end early. `JsonLinesReader` does the same for
+other datatrove pipelines. Rejected records go into a `RejectedRecords`, which the reader and the
+writer of a pipeline share. Costs about three microseconds per document beyond JSON. `TaskReader`
+has neither datatrove's `limit` and `skip` nor its statistics per document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseDiskReader
 
-from megatron_meco.corpus.formats import Record, column_names, read_records
-from megatron_meco.corpus.readers import count_lines, read_chunks
-from megatron_meco.corpus.records import (
-    NO_OBJECT,
-    BadRecord,
-    Rejected,
-    excerpt_of,
-    parse_record,
-    text_of,
-)
-from megatron_meco.corpus.sources import Part, check_unchanged
-from megatron_meco.corpus.wording import counted
+from megatron_meco.corpus.input_bytes import Part, count_lines
+from megatron_meco.corpus.input_files import SourceFile, check_unchanged, plan_tasks
+from megatron_meco.corpus.records import BadRecord, Record, read_records
 from megatron_meco.errors import DataError
+from megatron_meco.wording import is_utf8
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BATCH_DOCUMENTS = 2048
+_BATCH_CHARACTERS = 4 << 20
+_EXCERPT = 200
 
 
 @dataclass(slots=True)
 class SourceDocument(Document):  # type: ignore[misc]
-    """A document that knows where it came from."""
+    """A document that knows where it came from.
+
+    Attributes:
+        path: The input file.
+        line: Its line, row or record, counted from 1 from the beginning of the part.
+        begin: First byte of the part in the file.
+    """
 
     path: str = ""
-    """The input file."""
-
     line: int = 0
-    """Its line, row or record there, counted from 1 from the beginning of the part."""
-
     begin: int = 0
-    """The first byte of the part of the file."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line, row or record that did not become a document.
+
+    Attributes:
+        path: The input file, as the user named it.
+        line: Its number, counted from 1.
+        reason: One of a small set, so that reasons can be counted.
+        excerpt: The beginning of the line.
+    """
+
+    path: str
+    line: int
+    reason: str
+    excerpt: str
 
 
 class RejectedRecords:
-    """What did not become a document: given to the reader and to the writer of one pipeline.
+    """Rejected records and progress of a task, shared by the reader and the writer of a pipeline.
 
     Args:
-        strict: Whether the first one is an error.
+        strict: Whether the first rejected record is an error.
+
+    Attributes:
+        pending: Rejected records, each with the first byte of its part.
+        lines_of_parts: Path, first byte and number of lines of the parts read.
+        source_bytes: Bytes of input that the task has read.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -61,20 +78,13 @@ class RejectedRecords:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a task: one process may run several with the same steps."""
+        """Begin a task; a process may run several with the same steps."""
         self.pending: list[tuple[Rejected, int]] = []
-        """Rejected records and the first byte of the part that their lines are counted from."""
         self.lines_of_parts: list[tuple[str, int, int]] = []
-        """Path, first byte and number of lines of the parts read."""
         self.source_bytes = 0
-        """How much of its input the task has read."""
 
     def add(self, rejected: Rejected, begin: int) -> None:
-        """Take note of a rejected record.
-
-        Args:
-            rejected: The record.
-            begin: The first byte of its part.
+        """Note a rejected record of the part that begins at the byte `begin`.
 
         Raises:
             DataError: With `strict`.
@@ -89,9 +99,9 @@ class RejectedRecords:
         self.pending.append((rejected, begin))
 
     def drain(self) -> list[tuple[Rejected, int]]:
-        """Return what was added since the last call, in the order of the input."""
+        """Return the records added since the last call, in input order."""
         pending, self.pending = self.pending, []
-        # The writer refuses texts later than the reader lines; the part being read is the last.
+        # The writer rejects texts later than the reader does lines; the current part is the last.
         order = {part[:2]: i for i, part in enumerate(self.lines_of_parts)} if pending else {}
         last = len(order)
         return sorted(pending, key=lambda p: (order.get((p[0].path, p[1]), last), p[0].line))
@@ -102,7 +112,7 @@ class JsonLinesReader(BaseDiskReader):  # type: ignore[misc]
 
     Args:
         data_folder: Where the files are, as for every reader of datatrove.
-        rejected: Where bad lines go; the writer at the end of the pipeline takes the same.
+        rejected: Receives bad lines; also given to the writer at the end of the pipeline.
         **settings: Further settings of datatrove's `BaseDiskReader`.
     """
 
@@ -115,70 +125,56 @@ class JsonLinesReader(BaseDiskReader):  # type: ignore[misc]
     def read_file(self, filepath: str) -> Iterator[Document]:
         """Yield the documents of one file."""
         path = self.data_folder.resolve_paths(filepath)
-        yield from read_lines(Part(path, "jsonl", 0, 0, True), self.text_key, self.rejected)
+        yield from read_documents(Part(path, "jsonl", 0, 0, True), self.text_key, self.rejected)
 
 
-def read_lines(part: Part, text_field: str, rejected: RejectedRecords) -> Iterator[SourceDocument]:
-    """Yield the documents of a JSONL file or of a byte range of one.
+def read_documents(
+    part: Part, text_field: str, rejected: RejectedRecords, fields: Sequence[str] | None = None
+) -> Iterator[SourceDocument]:
+    """Yield the documents of a file, or of a byte range of a JSONL file.
 
     Args:
         part: What to read.
-        text_field: Where the text is.
-        rejected: Where bad lines go.
+        text_field: Field of the text; dots lead into nested values.
+        rejected: Receives bad records.
+        fields: The fields to read; None: all.
 
     Yields:
-        Documents; their metadata is all of the record but the text.
+        Documents; their metadata is the record without its text.
 
     Raises:
         DataError: The file cannot be read to its end.
     """
-    num_lines = 0
-    read_before = rejected.source_bytes
-    path, begin = part.path, part.begin
-    end = None if part.is_whole else part.end
-    # A reader of one's own pipeline does not know the size.
-    num_bytes = part.end if part.is_whole and part.end else None
-    for chunk in read_chunks(path, begin, end, num_bytes=num_bytes):
-        lines = chunk.data.split(b"\n")
-        if chunk.first_line == 1 and begin == 0:
-            lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
-        for number, raw in enumerate(lines, start=chunk.first_line):
-            if not raw or raw.isspace():
-                continue
-            try:
-                record = parse_record(raw)
-            except BadRecord as bad:
-                if number == chunk.first_line + len(lines) - 1 and str(bad) != NO_OBJECT:
-                    # Without a line end, as only the last line of a file can be.
-                    raise DataError(
-                        f"the file ends inside a line ({bad})",
-                        where=f"{path}, line {number + count_lines(path, begin):,}",
-                        remedy="Fetch the file again; if it is whole, add a line end, and the "
-                        "line is set aside.",
-                    ) from None
-                rejected.add(Rejected(path, number, str(bad), excerpt_of(raw)), begin)
-                continue
-            try:
-                text = text_of(record, text_field)
-            except BadRecord as bad:
-                rejected.add(Rejected(path, number, str(bad), excerpt_of(raw)), begin)
-                continue
-            record.pop(text_field, None)
-            yield SourceDocument(text, "", [], record, path, number, begin)
-        num_lines = chunk.first_line + len(lines) - 2
-        rejected.source_bytes = read_before + chunk.source_bytes
-    rejected.source_bytes = read_before + part.end - part.begin
-    rejected.lines_of_parts.append((path, begin, num_lines))
+    path, begin, before = part.path, part.begin, rejected.source_bytes
+
+    def note(num_bytes: int) -> None:
+        rejected.source_bytes = before + num_bytes
+
+    number = 0
+    for number, record, line in read_records(part, fields, on_bytes=note):
+        if record is None:
+            continue
+        try:
+            text = _text_of(record, text_field, part.format)
+        except BadRecord as bad:
+            excerpt = bad.excerpt or _excerpt(record, line, text_field)
+            rejected.add(Rejected(path, number, str(bad), excerpt), begin)
+            continue
+        metadata = cast(dict[str, Any], record)
+        metadata.pop(text_field, None)
+        yield SourceDocument(text, "", [], metadata, path, number, begin)
+    note(part.end - begin)
+    rejected.lines_of_parts.append((path, begin, number))
 
 
 class TaskReader(PipelineStep):  # type: ignore[misc]
-    """Reads what each task of a preparation consists of.
+    """Reads the parts of each task of a preparation.
 
     Args:
-        tasks: The parts of each task, as `plan_tasks` gives them.
-        text_field: Where the text is; dots lead into nested values.
-        rejected: Where bad records go.
-        metadata_fields: The fields that are wanted beside the text; None: all.
+        tasks: The parts of each task, from `plan_tasks`.
+        text_field: Field of the text; dots lead into nested values.
+        rejected: Receives bad records.
+        metadata_fields: The fields to read beside the text; None: all.
     """
 
     name = "TaskReader"
@@ -200,108 +196,147 @@ class TaskReader(PipelineStep):  # type: ignore[misc]
     def run(
         self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Yield the documents of a task.
-
-        Args:
-            data: Nothing: this is the first step.
-            rank: The task.
-            world_size: The number of tasks.
-
-        Yields:
-            The documents in the order of the input.
+        """Yield the documents of the task `rank` in input order.
 
         Raises:
             DataError: A file cannot be read to its end.
         """
         for part in self.tasks[rank]:
-            if part.format == "jsonl":
-                yield from read_lines(part, self.text_field, self.rejected)
-            else:
-                yield from self._read_records(part)
+            yield from read_documents(part, self.text_field, self.rejected, self.fields)
             check_unchanged(part)
 
-    def _read_records(self, part: Part) -> Iterator[Document]:
-        path, rejected = part.path, self.rejected
-        before, number = rejected.source_bytes, 0
-        for number, record in told_records(part, self.fields):
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                text = text_of(record, self.text_field)
-                if part.format == "warc" and _is_html(text):
-                    raise BadRecord("HTML, not text")
-            except BadRecord as bad:
-                known = {} if isinstance(record, BadRecord) else record
-                excerpt = bad.excerpt or str(known.get(self.text_field, ""))[:200]
-                rejected.add(Rejected(path, number, str(bad), excerpt), 0)
-                continue
-            record.pop(self.text_field, None)
-            yield SourceDocument(text, "", [], record, path, number)
-        rejected.source_bytes = before + part.end - part.begin
-        rejected.lines_of_parts.append((path, 0, number))
+
+def _excerpt(record: Record, line: bytes, text_field: str) -> str:
+    if line:
+        return line[:_EXCERPT].decode("utf-8", "replace")
+    return "" if isinstance(record, BadRecord) else str(record.get(text_field, ""))[:_EXCERPT]
 
 
-def told_records(
-    part: Part, names: Sequence[str] | None, **settings: Any
-) -> Iterator[tuple[int, Record]]:
-    """Yield what `read_records` does, with one clear error where the file cannot be read.
+def _text_of(record: Record, name: str, kind: str) -> str:
+    """Return a record's text, which is not blank and can be written as UTF-8.
 
     Args:
-        part: A whole file.
-        names: The fields to read; None: all.
-        **settings: Further settings of `read_records`.
-
-    Yields:
-        The number of each record, and the record.
+        record: The record.
+        name: The text field; dots lead into nested objects.
+        kind: The format of the file.
 
     Raises:
-        DataError: The file cannot be read to its end.
+        BadRecord: There is no usable text.
     """
-    records = read_records(part.path, part.format, names, **settings)
-    number = 0
-    while True:
-        try:
-            number, record = next(records)
-        except StopIteration:
-            return
-        # The libraries behind the formats raise what they like over a damaged file.
-        except Exception as error:
-            raise _unreadable(part, number, error) from error
-        yield number, record
-
-
-def told_columns(part: Part) -> list[str]:
-    """Return what `column_names` does, with one clear error where the file cannot be read.
-
-    Args:
-        part: A table.
-
-    Returns:
-        The names.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        return column_names(part.path, part.format)
-    except Exception as error:
-        raise _unreadable(part, 0, error) from error
-
-
-def _unreadable(part: Part, number: int, error: Exception) -> DataError:
-    reason = error.what if isinstance(error, DataError) else str(error).strip()
-    reason = (reason or type(error).__name__).splitlines()[0]
-    after = counted(number, "record" if part.format == "warc" else "row")
-    is_missing = isinstance(error, ImportError)
-    return DataError(
-        f"cannot be read to its end as {part.format}, after {after} ({reason[:300]})",
-        where=part.path,
-        remedy="Install what is missing."
-        if is_missing
-        else "Fetch the file again or leave it out.",
-    )
+    if isinstance(record, BadRecord):
+        raise record
+    missing = object()
+    text = _lookup(record, name, missing)
+    if text is missing:
+        raise BadRecord(f"{name!r} missing")
+    if text is None:
+        raise BadRecord(f"{name!r} null")
+    if not isinstance(text, str):
+        raise BadRecord(f"{name!r} not a string")
+    if not text or text.isspace():
+        raise BadRecord(f"{name!r} empty")
+    # An escaped half of a surrogate pair is legal JSON but no text.
+    if not is_utf8(text):
+        raise BadRecord("invalid UTF-8")
+    if kind == "warc" and _is_html(text):
+        raise BadRecord("HTML, not text")
+    return text
 
 
 def _is_html(text: str) -> bool:
     beginning = text[:2000].lower()
     return "<html" in beginning or "<!doctype html" in beginning
+
+
+def metadata_of(record: dict[str, Any], name: str) -> str | None:
+    """Return a metadata field as a string, or None if the record lacks it.
+
+    Numbers, truth values and dates are written as Python writes them, lists and objects as JSON.
+    Dots in the name lead into nested objects.
+    """
+    value = record.get(name) if name in record else _lookup(record, name, None)
+    if value is None:
+        return None
+    if isinstance(value, list | dict):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    value = str(value)
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+def _lookup(record: dict[str, Any], name: str, default: Any) -> Any:
+    """Return `record["a.b"]` if there is such a key, else `record["a"]["b"]`, else the default."""
+    if name in record:
+        return record[name]
+    value: Any = record
+    for key in name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def text_bytes_of(documents: list[Document]) -> int:
+    """Return the UTF-8 bytes of the documents' texts."""
+    return sum(
+        len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
+        for d in documents
+    )
+
+
+def place_of(document: Document) -> tuple[tuple[str, int], int]:
+    """Return (file, line) of a document, and the byte that the line is counted from."""
+    path = getattr(document, "path", "") or document.metadata.get("file_path", document.id)
+    return (path, getattr(document, "line", 0)), getattr(document, "begin", 0)
+
+
+def metadata_columns(documents: list[Document], fields: Iterable[str]) -> list[list[str | None]]:
+    """Return the documents' values, one list per field; `file_path` is the input file."""
+    columns: list[list[str | None]] = []
+    for name in fields:
+        values = [metadata_of(document.metadata, name) for document in documents]
+        if name == "file_path":
+            pairs = zip(values, documents, strict=True)
+            values = [value or place_of(document)[0][0] for value, document in pairs]
+        columns.append(values)
+    return columns
+
+
+def line_of(document: Document) -> str:
+    """Return file and line of a document that was read from a file, for messages."""
+    path, line, begin = document.path, document.line, document.begin
+    return f"{path}, line {line + count_lines(path, begin)}"
+
+
+def read_batches(
+    files: Sequence[SourceFile], text_field: str, fields: Sequence[str]
+) -> Iterator[list[Document]]:
+    """Yield the documents of files in order, in lists of bounded size; bad records are dropped.
+
+    Args:
+        files: The files.
+        text_field: Field of the text; dots lead into nested values.
+        fields: The fields to read beside the text.
+
+    Raises:
+        DataError: A file cannot be read to its end.
+    """
+    tasks = plan_tasks(files)
+    rejected = RejectedRecords()
+    reader = TaskReader(tasks, text_field, rejected, fields)
+    for rank in range(len(tasks)):
+        yield from batches(reader.run(rank=rank))
+        rejected.reset()
+
+
+def batches(data: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents in lists of bounded size: 4 MiB of text, or one longer document."""
+    batch: list[Document] = []
+    room = _BATCH_CHARACTERS
+    for document in data:
+        batch.append(document)
+        room -= len(document.text)
+        if room <= 0 or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, room = [], _BATCH_CHARACTERS
+    if batch:
+        yield batch

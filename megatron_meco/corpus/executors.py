@@ -1,10 +1,9 @@
 """Run the tasks of a preparation: on this machine, by Slurm, or on Ray.
 
-Slurm and Ray are datatrove's executors as they are. The local one is datatrove's too, with its
-pool replaced: datatrove's waits for ever for a worker that was killed, and shows no progress.
-Workers are spawned (this process runs the threads of torch and pyarrow) and end with their parent.
-Costs a second or two per worker to start. Given up: going on after a worker died without being
-called again.
+Slurm and Ray run datatrove's executors as they are. The local executor is datatrove's with another
+pool: datatrove's hangs when a worker is killed, and shows no progress. Workers are spawned (this
+process runs the threads of torch and pyarrow) and end with their parent; each takes a second or two
+to start. After a worker died, the command has to be repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -27,35 +26,29 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from megatron_meco.corpus.merge import merge_tasks
-from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.task_writer import (
-    cannot_write,
-    cannot_write_for,
-    read_record,
-    report_progress_to,
-)
-from megatron_meco.corpus.wording import counted
+from megatron_meco.corpus.merge import MergeStep
+from megatron_meco.corpus.progress import DocumentProgress, report_progress_to
+from megatron_meco.corpus.task_writer import read_record
+from megatron_meco.corpus.work_folder import cannot_write, cannot_write_for
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.whole_file import whole_file
+from megatron_meco.wording import counted
 
 _COUNTS = 4
 _SECONDS_BETWEEN_LOOKS = 0.2
-# Workers that any machine may be asked for, and per core beyond that.
+# Most workers: the larger of a fixed number and a number per core.
 _WORKERS = 64
 _WORKERS_PER_CORE = 4
 
-# Told the counts of all tasks so far: source bytes, documents, tokens, text bytes.
+# Called with the counts of all tasks so far: source bytes, documents, tokens, text bytes.
 type CountsCallback = Callable[[list[int]], None]
 
 
 class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's local executor with a pool that notices killed workers and tells its progress.
+    """datatrove's local executor with a pool that notices killed workers and reports progress.
 
     Args:
         pipeline: The steps, the last one a `MegatronWriter`.
@@ -80,11 +73,11 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         self._processes: Collection[Any] = ()
 
     def is_rank_completed(self, rank: int) -> bool:
-        """Whether a task's record is there: datatrove's own mark says nothing of the files."""
+        """Whether a task's record exists; datatrove's own mark says nothing about the files."""
         return read_record(self.work_folder, rank) is not None
 
     def __enter__(self) -> Self:
-        """Start the workers: they import what they need while this process does other things."""
+        """Start the workers, which import what they need while this process continues."""
         workers = min(self.workers, len(self._unfinished()))
         if workers > 1:
             context = multiprocessing.get_context("spawn")
@@ -103,11 +96,11 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End the workers, at once where something went wrong."""
+        """End the workers, at once after an error."""
         if self._pool is None:
             return
         if kind is not None:
-            # A task may go on for minutes; it would be thrown away.
+            # A task may run for minutes, and its work would be discarded.
             for process in self._processes:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
@@ -118,13 +111,13 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         wait(self._warm)
 
     def run(self, on_counts: CountsCallback = lambda counts: None) -> None:
-        """Run all tasks that are not finished; this object is to be entered before.
+        """Run all tasks that are not finished. The executor must have been entered.
 
         Args:
-            on_counts: Told every now and then how far all tasks are.
+            on_counts: Called now and then with the counts of all tasks so far.
 
         Raises:
-            DataError: What a task raised; the first one ends the others.
+            DataError: From a task; the first one ends the others.
         """
         try:
             if self._pool is None:
@@ -132,7 +125,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
             else:
                 self._run_in_pool(self._pool, on_counts)
         except OSError as error:
-            # Readers turn theirs into DataErrors: this is datatrove's log, or the pickle.
+            # Readers raise DataErrors; this is datatrove's log or the pickle.
             raise cannot_write(error, self.work_folder) from error
 
     def _unfinished(self) -> list[int]:
@@ -145,8 +138,8 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def run_task(self, rank: int) -> None:
         """Run one task in this process."""
-        # It logs every error with its trace, and on a full disk that one of its log; the parent
-        # tells the error in one line.
+        # It logs every error with a traceback, also that its log is on a full disk. The parent
+        # reports the error in one line.
         logger.disable("datatrove")
         self._run_for_rank(rank, local_rank=1)
 
@@ -165,7 +158,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
             report_progress_to(None)
 
     def _run_in_pool(self, pool: ProcessPoolExecutor, on_counts: CountsCallback) -> None:
-        # Once for all tasks: a long list of input files would go with each of them.
+        # Once for all tasks, because it may hold a long list of input files.
         pickled = self.work_folder / "executor.pickle"
         with whole_file(pickled, partial(cannot_write_for, path=pickled)) as file:
             file.write(pickle.dumps(self))
@@ -188,16 +181,12 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
 
 def check_workers(workers: int, *, is_local: bool = True) -> None:
-    """Refuse a number of workers that cannot work.
-
-    Args:
-        workers: What `--workers` says.
-        is_local: Whether they are processes of this machine.
+    """Refuse a number of workers below 1, or too large for this machine if it `is_local`.
 
     Raises:
-        FlagError: There are none, or too many for this machine.
+        FlagError: With the limit.
     """
-    # Not `< 1`, which lets what is no number pass.
+    # Not `< 1`, which NaN would pass.
     if not workers >= 1:
         raise FlagError(f"{workers} workers", where="--workers", remedy="Use a number above 0.")
     cores = os.cpu_count() or 1
@@ -211,15 +200,15 @@ def check_workers(workers: int, *, is_local: bool = True) -> None:
 
 
 def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[int]) -> None:
-    """Run the tasks that are not finished, with what they have done on stderr.
+    """Run the tasks that are not finished, with progress on stderr.
 
     Args:
         executor: Entered already.
-        label: Names the work.
-        task_bytes: The source bytes of every task.
+        label: Name of the work.
+        task_bytes: Source bytes of every task.
 
     Raises:
-        MeCoError: A task cannot be done, or its worker was killed.
+        MeCoError: A task failed, or its worker was killed.
     """
     left = [n for rank, n in enumerate(task_bytes) if not executor.is_rank_completed(rank)]
     if len(left) < len(task_bytes):
@@ -235,10 +224,10 @@ def run_with_progress(executor: LocalExecutor, label: str, task_bytes: Sequence[
 
 
 def _start_worker(shared: Any) -> None:
-    """Make this process a worker (the initialiser of the pool)."""
-    # The pool is the parallelism; threads inside each worker would only take turns.
+    """Make this process a worker (the pool's initialiser)."""
+    # The pool already uses all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The parent handles the keyboard and ends the pool.
+    # The parent handles Ctrl-C and ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     counts = np.frombuffer(shared, dtype=np.int64).reshape(-1, _COUNTS)
@@ -267,53 +256,15 @@ def _run_in_worker(path: Path, rank: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    # A killed parent cannot end its pool, and a waiting worker would wait for ever.
+    # A killed parent cannot end its pool, and its workers would wait forever.
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
 
-class MergeStep(PipelineStep):  # type: ignore[misc]
-    """Joins the tasks: the only step of the Slurm job that follows theirs.
-
-    Args:
-        folder: The work folder.
-        prefix: Where the corpus goes.
-        num_tasks: The number of tasks.
-        manifest: What `PREFIX.prepare.json` says beside the counts.
-        overwrite: Whether to replace a corpus that is already there.
-    """
-
-    name = "Merge"
-    type = "WRITER"
-
-    def __init__(
-        self,
-        folder: Path,
-        prefix: Path,
-        num_tasks: int,
-        manifest: dict[str, Any],
-        overwrite: bool = False,
-    ):
-        super().__init__()
-        self.folder, self.prefix = folder, prefix
-        self.num_tasks, self.manifest = num_tasks, manifest
-        self.overwrite = overwrite
-
-    def run(
-        self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Document]:
-        """Join the tasks; yields nothing."""
-        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest, None, self.overwrite)
-        yield from ()
-
-
 def check_slurm_options(options: dict[str, Any]) -> None:
-    """Refuse settings without those that Slurm cannot do without.
-
-    Args:
-        options: Settings of datatrove's `SlurmPipelineExecutor`.
+    """Refuse settings of `SlurmPipelineExecutor` without `time` or `partition`.
 
     Raises:
         FlagError: One is missing.
@@ -330,24 +281,24 @@ def check_slurm_options(options: dict[str, Any]) -> None:
 def submit_to_slurm(
     pipeline: list[Any], merge: MergeStep, logs: Path, options: dict[str, Any]
 ) -> str:
-    """Submit the tasks as an array job, and a job that joins them when all have succeeded.
+    """Submit the tasks as an array job, and a job that merges them after all have succeeded.
 
     Args:
         pipeline: The steps of the tasks.
-        merge: The step that joins them.
-        logs: A folder for Slurm's and datatrove's logs, which stays.
+        merge: The step that merges them.
+        logs: A permanent folder for Slurm's and datatrove's logs.
         options: Settings of datatrove's `SlurmPipelineExecutor`.
 
     Returns:
         The id of the second job.
 
     Raises:
-        FlagError: An option is unknown, or `sbatch` does not work.
+        FlagError: An option is unknown, or `sbatch` failed.
     """
     from datatrove.executor import SlurmPipelineExecutor
 
     activate = f"source {Path(sys.prefix, 'bin', 'activate')}"
-    # Finished tasks are known by their own records, which the writer looks at.
+    # The writer skips finished tasks by their own records.
     settings = {"env_command": activate, **options, "skip_completed": False}
     first = _executor_of(
         SlurmPipelineExecutor,
@@ -383,7 +334,7 @@ def run_on_ray(
     Args:
         pipeline: The steps of the tasks.
         tasks: The number of tasks.
-        workers: How many run at once.
+        workers: Tasks that run at once.
         folder: The work folder, which all nodes must reach.
         options: Settings of datatrove's `RayPipelineExecutor`.
 
@@ -412,13 +363,7 @@ def run_on_ray(
 
 
 def parse_options(words: list[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` words as settings of an executor.
-
-    Args:
-        words: The words; values are Python literals where they read like one, else strings.
-
-    Returns:
-        The settings.
+    """Parse `KEY=VALUE` words; values are Python literals where possible, else strings.
 
     Raises:
         FlagError: A word has no `=`.
@@ -434,7 +379,7 @@ def parse_options(words: list[str]) -> dict[str, Any]:
             )
         try:
             options[key] = ast.literal_eval(value)
-        # Python's own parser is stopped by depth.
+        # Deep nesting stops Python's parser.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             options[key] = value
     return options

@@ -1,10 +1,9 @@
 """Megatron's `.idx` and `.bin` as mapped arrays, without Megatron or torch.
 
-Opening reads the whole index once, on all cores and at the speed of memory (about 15 ms for 10^7
-documents): lengths are not negative, every sequence begins where the one before it ends, documents
-cover the sequences in order, and the sizes of both files are what the numbers say. So nothing that
-is read afterwards lies outside of the files. Given up: multimodal indices with a mode per sequence,
-and remote files.
+Opening reads the whole index once, on all cores (about 15 ms for 10^7 documents), and checks that
+no length is negative, every sequence begins where the one before it ends, documents cover the
+sequences in order, and both files have the size that follows. So no later read leaves the files.
+Multimodal indices (a mode per sequence) and remote files are not supported.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ _VERIFY = f"{_REMEDY} `meco verify` looks at all of it."
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """A corpus on disk; all arrays are mapped and read-only."""
+    """A corpus on disk; all arrays are mapped and read-only.
+
+    Attributes:
+        tokens: All tokens, shape [tokens], in the type on disk.
+        lengths: Tokens per sequence, int32, shape [sequences].
+        pointers: First byte of each sequence in the `.bin`, int64, shape [sequences].
+        first_sequences: First sequence of each document and one past the last, int64, shape
+            [documents + 1].
+        broken: What is wrong with the structure; empty if nothing is.
+    """
 
     tokens: np.ndarray[Any, Any]
-    """All tokens, shape [tokens], in the type on disk."""
-
     lengths: np.ndarray[Any, Any]
-    """Tokens per sequence, int32, shape [sequences]."""
-
     pointers: np.ndarray[Any, Any]
-    """First byte of each sequence in the `.bin`, int64, shape [sequences]."""
-
     first_sequences: np.ndarray[Any, Any]
-    """First sequence of each document and one past the last, int64, shape [documents + 1]."""
-
     broken: str
-    """What is wrong with the structure, in a few words; empty when nothing is."""
 
     @property
     def num_documents(self) -> int:
@@ -54,14 +53,10 @@ class CorpusIndex:
         return len(self.first_sequences) - 1
 
     def bounds(self, begin: int, end: int) -> np.ndarray[Any, Any]:
-        """Return the places of tokens where documents begin.
-
-        Args:
-            begin: The first document.
-            end: One past the last.
+        """Return where documents `begin` to `end - 1` begin in `tokens`, and where the last ends.
 
         Returns:
-            int64, shape [end - begin + 1]; the last one is where the last document ends.
+            int64, shape [end - begin + 1].
         """
         first = np.asarray(self.first_sequences[begin : end + 1])
         lengths = np.asarray(self.lengths[first[0] : first[-1]], dtype=np.int64)
@@ -80,16 +75,13 @@ def header(dtype: np.dtype[Any], num_sequences: int, num_documents: int) -> byte
 
 
 def open_index(prefix: str | os.PathLike[str]) -> CorpusIndex:
-    """Open a corpus.
+    """Open a corpus; a broken structure is noted in `broken`.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
 
-    Returns:
-        Its arrays, and what is wrong with their numbers.
-
     Raises:
-        DataError: A file is missing, is no such file, or has another size than it should.
+        DataError: A file is missing, has another format, or another size than its header promises.
     """
     index, data = Path(f"{os.fspath(prefix)}.idx"), Path(f"{os.fspath(prefix)}.bin")
     for path in (index, data):
@@ -104,7 +96,7 @@ def open_index(prefix: str | os.PathLike[str]) -> CorpusIndex:
         scan = _scan(lengths, pointers, bounds, dtype.itemsize)
         broken = _told(scan, lengths, pointers, bounds, dtype.itemsize)
         size, expected = data.stat().st_size, scan["num_tokens"] * dtype.itemsize
-        # Where a length is below zero, their sum says nothing.
+        # A negative length makes the sum meaningless.
         if scan["bad_length"] < 0 and size != expected:
             what = f"{size:,} bytes, the index promises {expected:,}"
             raise DataError(what, where=str(data), remedy=_REMEDY)
@@ -124,11 +116,8 @@ def check_index(prefix: str | os.PathLike[str]) -> CorpusIndex:
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
 
-    Returns:
-        Its arrays.
-
     Raises:
-        DataError: As `open_index`; or its numbers do not fit one another.
+        DataError: As `open_index`; or the numbers of the index contradict each other.
     """
     index = open_index(prefix)
     if index.broken:
@@ -143,7 +132,7 @@ def check_arrays(
     token_bytes: int,
     where: str,
 ) -> bool:
-    """Refuse an index that was opened by others, if its numbers do not fit one another.
+    """Check the arrays of an index that Megatron opened.
 
     Args:
         lengths: Tokens per sequence, int32, shape [sequences].
@@ -166,16 +155,13 @@ def check_arrays(
 
 
 def header_of(path: Path) -> tuple[np.dtype[Any], int, int]:
-    """Read the beginning of an `.idx` file and compare the file's size with it.
-
-    Args:
-        path: The file.
+    """Read the header of an `.idx` file and compare the file's size with it.
 
     Returns:
-        The type of the tokens, the number of sequences, and that of the documents' bounds.
+        The type of the tokens, the number of sequences, and the number of document bounds.
 
     Raises:
-        DataError: It is no index, or has another size than it promises.
+        DataError: It is no index, or has another size than its header promises.
     """
     length = len(INDEX_MAGIC) + _HEADER.size
     with path.open("rb") as file:
@@ -237,7 +223,7 @@ def _told(
     bounds: np.ndarray[Any, Any],
     token_bytes: int,
 ) -> str:
-    """What a scan found, in words and with its numbers."""
+    """Describe what a scan found; empty if nothing."""
     if (i := scan["bad_length"]) >= 0:
         return f"sequence {i:,} has {lengths[i]:,} tokens"
     if (i := scan["bad_pointer"]) >= 0:

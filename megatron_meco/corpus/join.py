@@ -1,11 +1,10 @@
 """Side files joined to a corpus by key: each document gets the values of the row with its key.
 
 Both sides are spread over temporary files by the 128-bit hash of the key, joined file by file, and
-brought back into the order of the documents. So memory depends on the size of a part and not on the
-number of rows; the disk of the corpus holds the joined columns twice for a while, besides 24 bytes
-for each row and document. The temporary files have no names: nothing remains of them after a kill.
-Keys are equal when they are the same text. Rows are read one by one in Python, some microseconds
-each.
+brought back into document order. Memory depends on the size of a part, not on the number of rows.
+The disk of the corpus holds the joined columns twice for a while, besides 24 bytes per row and
+document. The temporary files have no names, so nothing remains of them after a kill. Keys are equal
+if they are the same text. Reading rows costs some microseconds of Python each.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megatron_meco.corpus.metadata import MetadataWriter, metadata_path, open_metadata
+from megatron_meco.corpus.documents import metadata_of
+from megatron_meco.corpus.metadata import metadata_path, open_metadata, replace_metadata
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.records import metadata_of
 from megatron_meco.corpus.text_arrays import hash_halves
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 Duplicates = Literal["refuse", "first", "last"]
 DUPLICATES: tuple[Duplicates, ...] = ("refuse", "first", "last")
@@ -35,25 +34,28 @@ Tables = Iterable[tuple[str, Iterator[list[dict[str, Any]]]]]
 
 _ROWS_AT_ONCE = 1 << 20
 _ROWS_PER_BATCH = 1 << 16
-# Three sets of them are open at the same time, and 1,024 files is a common limit.
+# Three sets of files are open at once, and 1,024 is a common limit.
 _MOST_PARTS = 200
 
 
 @dataclass(kw_only=True)
 class JoinCounts:
-    """What came together and what did not."""
+    """What matched and what did not.
+
+    Attributes:
+        matched: Documents with a row of their key.
+        without_key: Documents whose metadata lacks the key.
+        rows_doubled: Rows whose key another row has, beyond the one that is used.
+        rows_unused: Rows, of different keys, that match no document.
+    """
 
     documents: int = 0
     matched: int = 0
-    """Documents with a row of their key."""
     without_key: int = 0
-    """Documents whose metadata lacks the key."""
     rows: int = 0
     rows_without_key: int = 0
     rows_doubled: int = 0
-    """Rows whose key another row has, beyond the one that is used."""
     rows_unused: int = 0
-    """Rows, of different keys, that belong to no document."""
 
     def __str__(self) -> str:
         missing = self.documents - self.matched - self.without_key
@@ -81,16 +83,13 @@ def join_metadata(
         tables: For each file its name and its rows, a list at a time.
         key: The field that both sides have.
         fields: The fields of the rows to add.
-        duplicates: Which one of several rows with the same key counts.
-        overwrite: Whether to replace columns that are there.
-
-    Returns:
-        The counts.
+        duplicates: Which of several rows with the same key counts.
+        overwrite: Whether to replace existing columns.
 
     Raises:
         DataError: The metadata is damaged or lacks the key, keys are doubled, nothing matches, or
-            the disk is full. The metadata of before stays.
-        FlagError: A field is there already.
+            the disk is full. The earlier metadata stays.
+        FlagError: A field exists already.
     """
     metadata = open_metadata(prefix)
     where = str(metadata_path(prefix))
@@ -134,7 +133,7 @@ _KEY = [("first", pa.uint64()), ("second", pa.uint64()), ("row", pa.int64())]
 
 
 class _Parts:
-    """Rows spread over temporary files, each read once, by a number that the writer gives."""
+    """Rows spread over temporary files by a part number; each part is read once."""
 
     def __init__(
         self, folder: Path, number: int, fields: list[tuple[str, pa.DataType]], stack: ExitStack
@@ -248,7 +247,7 @@ def _numbers(table: pa.Table | pa.RecordBatch, name: str) -> NDArray[Any]:
 def _read(
     rows: _Parts, part: int, duplicates: Duplicates, counts: JoinCounts, doubled: list[int]
 ) -> pa.Table:
-    """The rows of a part in the order of their hashes, each key once."""
+    """Return the rows of a part in hash order, each key once."""
     table = rows.table(part)
     keys = [_numbers(table, name) for name in ("first", "second", "row")]
     order = np.lexsort(keys[::-1])
@@ -277,7 +276,7 @@ def _match(
     first, second = _numbers(table, "first"), _numbers(table, "second")
     values = table.combine_chunks().drop_columns(["first", "second", "row"])
     is_used = np.zeros(len(first) + 1, dtype=bool)
-    # One more row at the end, so that every place is one.
+    # One more row at the end, so that every result of searchsorted is a valid index.
     first, second = np.append(first, np.uint64(0)), np.append(second, np.uint64(0))
     for batch in documents:
         wanted, other = _numbers(batch, "first"), _numbers(batch, "second")
@@ -325,7 +324,7 @@ def _write(
     progress: DocumentProgress,
 ) -> None:
     names = [*metadata.column_names, *(f for f in fields if f not in metadata.column_names)]
-    with MetadataWriter(prefix, names) as writer:
+    with replace_metadata(prefix, names) as writer:
         for part in range(joined.number):
             old = metadata.slice(part * rows_per_part, rows_per_part)
             new = joined.table(part)

@@ -1,11 +1,11 @@
 """`meco tokenizer llama3 --output DIR`: Meta's Llama-3 tokenizer as a Hugging Face folder.
 
-Meta publishes the tokenizer in its own PyPI package `llama-models`, as a tiktoken file that
-Megatron's tokenizers cannot read. transformers' converter, the 256 special tokens that the package
-lists and four lines of settings make a folder for `--tokenizer-type HuggingFaceTokenizer`; its ids
-are compared with the package's own before the folder appears. Takes about ten seconds. The files
-fall under Meta's Llama 3 Community License: they are made on the user's machine and are no part of
-this project. Given up: the chat template, which pre-training has no use for.
+Meta publishes the tokenizer in its PyPI package `llama-models`, as a tiktoken file that Megatron's
+tokenizers cannot read. transformers' converter, the 256 special tokens that the package lists and
+four settings make a folder for `--tokenizer-type HuggingFaceTokenizer`. Its ids are compared with
+the package's own before the folder appears. Takes about ten seconds. The files fall under Meta's
+Llama 3 Community License: they are made on the user's machine and are no part of this project.
+There is no chat template.
 """
 
 from __future__ import annotations
@@ -29,17 +29,14 @@ _PROBE = (
 
 
 def write_llama3_tokenizer(folder: Path) -> dict[str, int]:
-    """Write the tokenizer of Llama 3 as a Hugging Face folder.
-
-    Args:
-        folder: The folder to make; it must not exist.
+    """Write the tokenizer of Llama 3 as a Hugging Face folder, which must not exist.
 
     Returns:
         The ids of BOS and EOS by their text.
 
     Raises:
-        FlagError: The folder exists already, or the package `llama-models` is not installed.
-        DataError: What came out encodes differently from Meta's own code.
+        FlagError: The folder exists, or the package `llama-models` is not installed.
+        DataError: The result encodes differently from Meta's own code.
     """
     if os.path.lexists(folder):
         raise FlagError(
@@ -52,7 +49,7 @@ def write_llama3_tokenizer(folder: Path) -> dict[str, int]:
     same_special = all(
         backend.token_to_id(token) == number for token, number in theirs.special_tokens.items()
     )
-    # Special tokens are text here, as they are when a corpus is prepared.
+    # Special tokens are text, as in `meco prepare`.
     backend.encode_special_tokens = True
     same_text = all(
         backend.encode(text, add_special_tokens=False).ids
@@ -114,11 +111,11 @@ def _save(tokenizer: Any, folder: Path) -> None:
     with whole_folder(folder, refuse) as unfinished:
         try:
             tokenizer.save_pretrained(unfinished)
-        # Rust's errors of a full disk are of no better type.
+        # The Rust library has no narrower error for a full disk.
         except Exception as error:
             raise refuse(str(error)) from error
         config = unfinished / "tokenizer_config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
-        # transformers 5 writes a class that transformers 4 does not know.
+        # transformers 5 writes a class that version 4 does not know.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What a preparation left beside its corpus: `PREFIX.prepare.json`.
+"""The manifest of a preparation, `PREFIX.prepare.json`.
 
-Whoever reads it gets a dictionary whose values have the types that `meco prepare` and `meco
-import-mds` write, or a refusal: the file may come from anywhere. Its CRC-32 of `.idx` and
-`.metadata.arrow` tell damage that no rule about their structure can; comparing one costs a read of
-the file. That of `.bin` is compared by `meco verify` alone, because it means reading all tokens.
+The file may come from anywhere, so reading it checks that all values have the types that `meco
+prepare` and `meco import-mds` write. Its CRC-32 of `.idx` and `.metadata.arrow` reveal damage that
+no structural check can; comparing one costs a read of the file. That of `.bin` is compared by
+`meco verify` only, because it means reading all tokens.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ _PART_BYTES = 16 << 20
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
-    """Return where a preparation leaves what it says of the corpus at `prefix`."""
+    """Return the path of the manifest of the corpus at `prefix`."""
     return Path(f"{os.fspath(prefix)}{_SUFFIX}")
 
 
 def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a preparation said of a corpus.
+    """Read the manifest of a corpus.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
 
     Returns:
-        Empty where there is no such file. Otherwise `documents`, `tokens` and `crc32` (hexadecimal
-        by suffix) at least.
+        Empty without a manifest. Otherwise at least `documents`, `tokens` and `crc32` (hexadecimal
+        by suffix).
 
     Raises:
         DataError: The file cannot be read, or holds something else.
     """
     path = manifest_path(prefix)
     try:
-        # A pipe would be waited for, for ever.
+        # Opening a pipe would block forever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise _damaged(path, "is no plain file")
-        # Not the standard library, whose limits of depth and of digits are errors of other kinds.
+        # Not `json`, which raises other errors for deep nesting and for long numbers.
         manifest = orjson.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -77,7 +77,7 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def checksum_of(path: Path) -> str:
-    """Return the CRC-32 of a file as eight hexadecimal digits; its parts are read on all cores."""
+    """Return the CRC-32 of a file as eight hexadecimal digits; parts are read on all cores."""
     with path.open("rb") as file, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         size = os.fstat(file.fileno()).st_size
         begins = range(0, size, _PART_BYTES)
@@ -89,8 +89,8 @@ def checksum_of(path: Path) -> str:
 
 
 def _crc32_of_part(descriptor: int, begin: int) -> tuple[int, int]:
-    """CRC-32 of the part of a file that begins there, and its bytes."""
-    # As much as a core's own cache holds.
+    """Return the CRC-32 of the part of a file that begins there, and its bytes."""
+    # Fits a core's own cache.
     buffer = memoryview(bytearray(_READ_BYTES))
     checksum, done = 0, 0
     while done < _PART_BYTES:
@@ -104,10 +104,10 @@ def _crc32_of_part(descriptor: int, begin: int) -> tuple[int, int]:
 
 
 def _joined(first: int, second: int, num_bytes: int) -> int:
-    """CRC-32 of two parts, the second of them of so many bytes.
+    """Return the CRC-32 of two parts, the second of `num_bytes` bytes.
 
-    As in zlib's `crc32_combine`, which Python does not have: the first one times x to the number of
-    bits of the second, as polynomials, and their sum.
+    As zlib's `crc32_combine`, which Python lacks: the first CRC times x to the number of bits of
+    the second part, as polynomials, plus the second CRC.
     """
     shift, power, exponent = 1 << 31, 1 << 30, 8 * num_bytes
     while exponent:
@@ -119,7 +119,7 @@ def _joined(first: int, second: int, num_bytes: int) -> int:
 
 
 def _product(one: int, other: int) -> int:
-    """The product of two polynomials modulo that of CRC-32, the highest power in the lowest bit."""
+    """Return the product of two polynomials modulo CRC-32's; bit 0 is the highest power."""
     product = 0
     for bit in range(31, -1, -1):
         if one >> bit & 1:
@@ -129,14 +129,14 @@ def _product(one: int, other: int) -> int:
 
 
 def check_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
-    """Compare a file of a corpus with the CRC-32 that its preparation noted, if it noted one.
+    """Compare a file of a corpus with the CRC-32 in the manifest, if there is one.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
         suffix: The end of the file's name.
 
     Raises:
-        DataError: They differ; or the file or `PREFIX.prepare.json` cannot be read.
+        DataError: They differ; or the file or the manifest cannot be read.
     """
     noted = read_manifest(prefix).get("crc32", {}).get(suffix)
     if noted is None:
@@ -158,14 +158,14 @@ def check_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
 
 
 def note_checksum(prefix: str | os.PathLike[str], suffix: str) -> None:
-    """Bring the CRC-32 of a file that was replaced up to date, where there is a manifest.
+    """Update the CRC-32 of a replaced file in the manifest, if there is one.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
         suffix: The end of the file's name.
 
     Raises:
-        DataError: `PREFIX.prepare.json` is damaged or cannot be written.
+        DataError: The manifest is damaged or cannot be written.
     """
     manifest = read_manifest(prefix)
     if not manifest:
@@ -199,7 +199,7 @@ def _are_names(value: Any) -> bool:
 
 def _are_checksums(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        # Not any suffix: it would name a file of another kind, or elsewhere.
+        # Other suffixes could name a file elsewhere.
         suffix in _CHECKED and isinstance(one, str) and re.fullmatch("[0-9a-f]{8}", one)
         for suffix, one in value.items()
     )

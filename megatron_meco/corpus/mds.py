@@ -1,13 +1,13 @@
-"""The shards of mosaicml-streaming (MDS, version 2), read without that package.
+"""Reads the shards of mosaicml-streaming (MDS, version 2) without that package.
 
-The package pins numpy 2.1 and transformers 4, which would hold back everything else here. A folder
-has an `index.json` that describes its shards. A shard is a uint32 number of rows, uint32 offsets of
-the rows and of the end, the writer's settings as JSON, and the rows; a row is the uint32 sizes of
-its columns of variable size, then the values of all columns, in the order of the index
-(`streaming/base/format/mds`, 0.13). All is little-endian. What the index says of a shard is checked
-(size, hashes, rows), and every border in it, before a row is believed. Costs the memory of one
-shard, unpacked (64 MiB unless its writer chose otherwise), and about a microsecond per value.
-Given up: compressions other than Zstandard, and hashes that neither `hashlib` nor `xxhash` knows.
+The package pins numpy 2.1 and transformers 4, which would hold back everything else. A folder has
+an `index.json` that describes its shards. A shard is a uint32 number of rows, uint32 offsets of the
+rows and of the end, the writer's settings as JSON, and the rows. A row is the uint32 sizes of its
+columns of variable size, then the values of all columns, in the order of the index
+(`streaming/base/format/mds`, 0.13). Everything is little-endian. Size, hashes and number of rows
+are compared with the index, and all bounds are checked before a row is read. Costs the memory of
+one unpacked shard (64 MiB unless its writer chose otherwise) and about a microsecond per value.
+Zstandard is the only compression, and hashes are those of `hashlib` and `xxhash`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import numpy as np
 import xxhash
 import zstandard
 
-from megatron_meco.corpus.sources import is_remote, open_source, walk_once
+from megatron_meco.corpus.input_bytes import is_remote, open_source
+from megatron_meco.corpus.input_files import walk_once
 from megatron_meco.errors import DataError, FlagError
 
 INDEX_NAME = "index.json"
@@ -42,7 +43,7 @@ _SCALARS = {
 INTEGER_ENCODINGS = ("int", *_INTEGERS)
 """Encodings of columns that hold one whole number."""
 _TEXTS = ("str", "json", "str_int", "str_float", "str_decimal")
-# The first byte of an array without a fixed type.
+# Types by the first byte of an array without a fixed type.
 _ARRAY_TYPES = {
     8: "uint8",
     9: "int8",
@@ -57,46 +58,39 @@ _ARRAY_TYPES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """What an index says of one shard."""
+    """What an index says about one shard.
+
+    Attributes:
+        path: The stored file.
+        is_compressed: Whether it is compressed by Zstandard.
+        num_rows: Its rows.
+        num_bytes: Its bytes, uncompressed.
+        stored_bytes: Bytes of the file.
+        hashes: Hexadecimal digests of the file by algorithm.
+        columns: Encodings by column name, in the order in a row.
+        sizes: Bytes of a value by column; None: it varies.
+    """
 
     path: str
-    """The file, as it is stored."""
-
     is_compressed: bool
-    """Whether that file is compressed by Zstandard."""
-
     num_rows: int
-    """Its rows."""
-
     num_bytes: int
-    """Its bytes, uncompressed."""
-
     stored_bytes: int
-    """The bytes of the file."""
-
     hashes: dict[str, str]
-    """Hexadecimal digests of the file by algorithm."""
-
     columns: dict[str, str]
-    """The encodings by column name, in the order in a row."""
-
     sizes: tuple[int | None, ...]
-    """Bytes of a value by column; None: it varies."""
 
 
 def find_indices(folder: str) -> list[str]:
-    """Return the indices of a folder: its own, or else those of its subfolders by name.
+    """Return the paths of a folder's index, or of those of its subfolders by name.
 
     Links to folders are followed, each folder once.
 
     Args:
-        folder: A folder, or a URL of one that has its own index.
-
-    Returns:
-        The paths.
+        folder: A folder, or the URL of one that has its own index.
 
     Raises:
-        DataError: There is none, or a subfolder has shards and none.
+        DataError: There is none, or a subfolder has shards and no index.
     """
     own = f"{folder.rstrip('/')}/{INDEX_NAME}"
     if is_remote(folder) or os.path.isfile(own):
@@ -130,16 +124,10 @@ def find_indices(folder: str) -> list[str]:
 
 
 def read_index(path: str) -> tuple[list[Shard], str]:
-    """Read an index.
-
-    Args:
-        path: The `index.json`.
-
-    Returns:
-        Its shards in order, and the SHA-256 of the file.
+    """Read an `index.json`; return its shards in order and the SHA-256 of the file.
 
     Raises:
-        DataError: It cannot be read, or is not an index of MDS shards in version 2.
+        DataError: It cannot be read, or is no index of MDS shards in version 2.
     """
     try:
         with open_source(path) as file:
@@ -170,7 +158,7 @@ def _shard(folder: str, told: dict[str, Any]) -> Shard:
     raw, stored = told["raw_data"], told["raw_data"]
     path = _inside(folder, raw["basename"])
     packed = told.get("zip_data")
-    # streaming leaves the unpacked file where it has read a shard.
+    # streaming leaves the unpacked file beside a shard that it has read.
     is_compressed = False
     if packed and (is_remote(folder) or not os.path.exists(path)):
         is_compressed, stored = True, packed
@@ -198,7 +186,7 @@ def _shard(folder: str, told: dict[str, Any]) -> Shard:
         stored_bytes=stored["bytes"],
         hashes=hashes,
         columns=dict(zip(names, encodings, strict=True)),
-        # As in streaming: a size of 0 is one that varies.
+        # As in streaming, 0 stands for a variable size.
         sizes=tuple(size or None for size in sizes),
     )
 
@@ -210,16 +198,10 @@ def _inside(folder: str, name: str) -> str:
 
 
 def read_shard(shard: Shard) -> bytes:
-    """Read a shard and unpack it.
-
-    Args:
-        shard: What the index says of it.
-
-    Returns:
-        Its bytes, uncompressed.
+    """Return the bytes of a shard, uncompressed.
 
     Raises:
-        DataError: It cannot be read, or is not what the index says.
+        DataError: It cannot be read, or differs from its index.
     """
     try:
         with open_source(shard.path) as file:
@@ -246,7 +228,7 @@ def read_shard(shard: Shard) -> bytes:
 
 
 def _read_at_most(file: Any, num_bytes: int) -> bytes:
-    """Read by pieces: an index or a header may promise any size, and memory is taken for it."""
+    """Read in pieces: an index or a header may promise any size, and memory is allocated for it."""
     parts: list[bytes] = []
     while num_bytes and (part := file.read(min(num_bytes, _PIECE))):
         parts.append(part)
@@ -255,7 +237,7 @@ def _read_at_most(file: Any, num_bytes: int) -> bytes:
 
 
 def _hash(name: str, data: bytes) -> str | None:
-    """The digest by the name that streaming gives it; None where it is not known."""
+    """Return the digest by streaming's name for it; None if it is unknown."""
     if name in hashlib.algorithms_guaranteed and not name.startswith("shake"):
         return hashlib.new(name, data).hexdigest()
     if name in xxhash.algorithms_available:
@@ -265,15 +247,12 @@ def _hash(name: str, data: bytes) -> str | None:
 
 
 def rows_of(shard: Shard, data: bytes, names: list[str]) -> Iterator[list[memoryview]]:
-    """Yield values of the rows of a shard, as they are stored.
+    """Yield the stored values of the named columns, row by row.
 
     Args:
-        shard: What the index says of it.
-        data: What `read_shard` returned.
-        names: The columns wanted.
-
-    Yields:
-        One value for each of them.
+        shard: The shard.
+        data: From `read_shard`.
+        names: The columns.
 
     Raises:
         DataError: The shard is damaged.
@@ -312,7 +291,7 @@ def _damaged(shard: Shard, what: str, row: int | None = None) -> DataError:
 def ids_decoder(
     encoding: str, token_dtype: str | None
 ) -> Callable[[memoryview], np.ndarray[Any, Any]]:
-    """Return what makes token ids of a stored value.
+    """Return a function from a stored value to token ids.
 
     Args:
         encoding: The column's encoding: `ndarray`, `ndarray:TYPE`, `ndarray:TYPE:SHAPE`, `bytes`.
@@ -322,7 +301,7 @@ def ids_decoder(
         A function to one-dimensional integers, shape [ids]; a ValueError says what is wrong.
 
     Raises:
-        FlagError: No ids can be made of this encoding.
+        FlagError: This encoding holds no ids.
     """
     kind, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")
@@ -370,14 +349,11 @@ def _array(value: memoryview, dtype: str, *, has_shape: bool) -> np.ndarray[Any,
 
 
 def text_decoder(encoding: str, name: str) -> Callable[[memoryview], str]:
-    """Return what makes text of a stored value.
+    """Return a function from a stored value to text; a ValueError says what is wrong.
 
     Args:
         encoding: The column's encoding: text, JSON, or a number.
         name: The column.
-
-    Returns:
-        The function; a ValueError says what is wrong.
 
     Raises:
         FlagError: The encoding is none of these.

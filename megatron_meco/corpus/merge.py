@@ -1,10 +1,10 @@
-"""Join what the tasks of a preparation wrote into one corpus that exists whole or not at all.
+"""Join the output of a preparation's tasks into one corpus that is complete or absent.
 
-Tasks are joined in their order, whoever ran them and when, so the bytes depend on the input alone.
-Everything is made under the work folder, put on the disk, and renamed at the end, the index last: a
-corpus that has an index is whole. Costs one copy of the tokens and 40 bytes of memory per sequence
-of the largest task. Given up: the disk space of a second copy until the work folder is removed,
-because until then a kill must not lose anything.
+Tasks are joined in order, whoever ran them and when, so the bytes depend on the input alone. All
+files are made in the work folder, synced, and renamed at the end, the index last: a corpus with an
+index is complete. Costs one copy of the tokens and 40 bytes of memory per sequence of the largest
+task. The disk holds both copies until the work folder is removed, because a kill before then must
+not lose anything.
 """
 
 from __future__ import annotations
@@ -21,30 +21,29 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
-from megatron_meco.corpus.bulk import load_settings
+from megatron_meco.corpus.documents import Rejected
 from megatron_meco.corpus.index_file import header
 from megatron_meco.corpus.manifest import checksum_of
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
-from megatron_meco.corpus.outputs import (
-    PUBLISHING,
-    check_output,
-    check_prefix,
-    check_work_folder,
-    output_paths,
-    remove_work_folder,
-)
-from megatron_meco.corpus.records import Rejected
+from megatron_meco.corpus.outputs import PUBLISHING, check_output, check_prefix, output_paths
 from megatron_meco.corpus.task_writer import (
     TaskRecord,
-    cannot_write,
     read_record,
     record_path,
     task_prefix,
+)
+from megatron_meco.corpus.work_folder import (
+    cannot_write,
+    check_work_folder,
+    load_settings,
+    remove_work_folder,
     write_synced,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, MeCoError
+from megatron_meco.wording import counted
 
 _COPY_BYTES = 8 << 20
 _HISTOGRAM_BINS = 1 << 20
@@ -52,46 +51,40 @@ _HISTOGRAM_BINS = 1 << 20
 
 @dataclass
 class MergedCorpus:
-    """What all tasks wrote together."""
+    """What all tasks wrote together.
+
+    Attributes:
+        documents: Number of documents.
+        tokens: Tokens, EODs included.
+        sequences: Megatron sequences.
+        text_bytes: UTF-8 bytes of text.
+        median_tokens: Median tokens per document, EOD included.
+        rejected: Rejected records by reason.
+        first_rejected: The first of them.
+        missing_metadata: Documents without a value, by metadata field.
+        checksums: CRC-32 by suffix, as eight hexadecimal digits.
+        files: The files written.
+    """
 
     documents: int = 0
-    """Documents."""
-
     tokens: int = 0
-    """Tokens, EODs included."""
-
     sequences: int = 0
-    """Megatron sequences."""
-
     text_bytes: int = 0
-    """Bytes of text."""
-
     median_tokens: float = 0.0
-    """Median tokens per document, EOD included."""
-
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rejected records by reason."""
-
     first_rejected: Rejected | None = None
-    """The first of them."""
-
     missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
-
     checksums: dict[str, str] = field(default_factory=dict)
-    """CRC-32 of the files by the end of their names, as eight hexadecimal digits."""
-
     files: list[Path] = field(default_factory=list)
-    """The files written."""
 
 
 def num_finished(folder: Path, num_tasks: int) -> int:
-    """Return how many of the tasks of a work folder are finished."""
+    """Return how many tasks of a work folder are finished."""
     return sum(read_record(folder, rank) is not None for rank in range(num_tasks))
 
 
 def with_state(error: MeCoError, folder: Path, num_tasks: int) -> MeCoError:
-    """Return the error with what is known of the unfinished work added to its remedy."""
+    """Return the error with the state of the unfinished work added to its remedy."""
     finished = num_finished(folder, num_tasks)
     if finished == 0:
         return error
@@ -110,22 +103,22 @@ def merge_tasks(
     on_progress: Callable[[int], None] | None = None,
     overwrite: bool = False,
 ) -> MergedCorpus:
-    """Write the corpus that finished tasks make, and remove their folder.
+    """Write the corpus of finished tasks, and remove their folder.
 
     Args:
         folder: The work folder of the tasks.
         prefix: Where the corpus goes, as in Megatron's `--data-path`; on the same file system.
         num_tasks: The number of tasks.
-        manifest: What `PREFIX.prepare.json` says beside the counts.
+        manifest: Content of `PREFIX.prepare.json` beside the counts.
         on_progress: Called with the number of tasks joined so far.
-        overwrite: Whether to replace a corpus that is already there.
+        overwrite: Whether to replace an existing corpus.
 
     Returns:
         Counts and files.
 
     Raises:
-        DataError: A task is not finished, there are no documents at all, files are there that are
-            not to be replaced, or the disk is full.
+        DataError: A task is not finished, there are no documents, existing files must stay, or the
+            disk is full.
     """
     folder, prefix = Path(folder), check_prefix(os.fspath(prefix), "prefix")
     if folder.exists():
@@ -137,7 +130,7 @@ def merge_tasks(
     try:
         _write_rejected(folder, records, merged)
         if merged.documents == 0:
-            # Nothing that running again could use.
+            # Running again could use none of it.
             remove_work_folder(folder)
             raise _no_documents(merged)
         _write_tokens(folder, num_tasks, merged, on_progress)
@@ -149,6 +142,41 @@ def merge_tasks(
     except OSError as error:
         raise cannot_write(error, prefix) from error
     return merged
+
+
+class MergeStep(PipelineStep):  # type: ignore[misc]
+    """Joins the tasks: the only step of the Slurm job that follows theirs.
+
+    Args:
+        folder: The work folder.
+        prefix: Where the corpus goes.
+        num_tasks: The number of tasks.
+        manifest: Content of `PREFIX.prepare.json` beside the counts.
+        overwrite: Whether to replace an existing corpus.
+    """
+
+    name = "Merge"
+    type = "WRITER"
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: Path,
+        num_tasks: int,
+        manifest: dict[str, Any],
+        overwrite: bool = False,
+    ):
+        super().__init__()
+        self.folder, self.prefix = folder, prefix
+        self.num_tasks, self.manifest = num_tasks, manifest
+        self.overwrite = overwrite
+
+    def run(
+        self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
+        """Join the tasks; yields nothing."""
+        merge_tasks(self.folder, self.prefix, self.num_tasks, self.manifest, None, self.overwrite)
+        yield from ()
 
 
 def _records(folder: Path, num_tasks: int) -> list[TaskRecord]:
@@ -173,7 +201,7 @@ def _counts(records: list[TaskRecord]) -> MergedCorpus:
         merged.text_bytes += record.text_bytes
         merged.rejected.update(record.rejected)
         missing.update(record.missing_metadata)
-    # Not the counter itself, which drops nothing but is ordered by the first task that had one.
+    # In the order of the fields, not of their first occurrence.
     merged.missing_metadata = {name: missing[name] for name in records[0].missing_metadata}
     return merged
 
@@ -195,7 +223,7 @@ def _no_documents(merged: MergedCorpus) -> DataError:
 
 
 def _write_rejected(folder: Path, records: list[TaskRecord], merged: MergedCorpus) -> None:
-    """Join the rejected records and number their lines from the beginning of the file."""
+    """Join the rejected records, with line numbers from the beginning of the file."""
     lines_before = _lines_before(records)
     with (folder / "corpus.rejected.jsonl").open("w", encoding="utf-8") as out:
         for rank, record in enumerate(records):
@@ -219,7 +247,7 @@ def _write_rejected(folder: Path, records: list[TaskRecord], merged: MergedCorpu
 
 
 def _damaged_task(folder: Path, rank: int, path: Path, reason: str) -> DataError:
-    """Have a task run again whose files are not what it wrote."""
+    """Make a task run again whose files are damaged, and return the error."""
     record_path(folder, rank).unlink(missing_ok=True)
     return DataError(
         f"is damaged ({reason.splitlines()[0] if reason else 'empty'})",
@@ -263,7 +291,7 @@ def _arrays(folder: Path, num_tasks: int, suffix: str) -> Iterator[np.ndarray[An
 def _write_index(
     folder: Path, records: list[TaskRecord], merged: MergedCorpus, dtype: np.dtype[Any]
 ) -> None:
-    """Write what Megatron's own index builder would, without lists of all documents."""
+    """Write the index as Megatron's own builder would, without lists of all documents."""
     num_tasks = len(records)
     histogram = np.zeros(_HISTOGRAM_BINS, dtype=np.int64)
     with (folder / "corpus.idx").open("wb") as out:
@@ -282,7 +310,7 @@ def _write_index(
                 raise _damaged_task(folder, rank, path, "other numbers than its record has")
             out.write(lengths)
             begins = np.cumsum(counts, dtype=np.int64) - counts
-            # Every document has a sequence, which reduceat relies on.
+            # reduceat needs at least one sequence per document.
             of_documents = np.add.reduceat(lengths, begins) if len(begins) else lengths
             clipped = np.minimum(of_documents, _HISTOGRAM_BINS - 1)
             histogram += np.bincount(clipped, minlength=_HISTOGRAM_BINS)
@@ -350,11 +378,11 @@ def _publish(folder: Path, prefix: Path, *, overwrite: bool) -> list[Path]:
     for path in made.values():
         if path.exists():
             _sync(path)
-    # Once more: a file may have come in the hours since.
+    # Again: a file may have appeared since the first check.
     check_output(prefix, folder, (), overwrite=overwrite)
-    # From here on files of this preparation stand under their names.
+    # From here on, files under the final names are this preparation's own.
     write_synced(folder / PUBLISHING, "")
-    # An older index goes first: it must never stand beside a newer .bin.
+    # An older index goes first: it must never lie beside a newer .bin.
     for path in reversed(made):
         path.unlink(missing_ok=True)
     written = [path for path in made if made[path].exists()]

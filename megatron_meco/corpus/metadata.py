@@ -1,17 +1,17 @@
-"""The metadata side file: `PREFIX.metadata.arrow`, row i is what is known of document i.
+"""The metadata side file `PREFIX.metadata.arrow`: row i belongs to document i.
 
-An Arrow IPC *file* with one string column per field; a null means that the document lacks the
-field. Reading maps the file into memory. Arrow trusts what it maps: an offset that points outside
-ends the process. So opening reads all of it once and checks it (about 4 GB/s); the names of the
-fields and the number of rows cost the footer, some microseconds per 65,536 documents. Given up:
-compression, because a compressed column cannot be mapped, and types other than strings, because a
-prefix is text.
+An Arrow IPC *file* with one string column per field; null means that the document lacks the field.
+Reading maps the file into memory. Arrow trusts what it maps, and an offset that points outside ends
+the process, so opening reads and checks all of it (about 4 GB/s). The names of the fields and the
+number of rows cost the footer only, some microseconds per 65,536 documents. Columns are not
+compressed, because a compressed column cannot be mapped.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +25,7 @@ from megatron_meco.whole_file import whole_file
 METADATA_SUFFIX = ".metadata.arrow"
 """The end of the file's name."""
 _ROWS_PER_BATCH = 65_536
-# String columns count their bytes in int32: batches of long values are cut well before that.
+# String columns have int32 offsets, so batches of long values are cut well below 2 GiB.
 _BYTES_PER_BATCH = 64 << 20
 _REBUILD = (
     "Write it again with `meco prepare`, or attach metadata to existing files with `meco attach`."
@@ -33,7 +33,7 @@ _REBUILD = (
 
 
 def metadata_path(prefix: str | os.PathLike[str]) -> Path:
-    """Return where the metadata of the data at `prefix` lies."""
+    """Return the path of the metadata of the corpus at `prefix`."""
     return Path(f"{os.fspath(prefix)}{METADATA_SUFFIX}")
 
 
@@ -47,7 +47,7 @@ def open_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
         A table over the mapped file, one row per document; every value is UTF-8.
 
     Raises:
-        DataError: The file is missing, damaged, or not such a file; names the first damaged row.
+        DataError: The file is missing or damaged; names the first damaged row.
     """
     table = _map_metadata(prefix)
     try:
@@ -60,13 +60,7 @@ def open_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
 
 
 def describe_metadata(prefix: str | os.PathLike[str]) -> tuple[list[str], int]:
-    """Return what the footer of a metadata file says; no value is looked at.
-
-    Args:
-        prefix: The corpus, as in Megatron's `--data-path`.
-
-    Returns:
-        The names of the fields and the number of rows.
+    """Return the names of the fields and the number of rows from the footer; no value is read.
 
     Raises:
         DataError: The file is missing or not such a file.
@@ -76,11 +70,11 @@ def describe_metadata(prefix: str | os.PathLike[str]) -> tuple[list[str], int]:
 
 
 def check_row_count(prefix: str | os.PathLike[str], num_documents: int) -> None:
-    """Refuse metadata that does not have exactly one row per document.
+    """Refuse metadata that does not have one row per document.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
-        num_documents: How many documents its index holds.
+        num_documents: Number of documents in its index.
 
     Raises:
         DataError: The counts differ, or the metadata cannot be opened.
@@ -92,11 +86,10 @@ def check_row_count(prefix: str | os.PathLike[str], num_documents: int) -> None:
 
 
 class MetadataWriter:
-    """Writes a metadata file row by row group; it appears under its name only when complete.
+    """Writes a metadata file batch by batch.
 
-    Use it as a context manager: leaving it normally publishes the file in place of an older one,
-    leaving it by an exception removes what was written. The file is there from the construction on,
-    under a temporary name.
+    A context manager: leaving it normally publishes the file in place of an earlier one, leaving it
+    by an exception removes what was written. Until then the file has a temporary name.
 
     Args:
         prefix: The corpus that the metadata belongs to.
@@ -107,7 +100,6 @@ class MetadataWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], fields: list[str]) -> None:
-        self._prefix = prefix
         self.path = metadata_path(prefix)
         self.num_rows = 0
         self._schema = pa.schema(
@@ -134,25 +126,15 @@ class MetadataWriter:
             return
         with self._stack:
             self._flush()
-            read_manifest(self._prefix)  # a damaged one is refused while nothing has been replaced
             self._writer.close()
-        note_checksum(self._prefix, METADATA_SUFFIX)
 
     def append(self, columns: list[list[str | None]]) -> None:
-        """Append rows, given as one list of values per field.
-
-        Args:
-            columns: The values, in the order of the fields and all of one length.
-        """
+        """Append rows, given as one list of values per field."""
         arrays = [pa.array(values, pa.string()) for values in columns]
         self.append_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
 
     def append_batch(self, batch: pa.RecordBatch) -> None:
-        """Append rows that are in Arrow's form already.
-
-        Args:
-            batch: String columns in the order of the fields.
-        """
+        """Append a batch of string columns in the order of the fields."""
         self.num_rows += batch.num_rows
         self._pending.append(batch)
         if (
@@ -169,14 +151,34 @@ class MetadataWriter:
         )
 
     def _flush(self) -> None:
-        # Joined first: every batch costs a footer entry and a chunk in every later operation.
+        # Joined: every batch costs a footer entry, and a chunk in every later operation.
         if self._pending:
             self._writer.write_table(pa.Table.from_batches(self._pending).combine_chunks())
             self._pending = []
 
 
+@contextmanager
+def replace_metadata(prefix: str | os.PathLike[str], fields: list[str]) -> Iterator[MetadataWriter]:
+    """Write the metadata of a complete corpus and note its checksum in the manifest.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+        fields: The column names, in order.
+
+    Yields:
+        A writer. The file appears when the block ends without an error.
+
+    Raises:
+        DataError: The file or the manifest cannot be written, or the manifest is damaged.
+    """
+    with MetadataWriter(prefix, fields) as writer:
+        yield writer
+        read_manifest(prefix)  # a damaged one is refused while nothing has been replaced
+    note_checksum(prefix, METADATA_SUFFIX)
+
+
 def _map_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
-    """The table of a metadata file, its types checked and its values not."""
+    """Return the table of a metadata file; types are checked, values are not."""
     path = metadata_path(prefix)
 
     def refuse(what: str) -> DataError:
@@ -185,7 +187,7 @@ def _map_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             reader = pa.ipc.open_file(source)
-            # Before a batch is read: what else there is may be compressed, nested or dictionaries.
+            # Before a batch is read: other types may be compressed, nested or dictionaries.
             for field in reader.schema:
                 if not _is_text(field.type):
                     raise refuse(f"column {field.name!r} holds {field.type}, not strings")
@@ -203,12 +205,12 @@ def _map_metadata(prefix: str | os.PathLike[str]) -> pa.Table:
 
 
 def _first_damage(table: pa.Table) -> tuple[str, int, str]:
-    """Column, row and reason of the first damage in a table that is not valid."""
+    """Return column, row and reason of the first damage in a table that is not valid."""
     for name, column in zip(table.column_names, table.columns, strict=True):
         row = 0
         for chunk in column.chunks:
             if reason := _damage(chunk):
-                # Halved, because Arrow names the row of some kinds of damage only.
+                # By bisection, because Arrow names the row only for some kinds of damage.
                 rows = chunk
                 while len(rows) > 1:
                     half = len(rows) // 2

@@ -1,7 +1,7 @@
 """`meco metadata PREFIX`: what the metadata of a corpus holds.
 
 For each field the share of documents that have it, the number of distinct values and the most
-frequent ones; for URLs the most frequent hosts with their share of documents and of tokens, which
+frequent ones. For URLs the most frequent hosts with their share of documents and of tokens, which
 is what a template on `{url.host}` sees. One pass over each column; memory holds the distinct
 values.
 """
@@ -21,11 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_meco.corpus.index_file import CorpusIndex, check_index
-from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
+from megatron_meco.corpus.manifest import check_checksum
+from megatron_meco.corpus.metadata import (
+    METADATA_SUFFIX,
+    check_row_count,
+    metadata_path,
+    open_metadata,
+)
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.url import host
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.wording import counted
 
 _SAMPLED_VALUES = 1000
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -38,47 +44,42 @@ _EMPTY = {
 
 @dataclass
 class FieldReport:
-    """What one field holds."""
+    """The content of one field.
+
+    Attributes:
+        name: The field.
+        present: Share of documents that have a value.
+        distinct: Number of distinct values.
+        most_frequent: Values and their share of all documents, the most frequent first.
+        hosts: Distinct hosts, if the values are URLs.
+        most_frequent_hosts: Hosts and their share of all documents; None if the values are no URLs.
+        tokens_of_hosts: Share of all tokens in documents of these hosts; None without `.idx`.
+    """
 
     name: str
-    """The field."""
-
     present: float
-    """The share of documents that have a value."""
-
     distinct: int
-    """The number of distinct values."""
-
     most_frequent: list[tuple[str, float]]
-    """Values and their share of all documents, the most frequent first."""
-
     hosts: int = 0
-    """Distinct hosts, where the values are URLs."""
-
     most_frequent_hosts: list[tuple[str, float]] | None = None
-    """Hosts and their share of all documents; None where the values are no URLs."""
-
     tokens_of_hosts: list[float] | None = None
-    """The share of all tokens that documents of these hosts have; None without `.idx`."""
 
 
 def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]:
-    """Look through the metadata of a corpus.
+    """Report the number of documents and the content of each field.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
-        top: How many values to name.
-
-    Returns:
-        The number of documents, and what each field holds.
+        top: Number of values to name.
 
     Raises:
-        DataError: There is no metadata, or it cannot be read.
+        DataError: There is no metadata, it cannot be read, or a file is damaged.
     """
     table = open_metadata(prefix)
-    index = check_index(prefix) if Path(f"{prefix}.idx").is_file() else None
+    index = open_undamaged_index(prefix) if Path(f"{prefix}.idx").is_file() else None
     if index is not None:
         check_row_count(prefix, index.num_documents)
+    check_checksum(prefix, METADATA_SUFFIX)
     reports = []
     for name in table.column_names:
         column = table[name]
@@ -102,15 +103,31 @@ def report_metadata(prefix: str, top: int = 10) -> tuple[int, list[FieldReport]]
     return table.num_rows, reports
 
 
+def open_undamaged_index(prefix: str) -> CorpusIndex:
+    """Open a corpus and refuse an index that is broken or another one than was prepared.
+
+    An index with other document lengths can agree with itself, so its checksum is compared too.
+
+    Args:
+        prefix: The corpus, as in Megatron's `--data-path`.
+
+    Raises:
+        DataError: As `check_index` and `check_checksum`.
+    """
+    index = check_index(prefix)
+    check_checksum(prefix, ".idx")
+    return index
+
+
 @dataclass(frozen=True)
 class ValueCounts:
     """How often each value of a column occurs.
 
     Attributes:
         values: Columns `value`, `documents`, `tokens`; the most frequent first, equally frequent
-            ones in the order of the alphabet.
-        without: Documents that have no value.
-        is_exact: False when rare values were dropped while counting.
+            ones in alphabetical order.
+        without: Documents without a value.
+        is_exact: False if rare values were dropped while counting.
     """
 
     values: pa.Table
@@ -127,10 +144,11 @@ def count_values(
     """Count the documents and tokens of each distinct value.
 
     Args:
-        column: One text for each document.
-        index: The corpus; None: all documents count as of no tokens.
-        transform: Applied to the texts first, such as `url.host`; None: they stay.
-        most: Distinct values to hold in memory, roughly; beyond, those of the fewest tokens go.
+        column: One text per document.
+        index: The corpus; None: tokens are not counted.
+        transform: Applied to the texts first, such as `url.host`.
+        most: Approximate number of distinct values to hold in memory; beyond it, those with the
+            fewest tokens are dropped.
     """
     total = pa.table(_EMPTY)
     waiting: list[pa.Table] = []
@@ -148,7 +166,7 @@ def count_values(
         ones = np.ones(len(texts), np.int64)
         part = pa.table({"value": texts, "documents": ones, "tokens": tokens})
         waiting.append(_summed([part.filter(pc.is_valid(part["value"]))]))
-        # Rarely, because the sum goes through all distinct values so far.
+        # Rarely, because each sum visits all distinct values so far.
         if sum(map(len, waiting)) > max(len(total), _DOCUMENTS_AT_ONCE):
             total, waiting = _summed([total, *waiting]), []
             if most is not None and len(total) > most:
@@ -172,7 +190,7 @@ def _shares(counts: pa.Table, top: int, num_rows: int) -> list[tuple[str, float]
 
 
 def holds_urls(name: str, column: pa.ChunkedArray) -> bool:
-    """Whether a column counts as one of URLs: by its name, or by most of its first values."""
+    """Whether a column holds URLs, by its name or by most of its first values."""
     sample = column.drop_null().slice(0, _SAMPLED_VALUES)
     if len(sample) == 0:
         return False
@@ -189,23 +207,13 @@ def add_metadata_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_metadata(args: argparse.Namespace) -> int:
-    """Run `meco metadata`.
-
-    Args:
-        args: The parsed arguments of `add_metadata_arguments`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        DataError: There is no metadata, or it cannot be read.
-    """
+    """Run `meco metadata`; returns the exit status, 0."""
     check_local(args.prefix, "PREFIX")
     if args.top < 0:
         raise FlagError(f"{args.top} values", where="--top", remedy="Use 0 or a number above it.")
     path = metadata_path(args.prefix)
     if path.exists() and not path.is_file():
-        # A pipe would be waited for, for ever.
+        # Opening a pipe would block forever.
         raise DataError("no plain file", where=str(path), remedy="Remove it.")
     num_documents, reports = report_metadata(args.prefix, args.top)
     if args.json:

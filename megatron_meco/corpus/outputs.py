@@ -1,23 +1,18 @@
-"""Where a corpus goes, and what may be replaced or removed there.
+"""Where a corpus goes, and what may be replaced there.
 
-A preparation replaces the files of an earlier corpus only when told to, and only those that
-`PREFIX.prepare.json` describes: the size of the `.bin`, the header of the `.idx`, and so on must be
-what it says. It removes a work folder only when that carries the marker of this package, and of
-what lies there only files under this package's names. Costs a few look-ups and the first bytes of
-each file.
+A preparation replaces an earlier corpus only if told to, and only files that match its
+`PREFIX.prepare.json`: the size of the `.bin`, the header of the `.idx`, and so on. Costs a few
+look-ups and the first bytes of each file.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -26,20 +21,16 @@ from megatron_meco.corpus.index_file import TYPE_CODES, header
 from megatron_meco.corpus.manifest import manifest_path, read_manifest
 from megatron_meco.corpus.metadata import metadata_path
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.whole_file import whole_folder
+from megatron_meco.wording import is_utf8
 
 PUBLISHING = "publishing"
 """The file in a work folder that says that files of this preparation have got their names."""
+MARKER = "meco-work-folder.json"
+"""The file that marks a folder as a work folder of this package."""
 
-_MARKER = "meco-work-folder.json"
-_FORMAT = 1
-_LOGS = "logs"
-_WORK_FILES = re.compile(
-    r"\.?(task-\d{5,}|corpus|encoder\.json|plan\.json|executor\.pickle|publishing)(\..*)?"
-)
 _HEAD_BYTES = 1 << 20
 _SUFFIX_BYTES = len("..metadata.arrow.0123456789ab")
-# A scheme of one letter would be a drive.
+# One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
 
@@ -50,24 +41,29 @@ def output_paths(prefix: Path) -> list[Path]:
 
 
 def work_folder_of(prefix: Path) -> Path:
-    """Return where the corpus at `prefix` is prepared."""
+    """Return the work folder of the corpus at `prefix`."""
     return Path(f"{prefix}.unfinished")
 
 
+def is_work_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder carries the marker of a work folder."""
+    return os.path.isfile(os.path.join(path, MARKER)) and not os.path.islink(path)
+
+
 def logs_of(prefix: Path) -> Path:
-    """Return where Slurm's logs of the preparation of a corpus lie."""
+    """Return the folder of Slurm's logs for the corpus at `prefix`."""
     return Path(f"{prefix}.logs")
 
 
 def check_local(given: str | os.PathLike[str], where: str) -> None:
-    """Refuse what cannot be a local path: nothing, a URL, a name that is not UTF-8.
+    """Refuse what cannot be a local path: nothing, a URL, a name that is not UTF-8 or too long.
 
     Args:
-        given: The path as it was given.
+        given: The path as given.
         where: The flag or argument, for the message.
 
     Raises:
-        FlagError: It is none.
+        FlagError: With the reason.
     """
     text = os.fspath(given)
     if not text.strip():
@@ -79,7 +75,7 @@ def check_local(given: str | os.PathLike[str], where: str) -> None:
             f"{text!r} is not UTF-8 or holds a NUL", where=where, remedy="Use another name."
         )
     try:
-        # The longest name of a file that is written there, temporary ones included.
+        # With the longest suffix that is written, that of a temporary file.
         os.lstat(f"{text}{'x' * _SUFFIX_BYTES}")
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -94,14 +90,11 @@ def check_local(given: str | os.PathLike[str], where: str) -> None:
 
 
 def check_prefix(given: str | os.PathLike[str], where: str = "--output") -> Path:
-    """Refuse what cannot be the prefix of the files to write.
+    """Refuse what cannot be the prefix of the files to write; returns the prefix.
 
     Args:
-        given: The prefix as it was given.
+        given: The prefix as given.
         where: The flag, for the message.
-
-    Returns:
-        The prefix.
 
     Raises:
         FlagError: It is empty, a URL, a folder, or the name of one of the files.
@@ -126,14 +119,10 @@ def check_prefix(given: str | os.PathLike[str], where: str = "--output") -> Path
 
 
 def check_fields(names: Sequence[str], where: str = "--metadata-fields") -> None:
-    """Refuse names of fields that are empty, repeated or no UTF-8.
-
-    Args:
-        names: The names.
-        where: The flag, for the message.
+    """Refuse names of fields that are empty, repeated or not UTF-8.
 
     Raises:
-        FlagError: One of them is.
+        FlagError: Names the flag `where`.
     """
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise FlagError(
@@ -146,34 +135,25 @@ def check_fields(names: Sequence[str], where: str = "--metadata-fields") -> None
             raise FlagError(f"{name!r} is not UTF-8", where=where, remedy="Use another name.")
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a file name or argument can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def check_output(
     prefix: Path, work: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool
 ) -> None:
-    """Refuse to write over an input, or over files that are not this preparation's own.
+    """Refuse to write over an input, or over files of another origin.
 
     Args:
         prefix: Where the corpus goes.
         work: The work folder.
-        inputs: The files that are read; URLs are passed over.
-        overwrite: Whether an earlier corpus that is there is to be replaced.
+        inputs: The files that are read; URLs are ignored.
+        overwrite: Whether an earlier corpus is to be replaced.
 
     Raises:
-        DataError: A file is there that must stay.
+        DataError: Names a file that must stay.
     """
     paths = output_paths(prefix)
     existing = [path for path in paths if _status(path) is not None]
     check_no_input(existing, inputs)
     if is_work_folder(work) and (work / PUBLISHING).exists():
-        # Killed while the files got their names: they are this preparation's own.
+        # Killed while renaming: the files are this preparation's own.
         return
     if existing and not overwrite:
         raise DataError(
@@ -190,14 +170,10 @@ def check_output(
 
 
 def check_no_input(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuse to write over what is read, under whatever name it was given.
-
-    Args:
-        outputs: The files to write.
-        inputs: The files to read; what does not exist here is passed over.
+    """Refuse to write over a file that is read, under whatever name it was given.
 
     Raises:
-        DataError: One of them is both.
+        DataError: One of the `outputs` is also one of the `inputs`.
     """
     identities = {}
     for path in outputs:
@@ -215,7 +191,7 @@ def check_no_input(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[s
 
 
 def is_metadata_file(path: Path) -> bool:
-    """Whether a file begins like one that this package wrote as metadata."""
+    """Whether a file begins like metadata that this package wrote."""
     head = _head(path)
     return head.startswith(b"ARROW1") and b"megatron_meco.format" in head
 
@@ -227,7 +203,7 @@ def _status(path: Path, *, follow: bool = False) -> os.stat_result | None:
         return None
     except OSError as error:
         if follow:
-            # A link that leads nowhere; what a link is called is looked at beside.
+            # A dangling link; the link itself is checked separately.
             return None
         raise DataError(
             f"cannot be used ({error.strerror or error})",
@@ -237,7 +213,7 @@ def _status(path: Path, *, follow: bool = False) -> os.stat_result | None:
 
 
 def _why_foreign(path: Path, prefix: Path) -> str:
-    """Return why a file may not be replaced, empty where it is of the corpus that is there."""
+    """Return why a file may not be replaced; empty if it belongs to the corpus there."""
     status = _status(path, follow=True)
     if status is None or not stat.S_ISREG(status.st_mode):
         return "is no plain file"
@@ -285,108 +261,8 @@ def _holds_rejected(path: Path) -> bool:
 
 
 def is_side_file(path: str) -> bool:
-    """Whether a file belongs to a corpus of this package beside it, and is no input by itself."""
+    """Whether a file belongs to a corpus of this package beside it, and is no input."""
     for suffix in (".metadata.arrow", ".prepare.json", ".rejected.jsonl"):
         if path.endswith(suffix):
             return os.path.isfile(f"{path.removesuffix(suffix)}.idx")
     return False
-
-
-def make_marked_folder(path: Path) -> None:
-    """Make a work folder; it appears with its marker.
-
-    Args:
-        path: The folder, which does not exist.
-
-    Raises:
-        DataError: It cannot be made.
-    """
-
-    def refuse(reason: str) -> DataError:
-        return DataError(
-            f"cannot be made ({reason})",
-            where=str(path),
-            remedy="Choose an --output in a folder that can be written.",
-        )
-
-    with whole_folder(path, refuse) as folder:
-        marker = {"format": _FORMAT, "made_by": "megatron-meco"}
-        (folder / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
-
-
-def is_work_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder carries the marker of a work folder."""
-    return os.path.isfile(os.path.join(path, _MARKER)) and not os.path.islink(path)
-
-
-def check_work_folder(path: Path) -> None:
-    """Refuse a folder that this package did not make, or that another version made.
-
-    Args:
-        path: Something that exists.
-
-    Raises:
-        DataError: It is no work folder of this version.
-    """
-    if path.is_symlink() or not is_work_folder(path):
-        raise DataError(
-            "is no work folder that this package made, and stays as it is",
-            where=str(path),
-            remedy="Move or remove it yourself, or choose another --output.",
-        )
-    try:
-        found: Any = orjson.loads((path / _MARKER).read_bytes())
-    except (OSError, ValueError):
-        found = None
-    told = found.get("format") if isinstance(found, dict) else None
-    if told != _FORMAT:
-        raise DataError(
-            f"a work folder of format {told!r}, this version has {_FORMAT}",
-            where=str(path / _MARKER),
-            remedy="Go on with the version that made it, or remove the folder.",
-        )
-
-
-def clear_work_folder(path: Path) -> None:
-    """Remove from a work folder what this package wrote there, apart from its marker.
-
-    Args:
-        path: A folder with a marker.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    for entry in list(path.iterdir()):
-        if entry.name == _LOGS and entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif _WORK_FILES.fullmatch(entry.name) and not entry.is_dir():
-            entry.unlink()
-
-
-def remove_temporary_files(path: Path) -> None:
-    """Remove from a work folder what killed writers have left, which takes up disk.
-
-    Args:
-        path: A folder with a marker where nobody writes.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    for entry in list(path.iterdir()):
-        if entry.name.startswith(".") and _WORK_FILES.fullmatch(entry.name):
-            entry.unlink()
-
-
-def remove_work_folder(path: Path) -> None:
-    """Remove a work folder; it stays, with its marker, where somebody else put files into it.
-
-    Args:
-        path: A folder with a marker.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    clear_work_folder(path)
-    if [entry.name for entry in path.iterdir()] == [_MARKER]:
-        (path / _MARKER).unlink()
-        path.rmdir()

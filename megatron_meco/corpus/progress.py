@@ -1,32 +1,32 @@
 """Progress of a long pass over documents, on stderr.
 
-A terminal gets a live bar with rates and the time left; a log file gets one plain line every ten
-seconds, because a bar's control characters make a job's log unreadable. Costs two clock readings
-per call, so call it per chunk and not per document. Given up: rates over a sliding window; the mean
-since the start is what tells when the pass will end.
+A terminal gets a live bar with rates and the remaining time. A log file gets one plain line every
+ten seconds, because a bar's control characters make a log unreadable. Rates are means since the
+start. Call `update` once per chunk, not per document: it reads the clock twice.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_meco.corpus.wording import counted
+from megatron_meco.wording import counted
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class DocumentProgress:
-    """Reports how far a pass over documents has come.
+    """Reports the progress of a pass over documents.
 
     Args:
-        label: What is being done, in one or two words.
-        total: The amount of work in any unit (bytes, files); zero when nothing is known.
+        label: The work, in one or two words.
+        total: The amount of work in any unit (bytes, files); 0 if unknown.
     """
 
     def __init__(self, label: str, total: int) -> None:
@@ -55,13 +55,13 @@ class DocumentProgress:
             self._print_line()
 
     def update(self, done: int, documents: int, text_bytes: int = 0, tokens: int = 0) -> None:
-        """Tell the state of the pass; all counts are from its beginning.
+        """Report the state of the pass; all counts are from its beginning.
 
         Args:
             done: Work done, in the unit of `total`.
             documents: Documents finished.
-            text_bytes: Bytes of document text finished, where there is any.
-            tokens: Tokens made of it, where there are any.
+            text_bytes: Bytes of their text, or 0.
+            tokens: Their tokens, or 0.
         """
         seconds = max(time.monotonic() - self._begin, 1e-9)
         self._state = f"{counted(documents, 'document')}  {documents / seconds:,.0f} docs/s"
@@ -97,3 +97,30 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+
+# Called with the task and, of that task so far, source bytes, documents, tokens and text bytes.
+type ProgressCallback = Callable[[int, int, int, int, int], None]
+_on_progress: ProgressCallback | None = None
+
+
+def report_progress_to(callback: ProgressCallback | None) -> None:
+    """Set the callback for progress of tasks in this process; None: none."""
+    global _on_progress
+    _on_progress = callback
+
+
+def tell_progress(
+    rank: int, source_bytes: int, documents: int, tokens: int, text_bytes: int
+) -> None:
+    """Report how far a task is to the callback of this process, if there is one.
+
+    Args:
+        rank: The task.
+        source_bytes: Bytes of input read.
+        documents: Documents written.
+        tokens: Tokens written.
+        text_bytes: Bytes of text read.
+    """
+    if _on_progress is not None:
+        _on_progress(rank, source_bytes, documents, tokens, text_bytes)

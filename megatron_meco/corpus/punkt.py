@@ -1,11 +1,11 @@
 """Where the sentences of a document end, by nltk's Punkt.
 
-Nothing is downloaded: what Punkt (Kiss and Strunk, 2006) has to know of a text (abbreviations,
-collocations, words that begin sentences) it learns from a sample of the user's own documents, once
-for each preparation; all tasks use what was learned, and the manifest keeps it. The space between
-two sentences goes to the second, where byte-pair tokenizers want it, and line ends to the first;
-the sentences joined are the document. Costs some seconds to learn and Punkt's pure Python, which is
-slower than the tokenizer. Given up: ends without a mark (titles, items of a list).
+Nothing is downloaded. What Punkt (Kiss and Strunk, 2006) has to know about a text (abbreviations,
+collocations, words that begin sentences) it learns from a sample of the user's documents, once per
+preparation; all tasks use it, and the manifest keeps it. The space between two sentences goes to
+the second, where byte-pair tokenizers want it, and line ends to the first; the joined sentences are
+the document. Learning takes some seconds, and Punkt's pure Python is slower than the tokenizer.
+Sentences without a final mark (titles, list items) are not found.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ def _untimed(pattern: Any) -> Any:
 
 
 def learn_sentences(texts: Iterable[str], language: str) -> dict[str, Any]:
-    """Learn from texts what Punkt has to know of them.
+    """Learn from texts what Punkt has to know about them.
 
     Args:
-        texts: A sample of the documents; the first million characters counts.
+        texts: A sample of the documents; the first million characters count.
         language: One of `SENTENCE_LANGUAGES`.
 
     Returns:
-        What `SentenceSplitter` takes and JSON keeps. The same texts give the same. Words are joined
-        by spaces, which none contains, because a manifest with one line for each would be long.
+        Input of `SentenceSplitter`, JSON-serialisable and the same for the same texts. Words are
+        joined by spaces, which none contains, to keep the manifest short.
 
     Raises:
-        FlagError: The language is not known.
+        FlagError: The language is unknown.
     """
     check_language(language)
     trainer = PunktTrainer(lang_vars=_LanguageVars(language))
@@ -86,7 +86,7 @@ def learn_sentences(texts: Iterable[str], language: str) -> dict[str, Any]:
         if room <= 0:
             break
     learned = trainer.get_params()
-    # Words seen once say little about their case, and are most of all words.
+    # Words seen once say little about case, and are the majority.
     trainer.freq_threshold(ortho_thresh=2)
     contexts: dict[str, list[str]] = {}
     for word, context in sorted(learned.ortho_context.items()):
@@ -106,7 +106,7 @@ class SentenceSplitter:
     """Splits texts into sentences.
 
     Args:
-        learned: What `learn_sentences` returned.
+        learned: From `learn_sentences`.
     """
 
     def __init__(self, learned: dict[str, Any]) -> None:
@@ -115,11 +115,7 @@ class SentenceSplitter:
     def split(self, text: str) -> list[str]:
         """Return the sentences of a text, with the line ends behind and the space before them.
 
-        Args:
-            text: The text.
-
-        Returns:
-            At least one; joined they are the text.
+        There is at least one, and joined they are the text.
         """
         ends = [end for _, end in self._punkt.span_tokenize(text)]
         borders = [0, *(_border(text, end) for end in ends[:-1]), len(text)]
@@ -139,7 +135,7 @@ class SentenceSplitter:
 
 
 def _border(text: str, end: int) -> int:
-    """Where to cut behind the sentence that ends at `end`: after the last line end, or there."""
+    """Return where to cut behind a sentence: after the last line end of the space, or at `end`."""
     stop = end
     while stop < len(text) and text[stop].isspace():
         stop += 1

@@ -1,8 +1,7 @@
-"""The languages whose sentences `meco prepare --split-sentences` can tell apart.
+"""The languages of `meco prepare --split-sentences`.
 
-Beside `punkt`, which does it, because importing nltk takes two to six seconds and a corpus without
-sentences has no use for it. Given up: languages that write no spaces between sentences (Chinese,
-Japanese, Thai), which Punkt is not made for.
+Apart from `punkt`, because importing nltk takes two to six seconds. Languages without spaces
+between sentences (Chinese, Japanese, Thai) are not supported: Punkt is not made for them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from megatron_meco.errors import FlagError
 
 _LATIN = (".", "?", "!")
 SENTENCE_LANGUAGES: dict[str, tuple[str, ...]] = {
-    # The languages of nltk's own Punkt models, ...
+    # Languages of nltk's Punkt models.
     **dict.fromkeys(
         (
             "czech",
@@ -39,7 +38,7 @@ SENTENCE_LANGUAGES: dict[str, tuple[str, ...]] = {
         ),
         _LATIN,
     ),
-    # ... and those with spaces between sentences whose marks are others.
+    # Languages with spaces between sentences and other marks.
     "arabic": (".", "\u061f", "!"),
     "greek": (".", ";", "\u037e", "!"),
     "hindi": (".", "?", "!", "\u0964"),
@@ -51,9 +50,6 @@ SENTENCE_LANGUAGES: dict[str, tuple[str, ...]] = {
 
 def check_language(language: str) -> None:
     """Refuse a language that is not among `SENTENCE_LANGUAGES`.
-
-    Args:
-        language: Its English name in lower case.
 
     Raises:
         FlagError: It is not one of them.
@@ -67,7 +63,7 @@ def check_language(language: str) -> None:
 
 
 def sentences_digest(learned: dict[str, Any] | None) -> str | None:
-    """Return a digest of what decides the sentences; None where documents are not split."""
+    """Return a digest of everything that decides the sentences; None if documents are not split."""
     if learned is None:
         return None
     return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()

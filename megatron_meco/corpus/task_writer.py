@@ -1,17 +1,17 @@
-"""The last step of a preparation: a task's documents to tokens and metadata in files of its own.
+"""The last step of a preparation: a task's documents to tokens and metadata in its own files.
 
-`MegatronWriter` ends any datatrove pipeline; `merge_tasks` (in `merge`) joins what the tasks wrote.
-A task is finished when its record `task-NNNNN.json` is there, which is written last: a killed task
-leaves nothing that counts and runs again whole. Costs the tokenizer, an array copy to put EODs in,
-and about three microseconds of Python per document. Memory is one batch (4 MiB of text, or the
-longest document) and its ids. Given up: going on in the middle of a task.
+`MegatronWriter` ends any datatrove pipeline; `merge_tasks` (in `merge`) joins the tasks. A task is
+finished when its record `task-NNNNN.json` exists, which is written last: a killed task leaves
+nothing that counts and runs again from its beginning. Costs the tokenizer, an array copy to insert
+EODs, and about three microseconds of Python per document. Memory is one batch (4 MiB of text, or
+the longest document) and its ids.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,42 +24,45 @@ import orjson
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, load_encoder
-from megatron_meco.corpus.documents import RejectedRecords
+from megatron_meco.corpus.documents import (
+    Rejected,
+    RejectedRecords,
+    batches,
+    metadata_columns,
+    place_of,
+    text_bytes_of,
+)
+from megatron_meco.corpus.encoder import DocumentEncoder, EncodedDocuments
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path
-from megatron_meco.corpus.records import Rejected, metadata_of
+from megatron_meco.corpus.progress import tell_progress
+from megatron_meco.corpus.work_folder import cannot_write_for, load_encoder, write_synced
 from megatron_meco.errors import DataError
 from megatron_meco.whole_file import whole_file
 
-_BATCH_DOCUMENTS = 2048
-_BATCH_CHARACTERS = 4 << 20
 _TASK_SUFFIXES = (".bin", ".lengths", ".sequences", ".rejected.jsonl")
 
 
 @dataclass
 class TaskRecord:
-    """What a finished task says of itself."""
+    """What a finished task says about itself.
+
+    Attributes:
+        documents: Documents written.
+        tokens: Tokens written, EODs included.
+        sequences: Megatron sequences of the documents.
+        text_bytes: UTF-8 bytes of their text.
+        missing_metadata: Documents without a value, by metadata field.
+        rejected: Rejected records by reason.
+        lines_of_parts: Path, first byte and number of lines of the parts read.
+    """
 
     documents: int = 0
-    """Documents written."""
-
     tokens: int = 0
-    """Tokens written, EODs included."""
-
     sequences: int = 0
-    """Megatron sequences that the documents consist of."""
-
     text_bytes: int = 0
-    """Bytes of their text in UTF-8."""
-
     missing_metadata: dict[str, int] = field(default_factory=dict)
-    """Documents without a value, by metadata field."""
-
     rejected: dict[str, int] = field(default_factory=dict)
-    """Rejected records by reason."""
-
     lines_of_parts: list[tuple[str, int, int]] = field(default_factory=list)
-    """Path, first byte and number of lines of the parts read."""
 
     def is_possible(self) -> bool:
         """Whether all values have the types that are written."""
@@ -82,20 +85,14 @@ def task_prefix(folder: Path, rank: int) -> Path:
 
 
 def record_path(folder: Path, rank: int) -> Path:
-    """Return the file that says that a task is finished."""
+    """Return the file that marks a task as finished."""
     return folder / f"task-{rank:05d}.json"
 
 
 def read_record(folder: Path, rank: int) -> TaskRecord | None:
-    """Return the record of a finished task.
+    """Return the record of a finished task; None if the task has to run (again).
 
-    Args:
-        folder: The work folder.
-        rank: The task.
-
-    Returns:
-        The record; None where the task is to be run (again): there is none, or it or a file of the
-        task is not what was written.
+    The record must be well-formed, and the files of the task must have the sizes that it gives.
     """
     try:
         record = TaskRecord(**orjson.loads(record_path(folder, rank).read_bytes()))
@@ -106,7 +103,7 @@ def read_record(folder: Path, rank: int) -> TaskRecord | None:
 
 
 def _has_files(prefix: Path, record: TaskRecord) -> bool:
-    """Whether the files of a task have the sizes that its record tells."""
+    """Whether the files of a task have the sizes that its record gives."""
     bins, lengths, sequences, _ = (
         os.path.getsize(f"{prefix}{suffix}") for suffix in _TASK_SUFFIXES
     )
@@ -118,44 +115,15 @@ def _has_files(prefix: Path, record: TaskRecord) -> bool:
     )
 
 
-# Told after every batch: source bytes, documents, tokens and text bytes of the task so far.
-type ProgressCallback = Callable[[int, int, int, int, int], None]
-_on_progress: ProgressCallback | None = None
-
-
-def report_progress_to(callback: ProgressCallback | None) -> None:
-    """Have every `MegatronWriter` of this process tell how far it is.
-
-    Args:
-        callback: Called with the task and, of that task so far, source bytes, documents, tokens,
-            text bytes; None: nobody listens.
-    """
-    global _on_progress
-    _on_progress = callback
-
-
-def tell_progress(rank: int, source_bytes: int, text_bytes: int, record: TaskRecord) -> None:
-    """Tell whoever listens in this process how far a task is.
-
-    Args:
-        rank: The task.
-        source_bytes: Bytes of input read.
-        text_bytes: Bytes of text read.
-        record: What has been written.
-    """
-    if _on_progress is not None:
-        _on_progress(rank, source_bytes, record.documents, record.tokens, text_bytes)
-
-
 class MegatronWriter(PipelineStep):  # type: ignore[misc]
-    """Writes the documents of a pipeline as tokens and metadata, one set of files for each task.
+    """Writes the documents of a pipeline as tokens and metadata, one set of files per task.
 
     Args:
-        folder: A folder that `make_work_folder` made; all tasks must reach it.
+        folder: A folder from `make_work_folder`; all tasks must reach it.
         metadata_fields: Keys of the documents' metadata to keep; dots lead into nested values,
             and `file_path` is the input file.
-        rejected: What the reader shares, when it is one of `documents`; None: only texts that the
-            tokenizer refuses are told.
+        rejected: Shared with the reader, if that is one of `documents`; None: only texts that the
+            tokenizer refuses are reported.
     """
 
     name = "MegatronWriter"
@@ -175,15 +143,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
     def run(
         self, data: Iterator[Document] | None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Write the documents of a task, unless it is finished already.
-
-        Args:
-            data: The documents.
-            rank: The task.
-            world_size: The number of tasks.
-
-        Yields:
-            Nothing: this is the last step.
+        """Write the documents of the task `rank`, unless it is finished; yields nothing.
 
         Raises:
             DataError: The files cannot be written, or the tokenizer gave an id outside its
@@ -199,7 +159,7 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
                 self._write(files, encoder, batch)
                 files.reject(self.rejected.drain())
                 done, record = self.rejected.source_bytes, files.record
-                tell_progress(rank, done, record.text_bytes, record)
+                tell_progress(rank, done, record.documents, record.tokens, record.text_bytes)
             files.reject(self.rejected.drain())
             files.finish(self.rejected.lines_of_parts)
         self.stat_update("tokens", value=files.record.tokens, unit="task")
@@ -212,38 +172,12 @@ class MegatronWriter(PipelineStep):  # type: ignore[misc]
             for document, length in zip(batch, lengths.tolist(), strict=True):
                 if length <= 0:
                     reason = "no tokens" if length == 0 else "refused by the tokenizer"
-                    where, begin = _place(document)
+                    where, begin = place_of(document)
                     rejected = Rejected(*where, reason, document.text[:200])
                     self.rejected.add(rejected, begin)
             batch = [d for d, n in zip(batch, lengths.tolist(), strict=True) if n > 0]
         files.write(encoded, metadata_columns(batch, self.metadata_fields))
         files.record.text_bytes += text_bytes_of(batch)
-
-
-def text_bytes_of(documents: list[Document]) -> int:
-    """Return the bytes of the documents' texts in UTF-8."""
-    return sum(
-        len(d.text) if d.text.isascii() else len(d.text.encode("utf-8", "replace"))
-        for d in documents
-    )
-
-
-def _place(document: Document) -> tuple[tuple[str, int], int]:
-    """Return file and line of a document, and the byte that the line is counted from."""
-    path = getattr(document, "path", "") or document.metadata.get("file_path", document.id)
-    return (path, getattr(document, "line", 0)), getattr(document, "begin", 0)
-
-
-def metadata_columns(documents: list[Document], fields: Iterable[str]) -> list[list[str | None]]:
-    """Return the documents' values, one list for each field; `file_path` is the input file."""
-    columns: list[list[str | None]] = []
-    for name in fields:
-        values = [metadata_of(document.metadata, name) for document in documents]
-        if name == "file_path":
-            pairs = zip(values, documents, strict=True)
-            values = [value or _place(document)[0][0] for value, document in pairs]
-        columns.append(values)
-    return columns
 
 
 def with_eod(
@@ -254,8 +188,8 @@ def with_eod(
     Args:
         ids: The documents' ids end to end, shape [ids].
         lengths: Ids per document, none zero, shape [documents].
-        eod: The id to put in.
-        dtype: The type of the result.
+        eod: The EOD.
+        dtype: Type of the result.
 
     Returns:
         Shape [ids + documents].
@@ -269,20 +203,6 @@ def with_eod(
     return tokens
 
 
-def batches(data: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield documents in lists of bounded size: 4 MiB of text, or one longer document."""
-    batch: list[Document] = []
-    room = _BATCH_CHARACTERS
-    for document in data:
-        batch.append(document)
-        room -= len(document.text)
-        if room <= 0 or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, room = [], _BATCH_CHARACTERS
-    if batch:
-        yield batch
-
-
 class TaskFiles:
     """The files of one task, under temporary names until `finish`; a context manager.
 
@@ -290,7 +210,7 @@ class TaskFiles:
         folder: The work folder.
         rank: The task.
         settings: The encoder's `eod`, `vocab_size` and `dtype`.
-        metadata_fields: The columns of metadata; none: no metadata file.
+        metadata_fields: The columns of metadata; empty: no metadata file.
 
     Raises:
         DataError: A file cannot be written.
@@ -324,15 +244,15 @@ class TaskFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Without an error, `finish` was called and nothing is left to close.
+        # Without an error `finish` has closed everything.
         self._stack.__exit__(kind, error, trace)
 
     def write(self, encoded: EncodedDocuments, columns: list[list[str | None]]) -> None:
-        """Add those of the documents that have ids, and an EOD behind each.
+        """Add the documents that have ids, each with an EOD.
 
         Args:
             encoded: The documents.
-            columns: Their metadata, one list of values for each field.
+            columns: The metadata of those that have ids, one list of values per field.
 
         Raises:
             DataError: An id is outside the vocabulary.
@@ -355,7 +275,7 @@ class TaskFiles:
             self._metadata.append(columns)
 
     def reject(self, rejected: list[tuple[Rejected, int]]) -> None:
-        """Set records aside, in the order of the input."""
+        """Write rejected records, in input order."""
         for record, begin in rejected:
             line = json.dumps({**asdict(record), "begin": begin}, ensure_ascii=False)
             self._files[".rejected.jsonl"].write(line.encode("utf-8", "replace") + b"\n")
@@ -363,44 +283,16 @@ class TaskFiles:
             reasons[record.reason] = reasons.get(record.reason, 0) + 1
 
     def finish(self, lines_of_parts: list[tuple[str, int, int]]) -> None:
-        """Put everything on the disk, under its name; the record comes last."""
+        """Sync and publish all files; the record comes last."""
         self.record.lines_of_parts = lines_of_parts
         self._stack.close()
         write_synced(self._record_path, json.dumps(asdict(self.record)))
 
     def _check(self, ids: np.ndarray[Any, Any]) -> None:
-        # The type on disk is chosen by the vocabulary: a larger id would wrap silently.
+        # The type on disk follows the vocabulary size: a larger id would silently wrap.
         if ids.max() >= self._vocab_size or ids.min() < 0:
             raise DataError(
                 f"the tokenizer gave id {ids.max()}, its vocabulary ends at {self._vocab_size}",
                 where=str(self._prefix),
                 remedy="The tokenizer's files disagree with each other: fetch them again.",
             )
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: All that it holds.
-
-    Raises:
-        DataError: It cannot be written.
-    """
-    with whole_file(path, lambda reason: cannot_write_for(reason, path)) as file:
-        file.write(text.encode())
-
-
-def cannot_write(error: OSError, path: Path) -> DataError:
-    """Return what is told of a disk that is full or may not be written."""
-    return cannot_write_for(error.strerror or str(error), error.filename or path)
-
-
-def cannot_write_for(reason: str, path: str | Path) -> DataError:
-    """Return what is told of a file that cannot be written, with the reason in a few words."""
-    return DataError(
-        f"cannot be written ({reason})",
-        where=str(path),
-        remedy="Free space, or choose another --output; finished work is kept.",
-    )

@@ -1,4 +1,4 @@
-"""The bytes behind Arrow's arrays of texts, for the C++ side, which takes numpy's arrays."""
+"""The buffers of Arrow's string arrays as numpy arrays, which the C++ side takes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_meco import _core
 def text_buffers(
     texts: pa.Array,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.bool_] | None]:
-    """What a string or binary array is made of, without a copy.
+    """Return the buffers of a string or binary array without a copy.
 
     Args:
-        texts: n values, whose offsets have 32 bits.
+        texts: n values with 32-bit offsets.
 
     Returns:
-        Its bytes, the borders of its values in them (n + 1,), and which values are not null (n,);
+        The bytes, the bounds of the values in them (n + 1,), and which values are not null (n,);
         None: all.
     """
     _, borders, data = texts.buffers()
@@ -32,14 +32,7 @@ def text_buffers(
 
 
 def hash_halves(texts: pa.Array) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The two halves of each text's 128-bit hash.
-
-    Args:
-        texts: n strings without nulls.
-
-    Returns:
-        Twice (n,).
-    """
+    """Return the two halves of the 128-bit hash of n strings without nulls, each (n,)."""
     data, borders, _ = text_buffers(texts)
     first, second = np.ascontiguousarray(_core.hash_texts(data, borders).T)
     return first, second

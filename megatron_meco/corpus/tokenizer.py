@@ -1,11 +1,11 @@
 """Megatron's tokenizers without Megatron's argument object, and bulk encoding of plain text.
 
-`build_tokenizer` returns exactly the object that Megatron builds for the same flags, so that what
-is prepared and what is trained agree. `text_encoder` turns it into something a worker process can
-receive: for Hugging Face tokenizers the Rust tokenizer alone, because importing Megatron costs 7 to
-20 seconds and a worker would pay it again. Text encodes to text tokens only: no BOS, no EOS, and a
-`<|end_of_text|>` written in a page stays text instead of ending the document. Given up: that last
-guarantee for tokenizers that are not Hugging Face's, which Megatron gives no way to ask for.
+`build_tokenizer` returns the object that Megatron builds for the same flags, so preparation and
+training agree. `text_encoder` turns it into something that a worker process can receive. For
+Hugging Face tokenizers that is the Rust tokenizer alone: importing Megatron costs each worker 7 to
+20 seconds. Text encodes to text tokens only: no BOS, no EOS, and a `<|end_of_text|>` in a page
+stays text instead of ending the document. Megatron offers no way to ask other tokenizers for that
+last guarantee.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TOKENIZER_DEFAULTS: dict[str, Any] = {
     "chat_template": None,
 }
 
-# Megatron's types for running text; its chat and image types have no plain documents.
+# Megatron's types for plain text; its chat and image types are left out.
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
@@ -70,7 +70,7 @@ _TYPES_WITHOUT_MODEL = (
     "NullTokenizer",
 )
 
-# The types of settings that are no switches.
+# Types of settings that are not bool.
 _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("vocab_file", "merge_file", "metadata_path", "tiktoken_pattern", "chat_template"), (str,)
@@ -87,9 +87,9 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "special_tokens": (list, tuple),
 }
 
-# What Megatron 0.17 calls them.
+# Their names in Megatron 0.17.
 _OLDER_NAMES = {"tokenizer_special_tokens": "special_tokens", "tokenizer_metadata": "metadata_path"}
-# From which it works out how many embeddings the model has, which nothing here asks for.
+# These decide the number of embeddings, which nothing here needs.
 _NO_PADDING = {
     "padded_vocab_size": None,
     "make_vocab_size_divisible_by": 1,
@@ -97,10 +97,10 @@ _NO_PADDING = {
     "rank": 0,
 }
 
-# The type of ids in an index, int32, ends here.
+# Ids on disk are int32 at most.
 _MAX_VOCABULARY = 1 << 31
 
-# Letters, case, digits, white space, scripts: enough to tell two different encoders apart.
+# Letters, case, digits, white space and scripts, to tell encoders apart.
 _PROBE = "a Probe, 12345 x\tyz\n\n  def f(x):  return x  # \u00e9\u00df \u4f60\u597d \U0001f600"
 
 
@@ -108,28 +108,25 @@ class TextEncoder(Protocol):
     """Turns plain texts into token ids; can be sent to another process."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
-        """Return the tokens of each text, without BOS and EOS; None where a text is refused."""
+        """Return the tokens of each text, without BOS and EOS; None if a text is refused."""
         ...
 
 
 def build_tokenizer(
     tokenizer_type: str, tokenizer_model: str | None, **extra: Any
 ) -> MegatronTokenizerText:
-    """Build Megatron's tokenizer for the given flags.
+    """Build Megatron's text tokenizer for the given flags.
 
     Args:
         tokenizer_type: Megatron's `--tokenizer-type`.
         tokenizer_model: Megatron's `--tokenizer-model`: a folder or file.
         **extra: Further tokenizer fields of Megatron, named as in `TOKENIZER_DEFAULTS`.
 
-    Returns:
-        Megatron's text tokenizer.
-
     Raises:
         FlagError: The type is unknown, or the model cannot be loaded.
     """
     _check_flags(tokenizer_type, tokenizer_model, extra)
-    # Seconds of import: only after the flags are known to be sensible.
+    # Late: the import takes seconds, and wrong flags are answered before it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import megatron.core
@@ -142,7 +139,7 @@ def build_tokenizer(
     flags = _Flags(
         tokenizer_type=tokenizer_type,
         tokenizer_model=tokenizer_model,
-        # Padding depends on the tensor-parallel size, which only training knows.
+        # Padding depends on the tensor-parallel size, known only in training.
         pad_vocab_size=False,
         **{**_NO_PADDING, **TOKENIZER_DEFAULTS, **extra},
     )
@@ -163,7 +160,7 @@ def build_tokenizer(
             where=f"megatron-core {getattr(megatron.core, '__version__', 'of an unknown version')}",
             remedy="Install a version that this package supports; `meco doctor` names it.",
         ) from error
-    # What a loader of others says about files of others may be anything.
+    # Loaders raise exceptions of any type.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FlagError(
@@ -186,7 +183,7 @@ def _without_warnings_of(name: str) -> Iterator[None]:
 
 
 def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTokenizerText:
-    """What Megatron-Core's `build_tokenizer` makes; before 0.17 it was part of the trainer."""
+    """As Megatron-Core's `build_tokenizer`, which was part of the trainer before 0.17."""
     if flags.tokenizer_type != "HuggingFaceTokenizer":
         raise ValueError("this Megatron-Core builds Hugging Face tokenizers alone")
     tokenizer: MegatronTokenizerText = tokenizer_class.from_pretrained(
@@ -203,11 +200,11 @@ def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTok
 
 
 class _UnknownFlagError(AttributeError):
-    """A setting that neither this package nor the installed Megatron has a default for."""
+    """A setting without a default here and in the installed Megatron."""
 
 
 class _Flags(Namespace):
-    """Megatron's flags of a tokenizer; those that are not set have the defaults of its parser."""
+    """Megatron's tokenizer flags; those that are not set have the defaults of its parser."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _OLDER_NAMES:
@@ -219,10 +216,10 @@ class _Flags(Namespace):
 
 @cache
 def _parser_defaults() -> dict[str, Any]:
-    """The defaults of the installed Megatron's tokenizer flags; empty where it has no training.
+    """Return the defaults of the installed Megatron's tokenizer flags; empty without its trainer.
 
-    They are the fields of a dataclass, from which it makes its parser. Read from the source: the
-    import of megatron.training takes ten seconds and more.
+    They are the fields of a dataclass, from which Megatron makes its parser. Read from the source,
+    because importing megatron.training takes ten seconds and more.
     """
     import megatron.core
 
@@ -240,7 +237,7 @@ def _parser_defaults() -> dict[str, Any]:
 
 
 def _default(value: ast.expr | None) -> Any:
-    """The value of a field: a literal, or `field(default=LITERAL)`."""
+    """Return the value of a field: a literal, or `field(default=LITERAL)`."""
     if isinstance(value, ast.Call):
         value = next(keyword.value for keyword in value.keywords if keyword.arg == "default")
     if value is None:
@@ -250,9 +247,6 @@ def _default(value: ast.expr | None) -> Any:
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuse an object that is no tokenizer of Megatron's, such as one of transformers.
-
-    Args:
-        tokenizer: What was given as one.
 
     Raises:
         FlagError: Says how to build one.
@@ -270,15 +264,9 @@ def check_tokenizer(tokenizer: Any) -> None:
 def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
     """Return the id that ends a document.
 
-    Args:
-        tokenizer: Megatron's tokenizer.
-
-    Returns:
-        An id inside the vocabulary.
-
     Raises:
-        FlagError: The tokenizer has none, or one that the model has no embedding for; or it is none
-            of Megatron's.
+        FlagError: The tokenizer has none, or one outside of its vocabulary; or it is none of
+            Megatron's.
     """
     check_tokenizer(tokenizer)
     eod = _attribute(tokenizer, "eod")
@@ -298,10 +286,10 @@ def resolve_eod(tokenizer: MegatronTokenizerText) -> int:
 
 
 def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
-    """Return the id that begins a document, or None when the tokenizer has none.
+    """Return the id that begins a document, or None if the tokenizer has none.
 
     Raises:
-        FlagError: When it is no tokenizer of Megatron's.
+        FlagError: It is no tokenizer of Megatron's.
     """
     check_tokenizer(tokenizer)
     bos = _attribute(tokenizer, "bos")
@@ -325,8 +313,7 @@ def token_ids(tokenizer: MegatronTokenizerText, names: Iterable[str], where: str
 
 def _token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
     found = None
-    # Libraries answer for a token that they lack with an error of some kind, with the name, or with
-    # the id of their unknown token.
+    # For an unknown token, libraries raise some error, or return the name or the id of UNK.
     with contextlib.suppress(Exception):
         library = tokenizer._tokenizer
         found = library.tokens_to_ids([name])[0]
@@ -338,7 +325,7 @@ def _token_id(tokenizer: MegatronTokenizerText, name: str, where: str) -> int:
 
 
 def unknown_token(name: str, where: str) -> FlagError:
-    """The refusal of a token that a vocabulary lacks."""
+    """The error for a token that a vocabulary lacks."""
     return FlagError(
         f"the tokenizer has no token {name!r}",
         where=where,
@@ -347,16 +334,10 @@ def unknown_token(name: str, where: str) -> FlagError:
 
 
 def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
-    """Return the fastest encoder that gives this tokenizer's ids for plain text.
-
-    Args:
-        tokenizer: Megatron's tokenizer.
-
-    Returns:
-        An encoder that adds no tokens of its own.
+    """Return the fastest encoder that gives this tokenizer's ids for plain text and adds no tokens.
 
     Raises:
-        FlagError: When it is no tokenizer of Megatron's.
+        FlagError: It is no tokenizer of Megatron's.
     """
     check_tokenizer(tokenizer)
     through_megatron = MegatronEncoder(tokenizer)
@@ -371,7 +352,7 @@ def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
 
 
 class HuggingFaceEncoder:
-    """Encodes with the Rust tokenizer alone; importing it takes a tenth of a second.
+    """Encodes with the Rust tokenizer alone, which takes a tenth of a second to import.
 
     Args:
         serialized: The tokenizer as JSON (`tokenizer.json`).
@@ -391,10 +372,10 @@ class HuggingFaceEncoder:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(self.serialized)
-        # A saved tokenizer may carry both, and would cut documents without a word.
+        # A saved tokenizer may have both, and would silently cut documents.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Lost when the tokenizer is serialised, so set wherever it is loaded.
+        # Not serialised, so it has to be set after loading.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -418,7 +399,7 @@ class MegatronEncoder:
         )
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | None]:
-        """Return the tokens of each text; None where the tokenizer refuses it."""
+        """Return the tokens of each text; None if the tokenizer refuses it."""
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> list[int] | None:
@@ -432,7 +413,7 @@ class MegatronEncoder:
 def rebuild_megatron_encoder(
     library: str, path: str | None, arguments: dict[str, Any]
 ) -> MegatronEncoder:
-    """Build an encoder again, from what pickling one keeps of it."""
+    """Build an encoder again from its pickled arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers import MegatronTokenizer
@@ -444,7 +425,7 @@ def rebuild_megatron_encoder(
 
 
 def _added_tokens(tokenizer: MegatronTokenizerText) -> tuple[int, int]:
-    """Return how many tokens the tokenizer itself puts before and after a text."""
+    """Return how many tokens the tokenizer puts before and after a text."""
     try:
         one, two = tokenizer.tokenize("a"), tokenizer.tokenize("a a")
     except ValueError:
@@ -457,10 +438,10 @@ def _added_tokens(tokenizer: MegatronTokenizerText) -> tuple[int, int]:
 
 
 def _attribute(tokenizer: MegatronTokenizerText, name: str) -> int | None:
-    """Return a special id, or None: what a library lacks comes as one of several errors."""
+    """Return a special id, or None; libraries raise various errors for one that they lack."""
     try:
         value = getattr(tokenizer, name)
-    # NameError is what the SentencePiece wrapper says of CLS and SEP.
+    # The SentencePiece wrapper raises NameError for CLS and SEP.
     except (AttributeError, NameError, NotImplementedError, TypeError):
         return None
     return value if isinstance(value, int) else None
@@ -505,7 +486,7 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
 
 
 def _check_settings(extra: dict[str, Any]) -> None:
-    """Refuse values that a `PREFIX.prepare.json` from anywhere may hold, but no command line."""
+    """Refuse values that a `PREFIX.prepare.json` from anywhere can hold, but no command line."""
     for name, value in extra.items():
         kinds = _SETTING_TYPES.get(name, (bool,))
         if value is not None and type(value) not in kinds:
@@ -526,7 +507,7 @@ def _check_settings(extra: dict[str, Any]) -> None:
 
 
 def _check_file(path: str | None, flag: str) -> None:
-    """Refuse what would be waited for, or could not be named in `PREFIX.prepare.json`."""
+    """Refuse files that block, or whose name no `PREFIX.prepare.json` can hold."""
     if path is None:
         return
     try:
@@ -550,6 +531,6 @@ def _is_asked_of_the_hub(tokenizer_type: str, name: str) -> bool:
 
 
 def _is_hub_name(name: str) -> bool:
-    # `organisation/name`, unless that reads like a path into a folder that is here.
+    # `organisation/name`, unless there is such a folder here.
     is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
     return is_name and not os.path.isdir(name.partition("/")[0])

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_meco.corpus.outputs import check_local
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import FlagError
-from megatron_meco.wording import JSON_HELP, json_line
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +42,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    """Run `meco tokenizer`.
-
-    Raises:
-        MeCoError: The folder cannot be made, or the corpus cannot be read.
-    """
+    """Run `meco tokenizer`; returns the exit status, 0."""
     # Late: `--help` needs neither library.
     if args.name == "train":
         return _train(args)

@@ -1,10 +1,10 @@
 """Train a byte-level BPE on raw documents, as a Hugging Face folder.
 
-Documents are read as `meco prepare` reads them, bad lines counted in the same way. The merges are
-learned by `tokenizers`, whose memory grows with the number of different words, not with the text.
-The folder's files are written here rather than by transformers, whose version 5 names a tokenizer
-class that version 4 refuses. It has no padding token, since Megatron packs, and adds no BOS by
-itself: tokens at document borders belong to the packer.
+Documents are read as `meco prepare` reads them, and bad lines counted in the same way. The merges
+are learned by `tokenizers`, whose memory grows with the number of different words, not with the
+text. The folder's files are written here, because version 5 of transformers names a tokenizer class
+that version 4 refuses. There is no padding token, since Megatron packs. The tokenizer adds no BOS:
+tokens at document borders belong to the packer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.input_bytes import Part
+from megatron_meco.corpus.input_files import find_files, plan_tasks
 from megatron_meco.corpus.outputs import check_fields
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.sources import Part, find_files, plan_tasks
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.whole_file import whole_folder
 
@@ -35,13 +36,13 @@ _DOCUMENTS_BETWEEN_REPORTS = 200
 
 @dataclass
 class TrainedTokenizer:
-    """What was read and what came of it.
+    """The result of a training.
 
     Attributes:
-        vocab_size: Tokens in all, BOS and EOS among them.
+        vocab_size: Tokens in all, BOS and EOS included.
         documents: Documents read.
-        text_bytes: Their UTF-8 text.
-        rejected: Lines that are no documents, by reason.
+        text_bytes: UTF-8 bytes of their text.
+        rejected: Rejected lines by reason.
     """
 
     vocab_size: int = 0
@@ -64,8 +65,8 @@ def train_tokenizer(
         inputs: Files, folders or patterns, as for `meco prepare`.
         folder: The folder to make; it must not exist.
         vocab_size: Tokens in all. A small corpus may give fewer.
-        text_field: Where the text is; dots lead into nested values.
-        strict: Whether the first line that is no document is an error.
+        text_field: Field of the text; dots lead into nested values.
+        strict: Whether the first rejected line is an error.
 
     Raises:
         FlagError: The vocabulary is too small or too large, or the folder exists.
@@ -150,13 +151,13 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "clean_up_tokenization_spaces": False,
-        # No limit of its own: the packer decides how long a sequence is.
+        # No limit: the packer decides how long a sequence is.
         "model_max_length": 10**30,
     }
     with whole_folder(folder, refuse) as unfinished:
         try:
             tokenizer.save(str(unfinished / "tokenizer.json"))
-        # Rust's errors of a full disk are of no better type.
+        # The Rust library has no narrower error for a full disk.
         except Exception as error:
             raise refuse(str(error)) from error
         for name, value in (("tokenizer_config", config), ("special_tokens_map", special)):

@@ -1,16 +1,16 @@
 """What a URL says about a document: host, registered domain, suffix, a stable id.
 
-Every function takes and returns a pyarrow string array; null stays null. Splitting URLs is some
-regular expressions per column, and a short cut in C++ for plain URLs (a second per million of
-others, a thirtieth of it for plain ones, no Python per row); domain, suffix
-and id cost Python once per *distinct* host. Domains come from tldextract's bundled list: no network
-and no cache on disk, so the answer is the same on every machine with the same tldextract.
+Every function takes and returns a pyarrow string array; null stays null. Splitting URLs takes a
+second per million with regular expressions, and a thirtieth of it for plain URLs, which take a
+short cut in C++. Domain, suffix and id call Python once per *distinct* host. Domains come from
+tldextract's bundled list, without network and without a cache on disk, so the answer is the same on
+every machine with the same tldextract.
 
 Departures from the MeCo reference, which uses `urllib.parse.urlparse(url).netloc` (empty without a
 scheme): the port and user information are dropped, the host is lower-cased and loses a trailing
 dot, and URLs without a scheme work. `HTTPS://bob@Example.com:8080/x` is `bob@Example.com:8080`
-there and `example.com` here: one source, one prefix. Given up: punycode and percent-decoding of
-hosts; an internationalised host stays as it was written.
+there and `example.com` here: one source, one prefix. Punycode and percent-encoding in hosts are not
+decoded; an internationalised host stays as it was written.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _SPILLED_USER = r"(?s)^[^/?#\\@\[][^/?#\\@]*:[0-9]*[^0-9/?#\\@][^/?#\\@]*[/?#\\]
 _HOST = (
     # A bracketed IPv6 address, or anything up to the port or the path.
     r"(?is)^(?P<host>\[[0-9a-f:.%]+\]|[^/?#\\:@\[\]<>\"\s\x00-\x1f\x7f]+)"
-    # `x://` that is left here has a scheme that is none.
+    # A remaining `x://` has no valid scheme.
     r"(?::[0-9]+(?:[/?#\\].*)?|:(?:[/\\](?:[^/\\].*)?|[?#].*)?|[/?#\\].*)?$"
 )
-# These carry an address but no host; everything else without one fails the expression above.
+# Addresses without a host; everything else without one fails the expression above.
 _HOSTLESS = r"(?i)^(?:mailto|tel|sms|news):"
 
 _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -52,12 +52,9 @@ _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 def without_scheme(urls: StringArray) -> StringArray:
     """Return URLs as people write them: `en.wikipedia.org/wiki/Bill_Gates`.
 
-    Args:
-        urls: URLs with or without a scheme.
-
     Returns:
-        The same text without scheme, `user:password@`, surrounding white space and invisible
-        characters; null where nothing remains, or where a password cannot be told from the rest.
+        The URLs without scheme, `user:password@`, surrounding white space and invisible characters;
+        null if nothing remains, or if a password cannot be told from the rest.
     """
     return _with_plain_ones(urls, _without_scheme, hosts_only=False)
 
@@ -79,8 +76,8 @@ def host(urls: StringArray) -> StringArray:
         urls: URLs with a scheme, scheme-relative (`//host/x`) or without (`host/x`).
 
     Returns:
-        Lower-case hosts without user information, port and trailing dot, `www.` and the brackets
-        of IPv6 kept; null where there is no host.
+        Lower-case hosts without user information, port and trailing dot; `www.` and the brackets of
+        IPv6 stay. Null if there is no host.
     """
     return _with_plain_ones(urls, _host, hosts_only=True)
 
@@ -95,39 +92,27 @@ def _host(urls: StringArray) -> StringArray:
 
 
 def registered_domain(hosts: StringArray) -> StringArray:
-    """Return the part that somebody registered: `wikipedia.org`, `bbc.co.uk`.
+    """Return the part of a host that somebody registered: `wikipedia.org`, `bbc.co.uk`.
 
-    Args:
-        hosts: Hosts as `host` returns them.
-
-    Returns:
-        Registered domains; null for addresses and names without a public suffix.
+    Null for addresses and names without a public suffix.
     """
     extract = _extractor()
     return _per_distinct(hosts, lambda name: extract(name).top_domain_under_public_suffix)
 
 
 def suffix(hosts: StringArray) -> StringArray:
-    """Return the public suffix: `org`, `co.uk`.
+    """Return the public suffix of a host: `org`, `co.uk`.
 
-    Args:
-        hosts: Hosts as `host` returns them.
-
-    Returns:
-        Suffixes; null for addresses and names without a public suffix.
+    Null for addresses and names without a public suffix.
     """
     extract = _extractor()
     return _per_distinct(hosts, lambda name: extract(name).suffix)
 
 
 def hashed(hosts: StringArray) -> StringArray:
-    """Return an id per host that says nothing about it: `7dsjuj3a-olp0` (the paper's hashed URL).
+    """Return an id per host that reveals nothing about it: `7dsjuj3a-olp0` (the paper's hash).
 
-    Args:
-        hosts: Hosts as `host` returns them.
-
-    Returns:
-        Ids that depend on the host alone, the same on every machine and in every release.
+    Ids depend on the host alone, and are the same on every machine and in every release.
     """
     return _per_distinct(hosts, _hash)
 
@@ -135,14 +120,14 @@ def hashed(hosts: StringArray) -> StringArray:
 def _with_plain_ones(
     urls: StringArray, transform: Callable[[StringArray], StringArray], *, hosts_only: bool
 ) -> StringArray:
-    """Apply a transform of URLs, with a short cut for plain ones, which most of the web's are."""
+    """Apply a transform of URLs, with a short cut for plain ones, the majority on the web."""
     if not isinstance(urls, pa.StringArray) or not len(urls):
         return transform(urls)
     data, offsets, _ = text_buffers(urls)
     copies, borders, is_plain = _core.copy_plain_urls(data, offsets, hosts_only=hosts_only)
     buffers = [None, pa.py_buffer(borders), pa.py_buffer(copies)]
     plain = pa.Array.from_buffers(pa.string(), len(urls), buffers)
-    # A null may have bytes that look like a URL.
+    # The bytes behind a null may look like a URL.
     others = pc.or_(pc.invert(pa.array(is_plain)), urls.is_null())
     rest = urls.filter(others)
     return pc.replace_with_mask(plain, others, transform(rest)) if len(rest) else plain
@@ -158,7 +143,7 @@ def _hash(name: str) -> str:
 
 
 def _cleaned(urls: StringArray) -> StringArray:
-    # Twice: what is dropped inside may leave white space or control characters at an end.
+    # Twice: removing characters inside may expose white space at an end.
     for _ in range(2):
         urls = pc.utf8_trim_whitespace(pc.replace_substring_regex(_text(urls), _INVISIBLE, ""))
     return urls

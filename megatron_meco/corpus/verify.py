@@ -1,10 +1,10 @@
-"""`meco verify PREFIX`: whether a corpus on disk is what it should be.
+"""`meco verify PREFIX`: whether a corpus on disk is intact.
 
-Reads every byte once: the structure of the index, one EOD at the end of each document and none
-inside, ids inside the vocabulary, one metadata row per document, and the counts and checksums that
-`meco prepare` left in `PREFIX.prepare.json`. `--against FILES` tokenises the original files again
-and compares tokens and metadata document by document. Costs the disk, and with `--against` the
-tokenizer, in one process. Given up: repairing anything.
+Reads every byte once and checks the structure of the index, one EOD at the end of each document and
+none inside, ids within the vocabulary, one metadata row per document, and the counts and checksums
+in `PREFIX.prepare.json`. `--against FILES` tokenises the original files again and compares tokens
+and metadata document by document. Costs the disk, and with `--against` the tokenizer, in one
+process. Nothing is repaired.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
-from megatron_meco.corpus.bulk import DocumentEncoder, EncodedDocuments, encoder_of
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader
+from megatron_meco.corpus.documents import (
+    line_of,
+    metadata_columns,
+    read_batches,
+    text_bytes_of,
+)
+from megatron_meco.corpus.encoder import (
+    DocumentEncoder,
+    EncodedDocuments,
+    build_encoder,
+    encoder_of,
+)
 from megatron_meco.corpus.index_file import (
     CorpusIndex,
     broken_structure,
     check_index,
     open_index,
 )
+from megatron_meco.corpus.input_files import find_files
 from megatron_meco.corpus.manifest import checksum_of, manifest_path, read_manifest
 from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
 from megatron_meco.corpus.outputs import check_local
 from megatron_meco.corpus.progress import DocumentProgress
-from megatron_meco.corpus.readers import count_lines
-from megatron_meco.corpus.sources import find_files, plan_tasks
-from megatron_meco.corpus.task_writer import batches, metadata_columns, text_bytes_of, with_eod
-from megatron_meco.corpus.wording import counted
-from megatron_meco.corpus.work_folder import build_encoder
+from megatron_meco.corpus.task_writer import with_eod
 from megatron_meco.errors import DataError, FlagError
-from megatron_meco.wording import JSON_HELP, json_line
+from megatron_meco.wording import JSON_HELP, counted, json_line
 
 _BLOCK = 1 << 20
 _REBUILD = "Prepare the corpus again."
@@ -44,27 +51,28 @@ _REBUILD = "Prepare the corpus again."
 
 @dataclass
 class Check:
-    """One thing that was looked at."""
+    """One check.
+
+    Attributes:
+        name: What was checked.
+        told: What was found.
+        is_right: Whether it is as it should be.
+    """
 
     name: str
-    """What."""
-
     told: str
-    """What was found, in a few words."""
-
     is_right: bool = True
-    """Whether it is as it should be."""
 
 
 def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
-    """Look a corpus over.
+    """Check a corpus.
 
     Args:
         prefix: The corpus, as in Megatron's `--data-path`.
-        eod: The end-of-document id; None: what `PREFIX.prepare.json` says.
+        eod: The end-of-document id; None: that of `PREFIX.prepare.json`.
 
     Yields:
-        What was found, check by check.
+        The checks.
 
     Raises:
         DataError: The files cannot be opened as a corpus.
@@ -85,7 +93,7 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
         fields = ", ".join(open_metadata(prefix).column_names)
         yield Check("metadata", f"one row per document: {fields}")
     else:
-        # Also a pipe, which would be waited for, for ever.
+        # `exists`: a pipe also counts; opening it would block forever.
         is_missing = bool(manifest.get("metadata_fields")) or metadata_path(prefix).exists()
         yield Check("metadata", "no file", not is_missing)
     if not manifest:
@@ -145,16 +153,13 @@ def verify_against(
 
     Args:
         prefix: A corpus that `meco prepare` made.
-        inputs: What it was made of.
+        inputs: The files that it was made of.
         encoder: As `meco prepare --encoder`.
         trust_remote_code: Whether code that comes with the tokenizer may run.
 
-    Returns:
-        What was found.
-
     Raises:
-        DataError: The first document that differs; or the corpus has no `PREFIX.prepare.json`.
-        FlagError: The tokenizer cannot be loaded.
+        DataError: Names the first document that differs.
+        FlagError: The corpus has no manifest, or the tokenizer cannot be loaded.
     """
     manifest = read_manifest(prefix)
     if not manifest:
@@ -172,7 +177,7 @@ def verify_against(
     index = check_index(prefix)
     settings = manifest["tokenizer"]
     extra = dict(settings.get("extra", {}))
-    # Whoever wrote the corpus may have trusted that code; this reader has not said so.
+    # The writer of the corpus may have trusted that code; this user has not said so.
     if extra.pop("trust_remote_code", False) and not trust_remote_code:
         raise FlagError(
             f"{prefix}.prepare.json names a tokenizer that brings code of its own",
@@ -184,17 +189,13 @@ def verify_against(
     chosen = build_encoder(settings["type"], settings["model"], extra, encoder=encoder)
     document_encoder = DocumentEncoder(encoder_of(chosen), manifest.get("sentences"))
     comparison = _Comparison(index, prefix, manifest["metadata_fields"], document_encoder, chosen)
-    tasks = plan_tasks(find_files(inputs, prefix))
-    rejected = RejectedRecords()
-    reader = TaskReader(tasks, manifest["text_field"], rejected, manifest["metadata_fields"])
+    files = find_files(inputs, prefix)
     text_bytes = 0
     with DocumentProgress("verify", index.num_documents) as progress:
-        for rank in range(len(tasks)):
-            for batch in batches(reader.run(rank=rank)):
-                comparison.compare(batch)
-                text_bytes += text_bytes_of(batch)
-                progress.update(comparison.num_documents, comparison.num_documents, text_bytes)
-            rejected.reset()
+        for batch in read_batches(files, manifest["text_field"], manifest["metadata_fields"]):
+            comparison.compare(batch)
+            text_bytes += text_bytes_of(batch)
+            progress.update(comparison.num_documents, comparison.num_documents, text_bytes)
     if comparison.num_documents != index.num_documents:
         raise DataError(
             f"the files give {counted(comparison.num_documents, 'document')}, the corpus has "
@@ -274,10 +275,8 @@ class _Comparison:
             raise self._differs(batch[i], begin + i, "other sentences")
 
     def _differs(self, document: Document, number: int, what: str) -> DataError:
-        path, line = getattr(document, "path", ""), getattr(document, "line", 0)
-        line += count_lines(path, getattr(document, "begin", 0))
         return DataError(
-            f"document {number:,} differs from {path}, line {line}: {what}",
+            f"document {number:,} differs from {line_of(document)}: {what}",
             where=str(self.prefix),
             remedy="Give the files in the order in which they were prepared, or prepare again.",
         )
@@ -303,17 +302,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Run `meco verify`.
-
-    Args:
-        args: The parsed arguments of `add_verify_arguments`.
-
-    Returns:
-        The exit status: 0, or 1 when something is not as it should be.
-
-    Raises:
-        MeCoError: The corpus cannot be opened, or differs from the files.
-    """
+    """Run `meco verify`; returns the exit status, 1 if something is wrong."""
     check_local(args.prefix, "PREFIX")
     prefix = Path(args.prefix)
     if args.eod is not None and not 0 <= args.eod < 1 << 31:

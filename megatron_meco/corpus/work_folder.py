@@ -1,111 +1,58 @@
-"""The folder that a preparation works in, and whether an unfinished one may go on.
+"""The folder that a preparation works in, and whether an unfinished one may resume.
 
 `PREFIX.unfinished/` holds the encoder that all tasks use, a plan that says what is being prepared,
-and the files of finished tasks. Going on is allowed when the plan is the same to the letter: inputs
-with their sizes and dates, fields, tokenizer. A lock on the folder keeps two preparations of one
-corpus apart; it goes with its process. The folder carries a marker (see `outputs`): one without it
-is never touched. Given up: keeping the tasks whose input did not change.
+and the files of finished tasks. A preparation resumes only with an identical plan: inputs with
+their sizes and dates, fields, tokenizer. After any change all tasks run again. A lock on the folder
+keeps two preparations of one corpus apart; it goes with its process. A folder without this
+package's marker is never touched, and only files under this package's names are removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
+import platform
+import re
+import shutil
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 
-from megatron_meco.corpus.bulk import choose_encoder, encoder_digest, write_encoder
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader
-from megatron_meco.corpus.outputs import (
-    check_work_folder,
-    clear_work_folder,
-    is_work_folder,
-    make_marked_folder,
-    remove_temporary_files,
-    remove_work_folder,
-    work_folder_of,
-)
-from megatron_meco.corpus.sentences import sentences_digest
-from megatron_meco.corpus.sources import Part, SourceFile
-from megatron_meco.corpus.task_writer import write_synced
-from megatron_meco.corpus.tokenizer import build_tokenizer, resolve_eod, text_encoder
-from megatron_meco.corpus.wording import counted
+from megatron_meco.corpus.encoder import BulkEncoder, build_encoder, encoder_of
+from megatron_meco.corpus.outputs import MARKER, is_work_folder, work_folder_of
 from megatron_meco.errors import DataError
+from megatron_meco.whole_file import whole_file, whole_folder
+from megatron_meco.wording import counted
 
+_FORMAT = 1
+_LOGS = "logs"
+_WORK_FILES = re.compile(
+    r"\.?(task-\d{5,}|corpus|encoder\.json|plan\.json|executor\.pickle|publishing)(\..*)?"
+)
+_ENCODER = "encoder.json"
 _PLAN = "plan.json"
-_SAMPLED_TASKS = 8
-_SAMPLED_DOCUMENTS = 64
-
-ENCODERS = ("auto", "gigatoken", "huggingface")
-
-
-def build_encoder(
-    tokenizer_type: str,
-    tokenizer_model: str | None,
-    tokenizer_extra: dict[str, Any] | None = None,
-    sample: list[str] | None = None,
-    encoder: str = "auto",
-) -> dict[str, Any]:
-    """Build Megatron's tokenizer and decide how texts are encoded.
-
-    Args:
-        tokenizer_type: Megatron's `--tokenizer-type`.
-        tokenizer_model: Megatron's `--tokenizer-model`.
-        tokenizer_extra: Further tokenizer settings under Megatron's names.
-        sample: Texts to compare gigatoken's ids on.
-        encoder: `auto`; `gigatoken` refuses to fall back; `huggingface` never compares.
-
-    Returns:
-        What a work folder keeps of it: `kind`, `reason`, `eod`, `eod_text`, `vocab_size`, `dtype`.
-
-    Raises:
-        FlagError: The tokenizer cannot be built, or has no EOD in its vocabulary.
-        DataError: gigatoken was asked for and gives other ids.
-    """
-    tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, **(tokenizer_extra or {}))
-    from megatron.core.datasets.indexed_dataset import DType
-
-    eod = resolve_eod(tokenizer)
-    chosen = choose_encoder(
-        text_encoder(tokenizer), sample or [], allow_gigatoken=encoder != "huggingface"
-    )
-    if encoder == "gigatoken" and chosen["kind"] != "gigatoken":
-        raise DataError(
-            f"gigatoken cannot be used ({chosen['reason']})",
-            where="--encoder gigatoken",
-            remedy="Leave --encoder out.",
-        )
-    return {
-        **chosen,
-        "eod": eod,
-        "eod_text": str(tokenizer.detokenize([eod])),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
-    }
 
 
 def make_work_folder(
     folder: str | os.PathLike[str], *, sentences: dict[str, Any] | None = None, **tokenizer: Any
 ) -> dict[str, Any]:
-    """Make a folder that a `MegatronWriter` of one's own pipeline can write to.
+    """Make a folder for a `MegatronWriter` in your own pipeline.
 
     Args:
-        folder: The folder, which is made, or one that this function has made before; all tasks must
-            reach it.
-        sentences: What `learn_sentences` returned, to store each document as several sequences.
+        folder: A new folder, or one from an earlier call; all tasks must reach it.
+        sentences: From `learn_sentences`, to store each document as several sequences.
         **tokenizer: The arguments of `build_encoder`.
 
     Returns:
         What `build_encoder` returns, and `sentences`.
 
     Raises:
-        MeCoError: As `build_encoder`; or the folder is there and is somebody else's.
+        MeCoError: As `build_encoder`; or the folder exists and was not made by this function.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -117,35 +64,136 @@ def make_work_folder(
     return chosen
 
 
-def sample_texts(tasks: list[list[Part]], text_field: str) -> list[str]:
-    """Return texts from all over the input; what cannot be read comes up when it is prepared."""
-    texts: list[str] = []
-    step = max(len(tasks) // _SAMPLED_TASKS, 1)
-    for rank in range(0, len(tasks), step):
-        reader = TaskReader(tasks, text_field, RejectedRecords(), ())
-        try:
-            found = itertools.islice(reader.run(rank=rank), _SAMPLED_DOCUMENTS)
-            texts += [document.text for document in found]
-        except DataError:
-            continue
-    return texts
+def make_marked_folder(path: Path) -> None:
+    """Make a new work folder; it appears with its marker.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+
+    def refuse(reason: str) -> DataError:
+        return DataError(
+            f"cannot be made ({reason})",
+            where=str(path),
+            remedy="Choose an --output in a folder that can be written.",
+        )
+
+    with whole_folder(path, refuse) as folder:
+        marker = {"format": _FORMAT, "made_by": "megatron-meco"}
+        (folder / MARKER).write_text(json.dumps(marker), encoding="utf-8")
 
 
-def plan_of(
-    files: list[SourceFile],
-    text_field: str,
-    metadata_fields: tuple[str, ...],
-    chosen: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what must be the same for an unfinished preparation to go on."""
-    return {
-        "format": 2,
-        "inputs": [[file.path, file.num_bytes, file.stamp] for file in files],
-        "text_field": text_field,
-        "metadata_fields": list(metadata_fields),
-        "tokenizer": [encoder_digest(chosen), chosen["eod"], chosen["vocab_size"], chosen["dtype"]],
-        "sentences": sentences_digest(chosen["sentences"]),
-    }
+def check_work_folder(path: Path) -> None:
+    """Refuse an existing folder that this version of this package did not make.
+
+    Raises:
+        DataError: It is no work folder of this version.
+    """
+    if path.is_symlink() or not is_work_folder(path):
+        raise DataError(
+            "is no work folder that this package made, and stays as it is",
+            where=str(path),
+            remedy="Move or remove it yourself, or choose another --output.",
+        )
+    try:
+        found: Any = orjson.loads((path / MARKER).read_bytes())
+    except (OSError, ValueError):
+        found = None
+    told = found.get("format") if isinstance(found, dict) else None
+    if told != _FORMAT:
+        raise DataError(
+            f"a work folder of format {told!r}, this version has {_FORMAT}",
+            where=str(path / MARKER),
+            remedy="Go on with the version that made it, or remove the folder.",
+        )
+
+
+def clear_work_folder(path: Path) -> None:
+    """Remove this package's files from a work folder, apart from its marker.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name == _LOGS and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif _WORK_FILES.fullmatch(entry.name) and not entry.is_dir():
+            entry.unlink()
+
+
+def remove_temporary_files(path: Path) -> None:
+    """Remove the files of killed writers from a work folder in which nobody writes.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for entry in list(path.iterdir()):
+        if entry.name.startswith(".") and _WORK_FILES.fullmatch(entry.name):
+            entry.unlink()
+
+
+def remove_work_folder(path: Path) -> None:
+    """Remove a work folder; it stays, with its marker, if it holds files of another origin.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    clear_work_folder(path)
+    if [entry.name for entry in path.iterdir()] == [MARKER]:
+        (path / MARKER).unlink()
+        path.rmdir()
+
+
+def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
+    """Write an encoder to a folder, for the processes that work there.
+
+    Args:
+        folder: The folder.
+        chosen: From `choose_encoder`, and anything else that belongs to it.
+
+    Raises:
+        DataError: The folder cannot be written to.
+    """
+    write_synced(folder / _ENCODER, json.dumps({**chosen, "compared_on": platform.node()}))
+
+
+@lru_cache(maxsize=2)
+def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
+    """Return the encoder in a folder and its settings; one process loads it once.
+
+    Raises:
+        DataError: There is none.
+    """
+    settings = load_settings(folder)
+    try:
+        return encoder_of(settings), settings
+    # Damaged tokenizers raise exceptions of any type.
+    except Exception as error:
+        raise _no_encoder(folder, error) from error
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """Return what `write_encoder` was given.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        settings = orjson.loads((folder / _ENCODER).read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise _no_encoder(folder, error) from None
+    return settings
+
+
+def _no_encoder(folder: Path, error: Exception) -> DataError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(
+        f"no readable encoder ({reason})",
+        where=str(folder / _ENCODER),
+        remedy="Remove the work folder, and prepare again.",
+    )
 
 
 class WorkFolder:
@@ -168,7 +216,7 @@ class WorkFolder:
         return self
 
     def _locked(self) -> int | None:
-        """Return the folder opened and locked; None where its owner was done and removed it."""
+        """Return the opened and locked folder; None if its owner finished and removed it."""
         descriptor = None
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -198,7 +246,7 @@ class WorkFolder:
         try:
             make_marked_folder(self.path)
         except DataError:
-            # Another process may have made it in between.
+            # Another process may have made it meanwhile.
             if not is_work_folder(self.path):
                 raise
 
@@ -220,13 +268,13 @@ class WorkFolder:
         restart: bool,
         is_alone: bool = True,
     ) -> None:
-        """Begin a preparation, or go on with one.
+        """Begin a preparation, or resume one.
 
         Args:
             plan: What is prepared.
             chosen: The encoder.
-            restart: Whether to start afresh where the unfinished one is another.
-            is_alone: Whether no task of an earlier call can be at work still, as on a cluster.
+            restart: Whether to start afresh if the unfinished work is of another plan.
+            is_alone: Whether no task of an earlier call can still be running, as on a cluster.
 
         Raises:
             DataError: An unfinished preparation of something else is here.
@@ -265,13 +313,13 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove the folder, as far as it is this package's."""
         with contextlib.suppress(OSError):
-            # Another process may have made a new one since this one's was removed.
+            # Another process may have removed this one and made a new one.
             if self._lock and os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 remove_work_folder(self.path)
 
 
 def _difference(earlier: Any, plan: dict[str, Any]) -> str:
-    # An import of shards has no inputs.
+    # An import of shards has no `inputs`.
     if not isinstance(earlier, dict) or not _are_inputs(earlier.get("inputs", [])):
         return f"{_PLAN} is damaged"
     before, now = earlier.get("inputs", []), plan.get("inputs", [])
@@ -290,4 +338,28 @@ def _difference(earlier: Any, plan: dict[str, Any]) -> str:
 def _are_inputs(told: Any) -> bool:
     return isinstance(told, list) and all(
         isinstance(one, list) and list(map(type, one)) == [str, int, str] for one in told
+    )
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a small file atomically.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    with whole_file(path, lambda reason: cannot_write_for(reason, path)) as file:
+        file.write(text.encode())
+
+
+def cannot_write(error: OSError, path: Path) -> DataError:
+    """Return the error for a disk that is full or read-only."""
+    return cannot_write_for(error.strerror or str(error), error.filename or path)
+
+
+def cannot_write_for(reason: str, path: str | Path) -> DataError:
+    """Return the error for a file that cannot be written, with the reason in a few words."""
+    return DataError(
+        f"cannot be written ({reason})",
+        where=str(path),
+        remedy="Free space, or choose another --output; finished work is kept.",
     )

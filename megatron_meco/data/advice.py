@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_meco.config import CONDITIONED, COOLDOWN, PACKING_STRATEGIES, MeCoConfig
+from megatron_meco.config import CONDITIONED, COOLDOWN, PACKING_STRATEGIES, PLAIN, MeCoConfig
 from megatron_meco.data.packing import PlanCounts
 from megatron_meco.data.report import Run, corpora_of, percent
 from megatron_meco.errors import MeCoError
@@ -32,8 +32,7 @@ def advice(run: Run, report: Mapping[str, Any], config: MeCoConfig, seq_length: 
         seq_length: Tokens of a sample.
     """
     lines = []
-    for phase in (CONDITIONED, COOLDOWN):
-        counts = report["phases"][phase]
+    for phase, counts in report["phases"].items():
         if counts["packs"]:
             corpora = corpora_of(getattr(run.train, phase))
             lines += _of_packing(phase, counts, corpora, config, seq_length)
@@ -97,6 +96,8 @@ def _of_length(
                 f"a larger meco-cooldown-documents (now {distinct:,} documents), or corpora of its "
                 "own (meco-cooldown-data-path)"
             )
+        if phase == PLAIN:
+            remedies.append(f"a larger meco-start-documents (now {distinct:,} documents)")
         lines.append(
             f"{phase}: its {distinct:,} documents are shown up to {counts['num_epochs']} times. "
             f"That needs more documents, or {', or '.join(remedies)}."

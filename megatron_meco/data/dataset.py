@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_meco import _core
 from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, MeCoConfig, View
-from megatron_meco.corpus.bulk import fast_encoder
+from megatron_meco.corpus.encoder import fast_encoder
 from megatron_meco.corpus.metadata import open_metadata
 from megatron_meco.corpus.tokenizer import (
     check_tokenizer,
@@ -78,7 +78,7 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
     """The user's choices about metadata."""
 
     phase: str = CONDITIONED
-    """`CONDITIONED` (documents with prefixes) or `COOLDOWN` (documents alone)."""
+    """`CONDITIONED` (documents with prefixes); `PLAIN` or `COOLDOWN` (documents alone)."""
 
     document_share: tuple[float, float] = (0.0, 1.0)
     """Training documents of this phase: a half-open range of the permuted order, as fractions."""
@@ -92,6 +92,9 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
 
     compare: bool = False
     """Whether samples have `meco_compared`; for evaluation."""
+
+    mark_padding: bool = False
+    """Whether samples have `meco_padding`; for models that count the tokens of each expert."""
 
     def __post_init__(self) -> None:
         check_dataset_options(self)
@@ -146,7 +149,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
 
     Attributes:
         corpus_prefix: Path of the corpus without suffix.
-        prefixes: Prefix of each document; None in the cooldown and with an empty template.
+        prefixes: Prefix of each document; None outside of the conditioned phase and with an empty
+            template.
         plan: Documents of each pack.
 
     Raises:
@@ -258,6 +262,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 label is a body token that the comparison of views counts, else 0: those of
                 documents whose prefix differs between the conditioned and the shuffled view. They
                 are in the loss, and the same tokens in all views of a pack.
+            meco_padding: With `config.mark_padding` only. (sequence_length,), bool: tokens of no
+                document, behind the last one or behind each (`--meco-pad-documents-to`).
         """
         arrays = self._assemble(0 if idx is None else int(idx))
         tokens, labels, loss_mask, position_ids, cu_seqlens, longest, prefix_tokens = arrays
@@ -272,10 +278,23 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         }
         if self.config.compare:
             sample["meco_compared"] = torch.from_numpy(self._assembler.compared(idx or 0))
+        if self.config.mark_padding:
+            sample["meco_padding"] = self._padding(idx or 0)
         if idx is None:
             for mask in {"loss_mask", "meco_compared"} & sample.keys():
                 sample[mask].zero_()
         return sample
+
+    def _padding(self, idx: int) -> torch.Tensor:
+        padding = torch.zeros(self.config.sequence_length, dtype=torch.bool)
+        end = 0
+        for piece in self._assembler.pieces(idx):
+            body = piece.body_end - piece.body_begin
+            begin = end + piece.has_bos + piece.prefix_tokens + body
+            end = begin + piece.padding
+            padding[begin:end] = True
+        padding[end:] = True
+        return padding
 
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
         """Pieces of pack `idx`, as people and tests read them.
@@ -319,6 +338,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             return None
         if self.config.phase == COOLDOWN:
             return "the cooldown has no prefixes"
+        if self.config.phase != CONDITIONED:
+            return "the plain phase has no prefixes"
         if not self.config.meco.template:
             return "there is no template"
         if self.config.hide_prefixes:
@@ -386,7 +407,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         return np.concatenate([self.dataset.get(int(s)) for s in range(begin, end)])
 
     def _load_prefixes(self) -> PrefixTable | None:
-        if self.config.phase == COOLDOWN or not self.config.meco.template:
+        if self.config.phase != CONDITIONED or not self.config.meco.template:
             return None
         tokenizer, template = self.config.tokenizer, self.config.template
         return load_prefix_table(

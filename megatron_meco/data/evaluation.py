@@ -48,3 +48,21 @@ class EvaluationBlocks:
         number, turn = divmod(place, len(EVALUATION_VIEWS))
         complete = (number + 1) * len(EVALUATION_VIEWS) <= self.size
         return block * self.packs + number, EVALUATION_VIEWS[turn], complete
+
+
+@dataclass(frozen=True)
+class FullEvaluation:
+    """Evaluations that each read a whole split: every pack once in each view.
+
+    Attributes:
+        batch: The evaluation's global batch size. Samples without labels in the loss fill the last
+            batch of an evaluation.
+        begin: Any sample at which an evaluation begins, as in `EvaluationBlocks`.
+        number: Evaluations from there on.
+        sets: Paths of the corpora whose losses are reported apart; empty: all in one.
+    """
+
+    batch: int
+    begin: int
+    number: int
+    sets: tuple[str, ...] = ()

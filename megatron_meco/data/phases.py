@@ -1,8 +1,8 @@
-"""The phase of each sample and iteration: conditioned, then cooldown.
+"""The phase of each sample and iteration: plain if asked for, conditioned, then cooldown.
 
 A run consumes samples 0, 1, 2, ... in order (Megatron's `single` sampler), and the phase depends on
-the sample index alone. So the switch depends neither on world size nor on restarts.
-`make_schedule` computes its index from the flags, also for a batch size that grows in steps.
+the sample index alone. So the switches depend neither on world size nor on restarts.
+`make_schedule` computes their indices from the flags, also for a batch size that grows in steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import pairwise
 
-from megatron_meco.config import CONDITIONED, COOLDOWN, MeCoConfig
+from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, PLAIN, MeCoConfig
 from megatron_meco.errors import FlagError
 
 
@@ -103,36 +103,65 @@ class BatchSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Length of a run and of its conditioned phase.
+    """Length of a run, and where its phases end.
 
     Attributes:
         num_iterations: Steps of the whole run.
         num_samples: Samples of the whole run.
-        switch_iteration: Steps of the conditioned phase.
-        switch_sample: Samples of the conditioned phase; sample `i` is conditioned when
-            `i < switch_sample`.
+        switch_iteration: Steps before the cooldown.
+        switch_sample: Samples before the cooldown; sample `i` is conditioned when
+            `start_sample <= i < switch_sample`.
+        start_iteration: Steps before the conditioned phase, on plain documents.
+        start_sample: Samples before the conditioned phase.
     """
 
     num_iterations: int
     num_samples: int
     switch_iteration: int
     switch_sample: int
+    start_iteration: int = 0
+    start_sample: int = 0
 
     def describe(self) -> str:
         """The whole run in one line."""
+        if self.start_iteration:
+            return (
+                f"iterations 1 to {self.start_iteration} plain, "
+                f"{self.start_iteration + 1} to {self.switch_iteration} conditioned, "
+                f"{self.switch_iteration + 1} to {self.num_iterations} cooldown (switches at "
+                f"samples {self.start_sample} and {self.switch_sample} of {self.num_samples})"
+            )
         return (
             f"iterations 1 to {self.switch_iteration} conditioned, "
             f"{self.switch_iteration + 1} to {self.num_iterations} cooldown "
             f"(switch at sample {self.switch_sample} of {self.num_samples})"
         )
 
+    @property
+    def switches(self) -> tuple[tuple[int, int, str, str], ...]:
+        """Each switch: iteration, sample, the phase before it and the phase after it."""
+        cooldown = (self.switch_iteration, self.switch_sample, CONDITIONED, COOLDOWN)
+        if not self.start_iteration:
+            return (cooldown,)
+        return (self.start_iteration, self.start_sample, PLAIN, CONDITIONED), cooldown
+
     def phase_of_sample(self, index: int) -> str:
         """The phase of a global sample index."""
+        if index < self.start_sample:
+            return PLAIN
         return CONDITIONED if index < self.switch_sample else COOLDOWN
 
     def phase_of_iteration(self, iteration: int) -> str:
         """The phase of the step that follows `iteration` finished steps."""
+        if iteration < self.start_iteration:
+            return PLAIN
         return CONDITIONED if iteration < self.switch_iteration else COOLDOWN
+
+    def samples_of(self, phase: str) -> range:
+        """The global sample indices of a phase."""
+        ends = (0, self.start_sample, self.switch_sample, self.num_samples)
+        number = PHASES.index(phase)
+        return range(ends[number], ends[number + 1])
 
     def documents_held_out(self, config: MeCoConfig) -> float:
         """Share of the training documents held out for the cooldown.
@@ -156,6 +185,52 @@ class Schedule:
                 )
         return share
 
+    def documents_of_start(self, config: MeCoConfig, held_out: float) -> float:
+        """Share of the training documents for the plain phase; the conditioned one has the rest.
+
+        Args:
+            config: Gives the share, if the user does.
+            held_out: Share held out for the cooldown.
+
+        Raises:
+            FlagError: The plain phase or the conditioned phase has no documents.
+        """
+        if not self.start_sample:
+            return 0.0
+        share = config.start_documents
+        if share is None:
+            return (1 - held_out) * self.start_sample / self.switch_sample
+        if not 0 < share < 1 - held_out:
+            phase = CONDITIONED if share else PLAIN
+            rest = f", after the cooldown's share {held_out!r}" if share and held_out else ""
+            raise FlagError(
+                f"{share!r} leaves no document to the {phase} phase{rest}",
+                where="--meco-start-documents",
+                remedy="Give a larger share." if phase == PLAIN else "Give a smaller share.",
+            )
+        return share
+
+    def document_shares(
+        self, config: MeCoConfig, *, own_cooldown: bool
+    ) -> dict[str, tuple[float, float]]:
+        """Training documents of each phase: half-open ranges of the permuted order, as fractions.
+
+        Args:
+            config: Gives the shares, if the user does.
+            own_cooldown: Whether the cooldown has corpora of its own, and all of their documents.
+
+        Raises:
+            FlagError: A phase has samples and no documents.
+        """
+        held_out = 0.0 if own_cooldown else self.documents_held_out(config)
+        start = self.documents_of_start(config, held_out)
+        # 0 and 1, not 0.0 and 1.0: they are part of the names of Megatron's caches.
+        return {
+            PLAIN: (0, start),
+            CONDITIONED: (start or 0, 1 - held_out),
+            COOLDOWN: (0, 1) if own_cooldown else (1 - held_out, 1),
+        }
+
 
 def make_schedule(
     config: MeCoConfig,
@@ -167,13 +242,14 @@ def make_schedule(
     """The schedule of a run, from the flags that decide it.
 
     Args:
-        config: Gives the cooldown's fraction or first iteration.
+        config: Gives the fractions or first iterations of the phases.
         batch_size: The global batch size, constant or growing.
         train_iterations: `--train-iters`; exactly one of this and `train_samples` is given.
         train_samples: `--train-samples`.
 
     Raises:
-        FlagError: When neither or both are given, or the cooldown starts after the run ends.
+        FlagError: When neither or both are given, the cooldown starts after the run ends, or the
+            conditioned phase does not start before the cooldown.
     """
     if (train_iterations is None) == (train_samples is None):
         raise FlagError(
@@ -195,11 +271,25 @@ def make_schedule(
             where="--meco-cooldown-start-iteration",
             remedy=f"Give {train_iterations} for a run without cooldown, or a smaller number.",
         )
+    start, flag = config.start_iteration, "--meco-start-iteration"
+    if start is None:
+        flag = "--meco-start-fraction"
+        start = _share_of(train_iterations, config.start_fraction)
+    if start and start >= switch:
+        given = start if config.start_iteration is not None else config.start_fraction
+        raise FlagError(
+            f"leaves no iteration with metadata: the first {start} would be plain, and the "
+            f"cooldown starts after iteration {switch} of {train_iterations}",
+            where=f"{flag} {given}",
+            remedy="Start earlier, or move the cooldown (--meco-cooldown-start-iteration).",
+        )
     return Schedule(
         num_iterations=train_iterations,
         num_samples=num_samples,
         switch_iteration=switch,
         switch_sample=batch_size.samples_after(switch),
+        start_iteration=start,
+        start_sample=batch_size.samples_after(start),
     )
 
 

@@ -45,6 +45,7 @@ from megatron_meco.data.template import (
     Placeholder,
     Template,
     cut_at_tokens,
+    in_current_syntax,
     num_frequent,
 )
 from megatron_meco.errors import DataError, FlagError
@@ -148,6 +149,8 @@ def load_prefix_table(
         key["seed"] = seed
     if template.has_groups:
         key["groups"] = True  # earlier versions took [[ for text
+    elif in_current_syntax(template.source, 1) != template.source and not template.tokens:
+        key["brackets"] = True  # likewise: of [[[[ they kept all four
     identity = digest(key)
     path = cache_folder / f"{identity}-prefixes.meco"
 

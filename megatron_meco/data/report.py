@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_meco.config import CONDITIONED, COOLDOWN, View
+from megatron_meco.config import CONDITIONED, PHASES, PLAIN, View
 from megatron_meco.data.packing import PlanCounts
 from megatron_meco.data.phases import Schedule
 
@@ -48,24 +48,27 @@ def plan_report(run: Run) -> dict[str, Any]:
     """Statistics of a run's training plans, JSON-serializable.
 
     Returns:
-        `phases` ({conditioned, cooldown}), `total` (each with the counts of `PlanCounts`),
-        `switch_iteration`, `switch_sample`, `num_iterations`, `num_samples`, `valid_packs`,
+        `phases` ({conditioned, cooldown}, before them `plain` in a run that has it), `total` (each
+        with the counts of `PlanCounts`), `switch_iteration`, `switch_sample`, in a run with a plain
+        phase `start_iteration`, `start_sample`, `num_iterations`, `num_samples`, `valid_packs`,
         `test_packs`, and of the corpora of the conditioned phase, the documents of all splits:
         `documents_of_conditioned_corpora`, `documents_without_value`, `documents_with_long_prefix`.
     """
+    s = run.schedule
     parts = {
-        CONDITIONED: corpora_of(run.train.conditioned),
-        COOLDOWN: corpora_of(run.train.cooldown),
+        phase: corpora_of(getattr(run.train, phase))
+        for phase in PHASES
+        if phase != PLAIN or s.start_sample
     }
     counts = {
         phase: PlanCounts.total(corpus.plan.counts for corpus in corpora)
         for phase, corpora in parts.items()
     }
     tables = [c.prefixes for c in parts[CONDITIONED] if c.prefixes is not None]
-    s = run.schedule
     return {
         "switch_iteration": s.switch_iteration,
         "switch_sample": s.switch_sample,
+        **start_of(s),
         "num_iterations": s.num_iterations,
         "num_samples": s.num_samples,
         "phases": {phase: _counts_json(c) for phase, c in counts.items()},
@@ -75,6 +78,16 @@ def plan_report(run: Run) -> dict[str, Any]:
         "documents_of_conditioned_corpora": sum(len(t.prefix_ids) for t in tables),
         "documents_without_value": sum(t.documents_without_value for t in tables),
         "documents_with_long_prefix": sum(t.documents_with_long_prefix for t in tables),
+    }
+
+
+def start_of(schedule: Schedule) -> dict[str, int]:
+    """`start_iteration` and `start_sample` of a run with a plain phase; else nothing."""
+    if not schedule.start_sample:
+        return {}
+    return {
+        "start_iteration": schedule.start_iteration,
+        "start_sample": schedule.start_sample,
     }
 
 
@@ -114,9 +127,9 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
     """One sample, JSON-serializable, and the `MeCoGPTDataset` it comes from.
 
     Returns:
-        `sample`, `phase` ("conditioned", "cooldown", or the view of a validation pack: "plain"
-        without prefixes, "shuffled" with those of other documents), `corpus`, `pack`, the arrays of
-        the sample, `cu_seqlens` without its fixed-length tail, and `documents`.
+        `sample`, `phase` ("plain", "conditioned", "cooldown", or the view of a validation pack:
+        "plain" without prefixes, "shuffled" with those of other documents), `corpus`, `pack`, the
+        arrays of the sample, `cu_seqlens` without its fixed-length tail, and `documents`.
     """
     arrays = dataset[index]
     source, pack = dataset.locate(index) if hasattr(dataset, "locate") else (dataset, index)

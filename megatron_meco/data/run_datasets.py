@@ -6,7 +6,9 @@ validation and test show every pack once in each view, evaluation by evaluation.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +16,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_meco.config import COOLDOWN, View
+from megatron_meco.config import CONDITIONED, COOLDOWN, PHASES, PLAIN, View
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig, Sample
-from megatron_meco.data.evaluation import EVALUATION_VIEWS, EvaluationBlocks
+from megatron_meco.data.evaluation import EVALUATION_VIEWS, EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import Schedule
 from megatron_meco.errors import DataError
 
@@ -40,14 +42,17 @@ class _Composed(torch.utils.data.Dataset[Sample]):
 
 
 class PhasedDataset(_Composed):
-    """Training samples: conditioned below `schedule.switch_sample`, cooldown from there on.
+    """Training samples, phase by phase.
 
-    The phase depends on the sample index alone, so neither rank nor order of access matters.
+    They are plain below `schedule.start_sample`, conditioned below `schedule.switch_sample` and
+    cooldown from there on. The phase depends on the sample index alone, so neither rank nor order
+    of access matters.
 
     Attributes:
         split: Megatron's loader asks for it.
-        conditioned: The first phase, or None if it has no samples.
-        cooldown: The second phase, or None if it has no samples.
+        plain: The phase before the conditioned one, or None if it has no samples (the default).
+        conditioned: The phase with metadata, or None if it has no samples.
+        cooldown: The last phase, or None if it has no samples.
         num_spare: Number of extra samples, which repeat the last one. Megatron's loader needs at
             least one sample, even where a finished run is started again.
     """
@@ -55,7 +60,14 @@ class PhasedDataset(_Composed):
     split = Split.train
     num_spare = 0
 
-    def __init__(self, conditioned: Any | None, cooldown: Any | None, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        conditioned: Any | None,
+        cooldown: Any | None,
+        schedule: Schedule,
+        plain: Any | None = None,
+    ) -> None:
+        self.plain = plain
         self.conditioned = conditioned
         self.cooldown = cooldown
         self.schedule = schedule
@@ -64,18 +76,17 @@ class PhasedDataset(_Composed):
         return self.schedule.num_samples + self.num_spare
 
     @property
-    def parts(self) -> tuple[Any | None, Any | None]:
-        """Both phases."""
-        return self.conditioned, self.cooldown
+    def parts(self) -> tuple[Any | None, ...]:
+        """The phases, in the order of `config.PHASES`."""
+        return self.plain, self.conditioned, self.cooldown
 
     def locate(self, idx: int) -> tuple[Any, int]:
         """The phase's dataset and the index within it of global sample `idx`."""
         if not 0 <= idx < len(self):
             raise IndexError(idx)
         idx = min(idx, self.schedule.num_samples - 1)
-        if idx < self.schedule.switch_sample:
-            return self.conditioned, idx
-        return self.cooldown, idx - self.schedule.switch_sample
+        phase = self.schedule.phase_of_sample(idx)
+        return getattr(self, phase), idx - self.schedule.samples_of(phase).start
 
 
 class ViewsDataset(_Composed):
@@ -128,6 +139,69 @@ class ViewsDataset(_Composed):
         return self.views[view], pack
 
 
+class FullViewsDataset(_Composed):
+    """Validation samples: the whole split, again for each evaluation.
+
+    An evaluation has the sets one after the other, each pack by pack, each pack once in each view.
+    Samples without labels in the loss fill up its last batch. Samples carry `meco_view`, see
+    `ViewsDataset`, and `meco_set`, an int64 scalar: the number of their set.
+
+    Attributes:
+        sets: Of each set, the same packs in each view.
+        split: Megatron's loader asks for it.
+        evaluations: How many evaluations there are, and of what batches.
+        evaluation_size: Samples of an evaluation, a multiple of its batch.
+    """
+
+    def __init__(
+        self, sets: Sequence[Mapping[View, Any]], split: Split, evaluations: FullEvaluation
+    ) -> None:
+        self.sets = [dict(views) for views in sets]
+        self.split = split
+        self.evaluations = evaluations
+        # Where the samples of each set end.
+        lengths = [len(views) * min(map(len, views.values())) for views in self.sets]
+        self._ends = list(itertools.accumulate(lengths))
+        self.evaluation_size = -(-self._ends[-1] // evaluations.batch) * evaluations.batch
+
+    def __len__(self) -> int:
+        return self.evaluations.begin + self.evaluations.number * self.evaluation_size
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        place = self._place(idx or 0)
+        sample = super().__getitem__(idx)
+        number, view, _ = self._find(place)
+        sample |= {"meco_view": torch.tensor(int(view)), "meco_set": torch.tensor(number)}
+        if place >= self._ends[-1]:
+            for mask in {"loss_mask", "meco_compared"} & sample.keys():
+                sample[mask] = torch.zeros_like(sample[mask])
+        return sample
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The datasets of all sets and views."""
+        return tuple(dataset for views in self.sets for dataset in views.values())
+
+    def locate(self, idx: int) -> tuple[Any, int]:
+        """The dataset of the set and view, and the number of the pack, of sample `idx`."""
+        if not 0 <= idx < len(self):
+            raise IndexError(idx)
+        number, view, pack = self._find(self._place(idx))
+        return self.sets[number][view], pack
+
+    def _place(self, idx: int) -> int:
+        return (idx - self.evaluations.begin) % self.evaluation_size
+
+    def _find(self, place: int) -> tuple[int, View, int]:
+        # What fills up a batch repeats the last sample.
+        place = min(place, self._ends[-1] - 1)
+        number = bisect.bisect_right(self._ends, place)
+        views = list(self.sets[number])
+        begin = self._ends[number - 1] if number else 0
+        pack, turn = divmod(place - begin, len(views))
+        return number, views[turn], pack
+
+
 def build_datasets(
     sizes: Sequence[int | None],
     is_built_on_rank: Callable[[], bool],
@@ -135,6 +209,7 @@ def build_datasets(
     schedule: Schedule,
     cooldown_blend: Blend | None = None,
     evaluation: EvaluationBlocks | None = None,
+    full: FullEvaluation | None = None,
 ) -> tuple[Any | None, Any | None, Any | None]:
     """Build the training, validation and test datasets of a run.
 
@@ -150,6 +225,8 @@ def build_datasets(
             conditioned phase leaves out.
         evaluation: Which validation samples belong together; None: all of them. A test split is one
             evaluation of the same size.
+        full: Each evaluation reads the whole validation split. `sizes[1]` and `evaluation` are not
+            used, and a test split has as many samples as one evaluation.
 
     Returns:
         Training, validation and test dataset; None for a split without documents, and on a rank
@@ -161,15 +238,25 @@ def build_datasets(
     """
     build = _SplitBuilder(is_built_on_rank, config)
     train = _build_training(build, schedule, cooldown_blend)
-    valid = _build_evaluation(build, sizes[1], Split.valid, evaluation)
+    if full is not None:
+        valid = _build_full_validation(build, full)
+        if valid is not None:
+            evaluation = EvaluationBlocks(valid.evaluation_size)
+            sizes = [sizes[0], None, valid.evaluation_size if sizes[2] else 0]
+    else:
+        valid = _build_evaluation(build, sizes[1], Split.valid, evaluation)
     # Megatron reads it from the first sample on, whatever was read before.
     whole = None if evaluation is None else EvaluationBlocks(evaluation.size)
     test = _build_evaluation(build, sizes[2], Split.test, whole)
     if train is not None:
-        num_cooldown = schedule.num_samples - schedule.switch_sample
         path = "--meco-cooldown-data-path" if cooldown_blend else "--data-path"
-        _check_enough(train.conditioned, schedule.switch_sample, "conditioned phase", "--data-path")
-        _check_enough(train.cooldown, num_cooldown, "cooldown", path)
+        for phase, what, flag in (
+            (PLAIN, "plain phase", "--data-path"),
+            (CONDITIONED, "conditioned phase", "--data-path"),
+            (COOLDOWN, "cooldown", path),
+        ):
+            needed = len(schedule.samples_of(phase))
+            _check_enough(getattr(train, phase), needed, what, flag)
     for dataset, split in ((valid, Split.valid), (test, Split.test)):
         _check_enough(dataset, sizes[split.value], f"{split.name} split", "--data-path")
     return train, valid, test
@@ -206,21 +293,17 @@ def _only[T](split: Split, by_split: Sequence[T]) -> list[T | None]:
 def _build_training(
     build: _SplitBuilder, schedule: Schedule, cooldown_blend: Blend | None
 ) -> PhasedDataset | None:
-    conditioned = cooldown = None
-    held_out = 0.0 if cooldown_blend else schedule.documents_held_out(build.config.meco)
-    if schedule.switch_sample:
-        conditioned = build(schedule.switch_sample, Split.train, document_share=(0, 1 - held_out))
-    num_cooldown = schedule.num_samples - schedule.switch_sample
-    if num_cooldown and cooldown_blend:
-        own = {"blend": cooldown_blend, "blend_per_split": None, "split": "1,0,0"}
-        cooldown = build(num_cooldown, Split.train, phase=COOLDOWN, document_share=(0, 1), **own)
-    elif num_cooldown:
-        cooldown = build(
-            num_cooldown, Split.train, phase=COOLDOWN, document_share=(1 - held_out, 1)
-        )
-    if conditioned is None and cooldown is None:
+    shares = schedule.document_shares(build.config.meco, own_cooldown=bool(cooldown_blend))
+    parts: dict[str, Any] = {}
+    for phase in PHASES:
+        changes: dict[str, Any] = {"phase": phase, "document_share": shares[phase]}
+        if phase == COOLDOWN and cooldown_blend:
+            changes |= {"blend": cooldown_blend, "blend_per_split": None, "split": "1,0,0"}
+        # Without samples nothing is built.
+        parts[phase] = build(len(schedule.samples_of(phase)), Split.train, **changes)
+    if not any(part is not None for part in parts.values()):
         return None
-    return PhasedDataset(conditioned, cooldown, schedule)
+    return PhasedDataset(schedule=schedule, **parts)
 
 
 def _build_evaluation(
@@ -234,6 +317,32 @@ def _build_evaluation(
     packs = None if size is None else blocks.packs_for(size)
     views = {view: build(packs, split, view=view, compare=True) for view in EVALUATION_VIEWS}
     return None if None in views.values() else ViewsDataset(views, split, blocks, size)
+
+
+def _build_full_validation(build: _SplitBuilder, full: FullEvaluation) -> FullViewsDataset | None:
+    """The whole validation split in each view; None on a rank that holds no datasets.
+
+    Raises:
+        DataError: There are no documents to validate on.
+    """
+    views = EVALUATION_VIEWS if build.config.meco.template else (View.CONDITIONED,)
+    blends = [[None, ([corpus], None), None] for corpus in full.sets]
+    sets = []
+    for change in [{"blend_per_split": blend} for blend in blends] or [{}]:
+        built = {
+            view: build(None, Split.valid, view=view, compare=len(views) > 1, **change)
+            for view in views
+        }
+        if None not in built.values():
+            # The view of the baseline, which has no metadata to leave out.
+            sets.append(built if len(views) > 1 else {View.PLAIN: built[View.CONDITIONED]})
+    if not sets and build.is_built_on_rank():
+        raise DataError(
+            "there are no documents to validate on",
+            where="--full-validation",
+            remedy="Give --valid-data-path, or --split a share for validation, such as 99,1,0.",
+        )
+    return FullViewsDataset(sets, Split.valid, full) if sets else None
 
 
 def _check_enough(dataset: Any | None, needed: int | None, what: str, flag: str) -> None:

@@ -37,6 +37,10 @@ from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.errors import DataError, FlagError
 
 FLAG = "--meco-template"
+SYNTAX = 2
+"""Version of what a template means; raise it when one that could be read comes to mean something
+else. 2: `[[...]]` is a group and `{token:...}` a special token; in 1 the first was text, the second
+a field."""
 UNKNOWN = "unknown"
 """What a value outside the frequent ones is replaced by (the paper's word)."""
 
@@ -93,6 +97,7 @@ _TRAINING = ("keep", "shuffled")
 # Neighbours among these work in this order.
 _ORDERED = {"precision": 0, "default": 1, "top": 2, "min_documents": 2}
 _PIECE = re.compile(r"\\.?|\{\{|\}\}|\{([^{}]*)\}|[{}]|\[{2,}|\]{2,}", re.DOTALL)
+_PIECE_OF_1 = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|\[{2,}|\]{2,}")
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "[": "[", "]": "]"}
 _TOKEN = "token:"
 # Stands before the number of a special token in rendered bytes; UTF-8 has no such byte.
@@ -514,6 +519,44 @@ class Template:
             remedy=f"It holds: {', '.join(fields) or 'no fields'}. Name one of these in "
             f"{self.flag}, or prepare the corpus with that field.",
         )
+
+
+def syntax_of(fingerprint: Mapping[str, object] | None) -> int:
+    """The version of the template syntax that a run was trained with.
+
+    Args:
+        fingerprint: Of the run, as its checkpoints have it; None: from before there were any.
+    """
+    if fingerprint is None:
+        return 1
+    # Versions without the key are told apart by another one: it came with the second syntax.
+    found = fingerprint.get("template_syntax", 2 if "pad_documents_to" in fingerprint else 1)
+    return found if isinstance(found, int) else 1
+
+
+def in_current_syntax(source: str, syntax: int) -> str | None:
+    """Write a template of an earlier syntax as it is written today.
+
+    Args:
+        source: The template; unchanged if it means the same today.
+        syntax: The version that it was written for.
+
+    Returns:
+        None if it cannot be written any more.
+    """
+    if syntax >= SYNTAX:
+        return source
+    text, position = "", 0
+    for match in _PIECE_OF_1.finditer(source):
+        text += source[position : match.start()]
+        position = match.end()
+        if match[0][0] in "[]":
+            text += rf"\{match[0][0]}" * len(match[0])
+        elif (match[1] or "").startswith(_TOKEN):
+            return None
+        else:
+            text += match[0]
+    return text + source[position:]
 
 
 def num_frequent(placeholder: Placeholder, counts: NDArray[np.int64]) -> int:

@@ -269,14 +269,7 @@ def add_attribute_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_attribute(args: argparse.Namespace) -> int:
-    """Run `meco attribute`.
-
-    Args:
-        args: The parsed flags of `add_attribute_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco attribute`; returns the exit status, 0."""
     conditioning = conditioning_of(args)
     sources = _sources(args, conditioning)
     texts = _texts(args)

@@ -16,14 +16,24 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_meco.data.template import TRANSFORMS, PrefixText, Template
+from megatron_meco.data.template import (
+    SYNTAX,
+    TRANSFORMS,
+    PrefixText,
+    Template,
+    in_current_syntax,
+    syntax_of,
+)
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.untrusted.text_file import check_text, read_json
+from megatron_meco.wording import shown
 
 _FLAG = "--metadata"
 _CARD = "meco.json"
 NO_METADATA = "none"
 """Stands for no metadata on the command line."""
+NO_VALUES = "empty"
+"""Stands there for the prefix of a document without any value: special tokens, for example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class Conditioning:
             raise TypeError("its template is no text, or its fields are no list")
         if not all(isinstance(name, str) for name in fields):
             raise TypeError("its fields are no texts")
+        template = template_of_run(template, syntax_of_card(card))
         Template.parse(template).check_fields(fields, _CARD)
         return cls(template, tuple(fields))
 
@@ -96,6 +107,20 @@ class Conditioning:
                 one = Template(self.template, (placeholder,))
                 needed.update(one.fields(self.columns, _FLAG))
         return tuple(sorted(needed))
+
+    def prefix_of(self, values: Mapping[str, str] | None, where: str = _FLAG) -> str:
+        """The prefix of a condition of `parse_metadata`; '' for no metadata.
+
+        Args:
+            values: Those of the condition; None: the prefix of a document without any.
+            where: Where they were given, for messages.
+
+        Raises:
+            FlagError: As `render`.
+        """
+        if values is None:
+            return self.render({}, where)
+        return self.render(values, where) if values else ""
 
     def render(self, values: Mapping[str, str], where: str = _FLAG) -> PrefixText:
         """Render the prefix for given metadata.
@@ -145,6 +170,8 @@ class Conditioning:
                 remedy="Leave the flag out.",
             )
         uses = f"The template {self.template!r} uses: {', '.join(self.columns)}."
+        if not self.columns:
+            uses = f"The template {self.template!r} uses none: give `--metadata {NO_VALUES}`."
         for name, value in values.items():
             if name not in self.columns:
                 raise FlagError(f"unknown field {name!r}", where=where, remedy=uses)
@@ -183,26 +210,70 @@ def parse_values(words: Iterable[str], where: str = _FLAG) -> dict[str, str]:
     return found
 
 
-def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+def parse_metadata(given: Sequence[Sequence[str]]) -> list[dict[str, str] | None]:
     """Read the `--metadata` flags.
 
     Args:
-        given: The words after each `--metadata`: `field=value` ..., or `none`.
+        given: The words after each `--metadata`: `field=value` ..., `none`, or `empty`.
 
     Returns:
-        Conditions to show. The empty one, plain generation, always comes first, once.
+        Conditions to show, None for `empty`. The empty one, plain generation, always comes first,
+        once.
 
     Raises:
         FlagError: For a word that is neither.
     """
-    conditions: list[dict[str, str]] = [{}]
+    conditions: list[dict[str, str] | None] = [{}]
     for words in given:
-        if list(words) == [NO_METADATA]:
-            continue
-        values = parse_values(words)
+        values = parse_condition(words)
         if values not in conditions:
             conditions.append(values)
     return conditions
+
+
+def parse_condition(words: Sequence[str]) -> dict[str, str] | None:
+    """Read the words after one `--metadata`: {} for no metadata, None for no value."""
+    if list(words) == [NO_METADATA]:
+        return {}
+    return None if list(words) == [NO_VALUES] else parse_values(words)
+
+
+def spelled(values: Mapping[str, str] | None) -> str:
+    """A condition as its user gave it, safe to print."""
+    if values is None:
+        return NO_VALUES
+    return " ".join(f"{name}={shown(value)}" for name, value in values.items())
+
+
+def syntax_of_card(card: Mapping[str, Any]) -> int:
+    """The version of the template syntax that an exported model's card is written in."""
+    if "template_syntax" in card:
+        found = card["template_syntax"]
+        if not isinstance(found, int):
+            raise TypeError("its template syntax is no number")
+        return found
+    if "run_fingerprint" not in card:
+        return SYNTAX
+    fingerprint = card["run_fingerprint"]
+    if not isinstance(fingerprint, dict | None):
+        raise TypeError("its run fingerprint is no object")
+    return syntax_of(fingerprint)
+
+
+def template_of_run(template: str, syntax: int) -> str:
+    """A run's template as it is written today.
+
+    Raises:
+        FlagError: It cannot be written any more.
+    """
+    written = in_current_syntax(template, syntax)
+    if written is None:
+        raise FlagError(
+            f"{template!r} names a field {{token:...}}, which is a special token today",
+            where="the template of the run",
+            remedy="Rename the field in the metadata, and give a --template.",
+        )
+    return written
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -241,4 +312,6 @@ def _field_of(name: str) -> str:
 
 
 def _spelled(values: Mapping[str, str]) -> str:
+    if not values:
+        return "no value"
     return " ".join(f"{name}={value}" for name, value in values.items())

@@ -24,7 +24,7 @@ import yaml
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.flag_range import MOST, SEED, check_range
 from megatron_meco.inference.candidates import read_candidates
-from megatron_meco.inference.conditioning import NO_METADATA, Conditioning, parse_values
+from megatron_meco.inference.conditioning import Conditioning, parse_condition
 from megatron_meco.inference.eval_tables import of_paper, print_pairs, print_results, tell_cut
 from megatron_meco.inference.model_flags import (
     DEFAULT,
@@ -64,7 +64,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--metadata",
         nargs="+",
         metavar="FIELD=VALUE",
-        help="condition every task on these fields of the template, or `none`",
+        help="condition every task on these fields of the template, or `none`, or `empty` (the "
+        "prefix without any value)",
     )
     add(
         _METADATA_FILE,
@@ -110,14 +111,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Run `meco eval`.
-
-    Args:
-        args: The parsed flags of `add_eval_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco eval`; returns the exit status, 0."""
     with contextlib.ExitStack() as stack:
         if args.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -193,9 +187,9 @@ class _Plan:
 
 
 def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:
-    given = parse_values(args.metadata or []) if args.metadata != [NO_METADATA] else {}
+    given = parse_condition(args.metadata or [])
     per_task = _read_metadata_file(args.metadata_per_task)
-    prefix = conditioning.render(given) if given else ""
+    prefix = conditioning.prefix_of(given)
     prefixes = {
         task: conditioning.render(values, f"{_METADATA_FILE} {args.metadata_per_task}: {task}")
         for task, values in per_task.items()

@@ -288,14 +288,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Run `meco export`.
-
-    Args:
-        args: The parsed flags of `add_export_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco export`; returns the exit status, 0."""
     begin = time.monotonic()
     done = export(
         args.load,

@@ -19,7 +19,7 @@ from transformers import TextStreamer
 
 from megatron_meco.errors import FlagError
 from megatron_meco.flag_range import SEED, InRange
-from megatron_meco.inference.conditioning import Conditioning, parse_metadata
+from megatron_meco.inference.conditioning import Conditioning, parse_metadata, spelled
 from megatron_meco.inference.model import (
     LoadedModel,
     check_room,
@@ -116,7 +116,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="condition on these fields of the template, or `none`; repeat it to compare. "
+        help="condition on these fields of the template, or `none`, or `empty` (the prefix without "
+        "any value, as of special tokens alone); repeat it to compare. "
         "The text without metadata always comes first.",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -143,20 +144,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Run `meco generate`.
-
-    Args:
-        args: The parsed flags of `add_generate_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco generate`; returns the exit status, 0."""
     conditions = parse_metadata(args.metadata)
     _check_flags(args, conditions)
     prompts = [args.prompt] if args.prompt_file is None else _read_prompts(args.prompt_file)
     # Rendered before the model loads, because most mistakes show here.
     conditioning = Conditioning.of_folder(args.model, args.template)
-    prefixes = [conditioning.render(values) if values else "" for values in conditions]
+    prefixes = [conditioning.prefix_of(values) for values in conditions]
     loaded = load_model(args.model, args.device, args.template)
     for number, prompt in enumerate(prompts, 1):
         if len(prompts) > 1:
@@ -196,15 +190,14 @@ def _generate_one(
     print(f"({time.monotonic() - begin:.1f} s)", file=sys.stderr)
 
 
-def _heading(values: dict[str, str], prefix: str, guidance: float | None) -> str:
-    if not values:
+def _heading(values: dict[str, str] | None, prefix: str, guidance: float | None) -> str:
+    if values == {}:
         return "=== no metadata"
-    given = " ".join(f"{name}={shown(value)}" for name, value in values.items())
     strength = "" if guidance is None else f", guidance {guidance:g}"
-    return f"=== {given} (prefix {prefix!r}{strength})"
+    return f"=== {spelled(values)} (prefix {prefix!r}{strength})"
 
 
-def _check_flags(args: argparse.Namespace, conditions: list[dict[str, str]]) -> None:
+def _check_flags(args: argparse.Namespace, conditions: list[dict[str, str] | None]) -> None:
     if args.guidance is not None and len(conditions) == 1:
         raise FlagError(
             "has no effect without metadata",

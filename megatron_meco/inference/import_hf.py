@@ -336,14 +336,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Run `meco import`.
-
-    Args:
-        args: The parsed flags of `add_import_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco import`; returns the exit status, 0."""
     begin = time.monotonic()
     done = import_hf(args.model, args.output, tokenizer=args.tokenizer)
     seconds = time.monotonic() - begin

@@ -14,10 +14,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_meco import __version__
-from megatron_meco.config import COOLDOWN, MeCoConfig, add_meco_arguments
+from megatron_meco.config import COOLDOWN, PLAIN, MeCoConfig, add_meco_arguments
 from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.data.report import start_of
+from megatron_meco.data.template import SYNTAX, syntax_of
 from megatron_meco.errors import MeCoError
-from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.conditioning import NO_VALUES, Conditioning, template_of_run
 from megatron_meco.training.arguments import schedule_from_args
 from megatron_meco.wording import shown
 
@@ -39,13 +41,15 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
     """
     args = _with_meco_defaults(args)
     paths = _data_paths(args)
-    template = args.meco_template if args.meco else ""
+    known = getattr(args, "meco_fingerprint", None)
+    template = template_of_run(args.meco_template, syntax_of(known)) if args.meco else ""
     conditioning = Conditioning.of_run(template, _known_columns(paths))
     config = MeCoConfig.from_args(args)
     return {
         "format": FORMAT,
         "trained_with_meco": bool(args.meco),
         "template": template,
+        "template_syntax": SYNTAX,
         "fields": list(conditioning.columns),
         "required_fields": list(conditioning.required()),
         "bos_token_id": bos,
@@ -60,7 +64,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
         "data_paths": paths,
         "cooldown_data_paths": list(config.cooldown_data_path),
         # See megatron_meco.training.run_fingerprint; older checkpoints have none.
-        "run_fingerprint": getattr(args, "meco_fingerprint", None),
+        "run_fingerprint": known,
         "versions": {
             "megatron-meco": __version__,
             "megatron-core": _version("megatron-core"),
@@ -109,13 +113,21 @@ def _training_lines(card: dict[str, Any]) -> list[str]:
         return [*lines, "- Trained without metadata."]
     lines += [
         f"- Trained with metadata conditioning, template {_code(card['template'])}, in iterations "
-        f"1 to {schedule['switch_iteration']:,}; the rest is the cooldown on plain documents.",
+        f"{schedule.get('start_iteration', 0) + 1:,} to {schedule['switch_iteration']:,}; the rest "
+        f"is the cooldown on plain documents{_before(schedule)}.",
         f"- Packing: {card['packing']}, sequences of {card['sequence_length']:,} tokens, seed "
         f"{card['seed']}.",
     ]
-    if schedule["phase"] != COOLDOWN:
+    if schedule["phase"] == PLAIN:
+        lines.append("- **Exported before its conditioned phase: it has seen no metadata yet.**")
+    elif schedule["phase"] != COOLDOWN:
         lines.append("- **Exported before its cooldown: expect it to do worse without metadata.**")
     return lines
+
+
+def _before(schedule: dict[str, Any]) -> str:
+    start = schedule.get("start_iteration")
+    return f", as were iterations 1 to {start:,}" if start else ""
 
 
 def _data_lines(card: dict[str, Any]) -> list[str]:
@@ -161,8 +173,8 @@ def _conditioning_lines(card: dict[str, Any]) -> list[str]:
         prefix = conditioning.render({"url": _EXAMPLE_URL})
         lines += [f"    url={_EXAMPLE_URL}  ->  {prefix!r}", ""]
     if not conditioning.columns:
-        return [*lines, f"    {conditioning.render({})!r}", ""]
-    given = " ".join(f"{shown(name)}=..." for name in conditioning.columns)
+        lines += [f"    {conditioning.render({})!r}", ""]
+    given = " ".join(f"{shown(name)}=..." for name in conditioning.columns) or NO_VALUES
     return [
         *lines,
         f"    meco generate --model THIS_FOLDER --metadata {given} --prompt TEXT",
@@ -179,6 +191,7 @@ def _schedule(args: Namespace, iteration: int) -> dict[str, Any]:
         "num_samples": schedule.num_samples,
         "switch_iteration": schedule.switch_iteration,
         "switch_sample": schedule.switch_sample,
+        **start_of(schedule),
         # Of the last step that this checkpoint has seen.
         "phase": schedule.phase_of_iteration(max(iteration - 1, 0)),
     }

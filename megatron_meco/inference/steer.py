@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_meco.errors import FlagError, MeCoError
 from megatron_meco.flag_range import COUNT, SEED, InRange, check_range
-from megatron_meco.inference.conditioning import Conditioning, parse_metadata
+from megatron_meco.inference.conditioning import Conditioning, parse_metadata, spelled
 from megatron_meco.inference.model import load_model
 from megatron_meco.inference.model_flags import (
     DEFAULT,
@@ -33,7 +33,7 @@ from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
-from megatron_meco.wording import JSON_HELP, aligned, counted, first_line, json_line, shown
+from megatron_meco.wording import JSON_HELP, aligned, counted, first_line, json_line
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -225,7 +225,8 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="sample behind these fields of the template; repeat it to compare. Samples from BOS "
+        help="sample behind these fields of the template, or `empty` (the prefix without any "
+        "value); repeat it to compare. Samples from BOS "
         "alone are always included",
     )
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
@@ -265,14 +266,7 @@ def add_steer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_steer(args: argparse.Namespace) -> int:
-    """Run `meco steer`.
-
-    Args:
-        args: The parsed flags of `add_steer_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco steer`; returns the exit status, 0."""
     remedy = "Give 0 or more, and not more than --max-new-tokens."
     check_range("--min-new-tokens", args.min_new_tokens, 0, args.max_new_tokens, remedy)
     conditions = parse_metadata(args.metadata)
@@ -320,12 +314,12 @@ def run_steer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _names(conditions: list[dict[str, str]], conditioning: Conditioning) -> dict[str, str]:
+def _names(conditions: list[dict[str, str] | None], conditioning: Conditioning) -> dict[str, str]:
     """Names of the conditions by their rendered prefix; '' is no metadata."""
     names: dict[str, str] = {}
     for values in conditions:
-        prefix = conditioning.render(values) if values else ""
-        name = " ".join(f"{field}={shown(value)}" for field, value in values.items())
+        prefix = conditioning.prefix_of(values)
+        name = spelled(values)
         if prefix in names:
             raise FlagError(
                 f"{names[prefix]} and {name} give the same prefix {prefix!r}",

@@ -213,14 +213,7 @@ def add_sweep_urls_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_sweep_urls(args: argparse.Namespace) -> int:
-    """Run `meco sweep-urls`.
-
-    Args:
-        args: The parsed flags of `add_sweep_urls_arguments`.
-
-    Returns:
-        The exit status, 0.
-    """
+    """Run `meco sweep-urls`; returns the exit status, 0."""
     _check_flags(args)
     candidates = _candidates(args)
     target = _text_target(args, candidates) if args.task is None else _task_target(args)

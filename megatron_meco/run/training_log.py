@@ -17,8 +17,10 @@ _NUMBER = r"[-+.\deEnaifNAIF]+"
 _STEP = re.compile(r"\biteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(rf"([a-z ]+?)(?: \(ms\))?: +({_NUMBER}) \|")
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)[^|]*\|(.*)")
-_LOSS = re.compile(rf"lm loss ?([a-z ]*?) value: ({_NUMBER}) \|")
-_PHASES = re.compile(r"> MeCo: iterations 1 to (\d+) conditioned, \d+ to (\d+) cooldown")
+_LOSS = re.compile(rf"lm loss ?([a-z ]*?)(?:-([\w.-]+))? value: ({_NUMBER}) \|")
+_PHASES = re.compile(
+    r"> MeCo: iterations (?:1 to (\d+) plain, \d+|1) to (\d+) conditioned, \d+ to (\d+) cooldown"
+)
 _ARGUMENT = re.compile(r"(?:^|\s)(seq_length|micro_batch_size) \.+ (\d+)\s*$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (\S+)")
 _LOADED = re.compile(r"successfully loaded checkpoint from (\S+).*? at iteration +(\d+)")
@@ -81,21 +83,38 @@ class Validation:
 
     Losses are "conditioned", "plain", "shuffled" and "shuffled minus conditioned" (the value of
     metadata, on the tokens that both can be compared on), or "" for a run without MeCo.
+
+    Attributes:
+        iteration: Finished training steps.
+        losses: Of all validation samples.
+        sets: Likewise of each set of `--multiple-validation-sets`, by its name.
     """
 
     iteration: int
     losses: dict[str, float]
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Phases:
-    """How the run is divided: steps before the cooldown, and steps altogether."""
+    """How the run is divided: steps before the cooldown, all steps, steps before metadata."""
 
     switch_iteration: int
     num_iterations: int
+    start_iteration: int = 0
+
+    def describe(self) -> str:
+        """The phases in one line."""
+        start = self.start_iteration
+        return (f"iterations 1 to {start:,} plain, {start + 1:,}" if start else "iterations 1") + (
+            f" to {self.switch_iteration:,} conditioned, "
+            f"{self.switch_iteration + 1:,} to {self.num_iterations:,} cooldown"
+        )
 
     def phase_of(self, iteration: int) -> str:
         """The phase of a training step, counted from 1."""
+        if iteration <= self.start_iteration:
+            return "plain"
         return "conditioned" if iteration <= self.switch_iteration else "cooldown"
 
 
@@ -153,10 +172,13 @@ class TrainingLog:
                 self.recent_seconds = [*self.recent_seconds[-19:], step.seconds]
                 return step
             if match := _VALIDATION.search(line):
-                losses = {name: float(value) for name, value in _LOSS.findall(match[2])}
-                return Validation(int(match[1]), losses)
+                validation = Validation(int(match[1]), {})
+                for name, of_set, value in _LOSS.findall(match[2]):
+                    losses = validation.sets.setdefault(of_set, {}) if of_set else validation.losses
+                    losses[name] = float(value)
+                return validation
             if match := _PHASES.search(line):
-                self.phases = Phases(int(match[1]), int(match[2]))
+                self.phases = Phases(int(match[2]), int(match[3]), int(match[1] or 0))
                 return self.phases
             if match := _SAVED.search(line):
                 self.saved = Saved(int(match[1]), match[2])

@@ -184,10 +184,7 @@ class Follower:
         if isinstance(event, Step):
             self._show_step(event)
         elif isinstance(event, Phases):
-            self.say(
-                f"iterations 1 to {event.switch_iteration:,} conditioned, "
-                f"{event.switch_iteration + 1:,} to {event.num_iterations:,} cooldown"
-            )
+            self.say(event.describe())
         elif isinstance(event, Saved):
             self.say(f"checkpoint of iteration {event.iteration:,} in {event.folder}", "green")
         elif isinstance(event, Validation):
@@ -231,14 +228,24 @@ class Follower:
             "shuffled minus conditioned": "wrong minus right",
             "": "",
         }
-        losses = [
-            " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
-            for name, value in validation.losses.items()
-        ]
+
+        def shown(losses: dict[str, float]) -> str:
+            parts = [
+                " ".join(filter(None, [f"{value:.3f}", names.get(name, name)]))
+                for name, value in losses.items()
+            ]
+            return ", ".join(parts)
+
         phases = self._log.phases
-        at_switch = phases is not None and phases.switch_iteration == validation.iteration
+        at_switch = phases is not None and validation.iteration in (
+            phases.start_iteration,
+            phases.switch_iteration,
+        )
         note = " (at the switch)" if at_switch else ""
-        self.say(f"iteration {validation.iteration:,}{note}: validation loss {', '.join(losses)}")
+        whole = shown(validation.losses)
+        self.say(f"iteration {validation.iteration:,}{note}: validation loss {whole}")
+        for name, losses in validation.sets.items():
+            self.say(f"  validation set {name}: {shown(losses)}")
 
     def _tell_of_waiting(self) -> None:
         if self._log.last is not None:

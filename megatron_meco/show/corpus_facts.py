@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_meco.corpus.index_file import CorpusIndex, check_index
-from megatron_meco.corpus.metadata import check_row_count, metadata_path, open_metadata
-from megatron_meco.corpus.metadata_report import count_values, holds_urls
+from megatron_meco.corpus.index_file import CorpusIndex
+from megatron_meco.corpus.manifest import check_checksum
+from megatron_meco.corpus.metadata import (
+    METADATA_SUFFIX,
+    check_row_count,
+    metadata_path,
+    open_metadata,
+)
+from megatron_meco.corpus.metadata_report import count_values, holds_urls, open_undamaged_index
 from megatron_meco.corpus.url import host
 
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -34,7 +40,7 @@ def corpus_facts(prefix: str, top: int) -> dict[str, Any]:
     Raises:
         DataError: A file is missing or damaged.
     """
-    index = check_index(prefix)
+    index = open_undamaged_index(prefix)
     by_length = np.zeros((2, 64), np.int64)
     for lengths in _document_lengths(index):
         bins = np.frexp(lengths.astype(np.float64))[1]  # 2^(bin-1) <= length < 2^bin; 0 for 0
@@ -58,6 +64,7 @@ def corpus_facts(prefix: str, top: int) -> dict[str, Any]:
     }
     if metadata_path(prefix).exists():
         check_row_count(prefix, index.num_documents)
+        check_checksum(prefix, METADATA_SUFFIX)
         table = open_metadata(prefix)
         facts["fields"] = [
             _field_facts(name, table[name], index, top) for name in table.column_names

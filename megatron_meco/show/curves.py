@@ -20,7 +20,8 @@ def curves_report(name: str, path: Path) -> dict[str, Any]:
         path: Its log, finished or growing.
 
     Returns:
-        `name`; `switch` (the last iteration of the conditioned phase, or None); `steps`: lists
+        `name`; `switch` (the last iteration of the conditioned phase, or None); `start` (the last
+        one of the plain phase before it, or None); `steps`: lists
         `iteration` and `loss` (nats per token), at most 4,000 of them, evenly spaced; and
         `validations`: {iteration, losses}, the latest where an iteration was evaluated twice.
 
@@ -45,6 +46,7 @@ def curves_report(name: str, path: Path) -> dict[str, Any]:
     return {
         "name": name,
         "switch": None if history.phases is None else history.phases.switch_iteration,
+        "start": (history.phases and history.phases.start_iteration) or None,
         "steps": {"iteration": iterations, "loss": [steps[i] for i in iterations]},
         "validations": [
             {"iteration": i, "losses": _finite(validation.losses)}

@@ -1,4 +1,4 @@
-"""Training samples on both sides of the switch, token by token."""
+"""Training samples on both sides of each switch, token by token."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ _MOST_CHARACTERS = 400
 
 
 def packs_report(run: Run, number: int) -> dict[str, Any]:
-    """Describe the samples around the switch.
+    """Describe the samples around the switch, or around both.
 
     Args:
         run: The datasets and the schedule of a run.
-        number: How many samples; half of them, as far as there are, on each side.
+        number: How many samples around a switch; half of them, as far as there are, on each side.
 
     Returns:
-        `switch_sample`; `vocabulary` ({token id: its text}); and `packs`, each with `sample`,
-        `phase`, `corpus`, `pack`, `tokens` (ids), `kinds` (one character for each token: b BOS, p
-        prefix, t body, . padding), `in_loss` (one character for each token: 1 where the label that
-        stands at this token, the next token, is in the loss), `positions`, and `documents`
-        ({document, begin, end, body_begin, prefix, text}).
+        `switch_sample`, in a run with a plain phase `start_sample`; `vocabulary` ({token id: its
+        text}); and `packs`, each with `sample`, `phase`, `corpus`, `pack`, `tokens` (ids), `kinds`
+        (one character for each token: b BOS, p prefix, t body, . padding), `in_loss` (one character
+        for each token: 1 where the label that stands at this token, the next token, is in the
+        loss), `positions`, and `documents` ({document, begin, end, body_begin, prefix, text}).
     """
-    switch, last = run.schedule.switch_sample, len(run.train)
-    begin = max(0, min(switch - number // 2, last - number))
-    packs = [_pack(run.train, sample) for sample in range(begin, min(begin + number, last))]
+    last = len(run.train)
+    shown: set[int] = set()
+    for _, switch, *_ in run.schedule.switches:
+        begin = max(0, min(switch - number // 2, last - number))
+        shown.update(range(begin, min(begin + number, last)))
+    packs = [_pack(run.train, sample) for sample in sorted(shown)]
     vocabulary: dict[int, str] = {}
     for pack in packs:
         source = pack.pop("source")
         for token in pack["tokens"]:
             if token not in vocabulary:
                 vocabulary[token] = source.config.tokenizer.detokenize([token])
-    return {"switch_sample": switch, "vocabulary": vocabulary, "packs": packs}
+    switches = {"switch_sample": run.schedule.switch_sample}
+    if run.schedule.start_sample:
+        switches["start_sample"] = run.schedule.start_sample
+    return {**switches, "vocabulary": vocabulary, "packs": packs}
 
 
 def _pack(dataset: Any, index: int) -> dict[str, Any]:

@@ -130,7 +130,7 @@
   };
 
   const plan = (report) => {
-    const part = section("plan", "Plan", `${whole(report.num_iterations)} iterations, ${whole(report.num_samples)} samples. The cooldown begins after iteration ${whole(report.switch_iteration)}, with sample ${whole(report.switch_sample)}.`);
+    const part = section("plan", "Plan", `${whole(report.num_iterations)} iterations, ${whole(report.num_samples)} samples. ${report.start_iteration ? `Metadata begin after iteration ${whole(report.start_iteration)}, with sample ${whole(report.start_sample)}. ` : ""}The cooldown begins after iteration ${whole(report.switch_iteration)}, with sample ${whole(report.switch_sample)}.`);
     const phases = Object.entries(report.phases).filter(([, c]) => c.packs);
     const rows = [
       ["documents", "documents"], ["packs", "packs"], ["body tokens", "body_tokens"], ["prefix tokens", "prefix_tokens"],
@@ -142,7 +142,7 @@
 
   const packs = (report) => {
     const list = report.packs;
-    const part = section("packs", "Packs", "Training samples on both sides of the switch. Each row of the first picture is one sample; the slider chooses the sample of the second one. Point at a token for its text, its document, its position and whether it is in the loss.");
+    const part = section("packs", "Packs", `Training samples on both sides of ${report.start_sample ? "both switches" : "the switch"}. Each row of the first picture is one sample; the slider chooses the sample of the second one. Point at a token for its text, its document, its position and whether it is in the loss.`);
     const key = add(part, "div", null, { className: "key" });
     [["--b", "BOS"], ["--p", "prefix"], ["--t", "text"], ["--u", "text of the next document"], ["--e", "suffix"], ["--pad", "padding"]].forEach(([variable, label]) => {
       if (label === "suffix" && !list.some((pack) => pack.kinds.includes("s"))) return;
@@ -185,11 +185,14 @@
     const label = (pack) => `${pack.phase} ${whole(pack.sample)}`;
     const texts = list.map((pack, p) => pack.tokens.map((_, at) => hover(p, at)));
     const overview = chart(part, "strips", 80 + 18 * list.length, () => {
-      const after = list.findIndex((pack) => pack.sample >= report.switch_sample);
-      const line = after > 0 ? [{ type: "line", x0: -0.5, x1: length - 0.5, y0: after - 0.5, y1: after - 0.5, line: { color: colour("--ink"), width: 2, dash: "dot" } }] : [];
+      const lines = [report.start_sample, report.switch_sample]
+        .filter((switched) => switched !== undefined)
+        .map((switched) => list.findIndex((pack) => pack.sample >= switched))
+        .filter((after) => after > 0)
+        .map((after) => ({ type: "line", x0: -0.5, x1: length - 0.5, y0: after - 0.5, y1: after - 0.5, line: { color: colour("--ink"), width: 2, dash: "dot" } }));
       return [
         [{ type: "heatmap", z: codes, y: list.map(label), text: texts, hovertemplate: "%{text}<extra>%{y}</extra>", ...kindScale() }],
-        { shapes: line, yaxis: { autorange: "reversed", type: "category", ticks: "" }, xaxis: { title: { text: "token of the sample" } } },
+        { shapes: lines, yaxis: { autorange: "reversed", type: "category", ticks: "" }, xaxis: { title: { text: "token of the sample" } } },
       ];
     });
     const controls = add(part, "div", null, { className: "controls" });
@@ -248,8 +251,8 @@
   const dashes = { conditioned: "solid", shuffled: "dot", plain: "dash", "": "solid" };
 
   const losses = (runs) => {
-    const part = section("losses", "Losses", "Nats per token. Validation uses the same tokens in each view: under their own metadata, under another document's, and under none. Only the difference between wrong and right is the value of metadata: before the cooldown a model has seen no plain documents, and any metadata helps it. Each evaluation takes other documents: compare the lines at one iteration, not one line over iterations.");
-    const switches = () => runs.filter((run) => run.switch).map((run) => ({ type: "line", x0: run.switch, x1: run.switch, y0: 0, y1: 1, yref: "paper", line: { color: colour("--soft"), width: 1, dash: "dot" } }));
+    const part = section("losses", "Losses", `Nats per token. Validation uses the same tokens in each view: under their own metadata, under another document's, and under none. Only the difference between wrong and right is the value of metadata${runs.some((run) => run.start) ? "" : ": before the cooldown a model has seen no plain documents, and any metadata helps it"}. Each evaluation takes other documents: compare the lines at one iteration, not one line over iterations.`);
+    const switches = () => runs.flatMap((run) => [run.start, run.switch]).filter((at) => at).map((at) => ({ type: "line", x0: at, x1: at, y0: 0, y1: 1, yref: "paper", line: { color: colour("--soft"), width: 1, dash: "dot" } }));
     add(part, "h3", "Training");
     chart(part, "training", 300, () => [
       runs.map((run, i) => ({ type: "scatter", mode: "lines", name: escaped(run.name), x: run.steps.iteration, y: run.steps.loss, line: { width: 1.5, color: palette[i % 6] }, hovertemplate: "iteration %{x}: %{y:.4f}" })),

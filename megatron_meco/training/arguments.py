@@ -14,18 +14,20 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
-from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig, add_meco_arguments
+from megatron_meco.config import FINGERPRINT_KEYS, PLAIN, MeCoConfig, add_meco_arguments
 from megatron_meco.data.corpora import check_corpora
-from megatron_meco.data.evaluation import EvaluationBlocks
+from megatron_meco.data.evaluation import EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
 from megatron_meco.data.template import Template
 from megatron_meco.errors import FlagError, MeCoError, show_refusals_in_one_line
+from megatron_meco.megatron_flags import REFUSED
 from megatron_meco.refusals import (
     Flag,
     check_flags,
@@ -42,6 +44,7 @@ from megatron_meco.training.blends import (
     cooldown_blend,
     corpus_prefixes,
     training_blend,
+    validation_blend,
 )
 from megatron_meco.training.branch import (
     Branch,
@@ -54,6 +57,7 @@ from megatron_meco.training.cpu import (
     enable_cpu_platform,
     impossible_flags,
     looks_like_broken_gpu_setup,
+    run_checkpoint_worker,
     should_use_cpu,
 )
 from megatron_meco.training.kernels import (
@@ -64,8 +68,10 @@ from megatron_meco.training.kernels import (
 )
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
+    keep_padding_out_of_experts,
     let_distributed_optimizer_resume,
     let_functions_be_specs,
+    save_from_the_cpu_in_the_background,
     skip_helper_compilation,
 )
 from megatron_meco.training.run_fingerprint import check_resume, fingerprint
@@ -92,6 +98,7 @@ class CommandLine:
         extra_args_provider: The script's own flags, or None.
         on_cpu: Whether to set the defaults for a CPU.
         ignore_unknown_args: Passed to Megatron's function.
+        defaults: The script's own defaults, which Megatron sets when it validates.
 
     Attributes:
         flags: Megatron's flags with the defaults of this host; filled by parsing.
@@ -104,12 +111,14 @@ class CommandLine:
         *,
         on_cpu: bool,
         ignore_unknown_args: bool = False,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.flags: dict[str, Flag] = {}
         self.own_flags: dict[str, Flag] = {}
         self._extra = extra_args_provider
         self._on_cpu = on_cpu
         self._ignore_unknown = ignore_unknown_args
+        self._defaults = dict(defaults or {})
 
     def provide(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add the script's flags and MeCo's to Megatron's parser."""
@@ -120,12 +129,13 @@ class CommandLine:
             parser = self._extra(parser)
         parser = add_arguments(parser, self._on_cpu)
         known = flags_of(parser)
-        self.flags = {name: flag for name, flag in known.items() if name in names}
+        # Some of Megatron's flags are the script's: `add_modelopt_args`.
+        self.flags = {n: flag for n, flag in known.items() if n in names or n in REFUSED}
         self.own_flags = {n: f for n, f in known.items() if n.startswith("meco_")}
         return parser
 
     def parse(self) -> argparse.Namespace:
-        """Parse `sys.argv`, and fill in what `--use-checkpoint-args` takes from a checkpoint."""
+        """Parse `sys.argv`, and fill in what a checkpoint and the script's defaults give."""
         from megatron.training.arguments import parse_args
 
         args: argparse.Namespace = parse_args(self.provide, self._ignore_unknown)
@@ -135,6 +145,10 @@ class CommandLine:
             with contextlib.redirect_stdout(io.StringIO()):
                 load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
                 load_args_from_checkpoint(args)
+        for name, value in self._defaults.items():
+            # As Megatron does it.
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
         return args
 
     def expand_branch(self, args: argparse.Namespace) -> tuple[argparse.Namespace, Branch | None]:
@@ -173,6 +187,7 @@ def parse_and_validate_args(
         extra_args_provider,
         on_cpu=on_cpu,
         ignore_unknown_args=bool(megatron_options.get("ignore_unknown_args")),
+        defaults=args_defaults,
     )
 
     def parse_with_megatron() -> argparse.Namespace:
@@ -206,6 +221,8 @@ def parse_and_validate_args(
     except MeCoError as error:
         _end(error)
     apply_meco(args)
+    if on_cpu and args.async_save:
+        save_from_the_cpu_in_the_background(run_checkpoint_worker)
     if getattr(args, "dataloader_inter_document_masking", False) and _is_rank_0():
         print(f"> MeCo: {kernels_of(args, on_cpu).describe()}", flush=True)
     return args
@@ -435,6 +452,24 @@ def evaluation_from_args(args: argparse.Namespace) -> EvaluationBlocks:
     return EvaluationBlocks(args.eval_iters * args.eval_global_batch_size, begin)
 
 
+def full_evaluation_from_args(
+    args: argparse.Namespace, num_samples: int | None
+) -> FullEvaluation | None:
+    """How evaluations read the whole validation split; None without `--full-validation`.
+
+    Args:
+        args: As for `evaluation_from_args`, after `apply_meco`.
+        num_samples: Validation samples of the run, as Megatron counts them by `args.eval_iters`.
+    """
+    if not args.meco_full_validation:
+        return None
+    blocks = evaluation_from_args(args)
+    assert num_samples is not None, "Megatron counts, as apply_meco took its flag away"
+    number = num_samples // blocks.size
+    sets = tuple(validation_blend(args)[0]) if args.meco_validation_sets else ()
+    return FullEvaluation(args.eval_global_batch_size, blocks.begin, number, sets)
+
+
 def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
     """Refuse flags and corpora that do not work with MeCo, before anything is built.
 
@@ -449,16 +484,98 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     config = MeCoConfig.from_args(args)
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
+    _check_balance_in_samples(args)
     if args.seq_length:
         config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
         schedule = schedule_from_args(args)
-        if not args.meco_cooldown_data_path:
-            schedule.documents_held_out(config)
+        schedule.document_shares(config, own_cooldown=bool(args.meco_cooldown_data_path))
     check_blends(args)
+    _check_validation(args, flags)
     check_corpora(corpus_prefixes(args), Template.parse(config.template))
     cooldown = cooldown_blend(args)
     check_corpora(cooldown[0] if cooldown else [], None)
+
+
+def _check_balance_in_samples(args: argparse.Namespace) -> None:
+    """Refuse to balance experts within samples where Megatron cannot tell samples apart."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if (
+        args.num_experts
+        and "seq_aux_loss" in args.moe_router_load_balancing_type
+        and (args.micro_batch_size or 1) > 1
+        and "tokens_per_sample" not in {field.name for field in fields(PackedSeqParams)}
+    ):
+        raise FlagError(
+            "this Megatron would take the loss over all samples of a packed micro-batch",
+            where="--moe-router-load-balancing-type seq_aux_loss",
+            remedy="Use --micro-batch-size 1, aux_loss or Megatron-Core 0.19.",
+        )
+
+
+# What stands between two words of Megatron's log, or between a loss and its set.
+_SET_NAME = re.compile(r"[\w.][\w.-]*")
+
+
+def _check_validation(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None:
+    """Refuse contradictory flags of `--full-validation` and `--multiple-validation-sets`."""
+    names = getattr(args, "validation_set_names", None)
+    if names is not None and not args.multiple_validation_sets:
+        raise FlagError(
+            "has no effect without --multiple-validation-sets",
+            where=shown("--validation-set-names", names),
+            remedy="Add that flag, or drop this one.",
+        )
+    if args.multiple_validation_sets and not args.full_validation:
+        raise FlagError(
+            "needs --full-validation, also in Megatron",
+            where="--multiple-validation-sets",
+            remedy="Add --full-validation.",
+        )
+    if not args.full_validation:
+        return
+    if args.eval_iters != flags["eval_iters"].default:
+        raise FlagError(
+            "has no effect with --full-validation, which reads the whole validation split",
+            where=f"--eval-iters {args.eval_iters}",
+            remedy="Drop one of the two.",
+        )
+    corpora, weights = validation_blend(args)
+    if weights is not None:
+        raise FlagError(
+            "reads every validation pack once, so the weights of the validation corpora would "
+            "have no effect",
+            where="--full-validation",
+            remedy="Give the validation corpora by --valid-data-path without weights (and the "
+            "training corpora by --train-data-path).",
+        )
+    if not args.multiple_validation_sets:
+        return
+    if args.data_path or args.data_args_path or not corpora:
+        raise FlagError(
+            "the sets are the corpora of --valid-data-path",
+            where="--multiple-validation-sets",
+            remedy="Give the training corpora by --train-data-path, and a corpus for each set by "
+            "--valid-data-path.",
+        )
+    if names is None:
+        return
+    if len(names) != len(corpora):
+        raise FlagError(
+            f"{len(names)} names for the {len(corpora)} corpora of --valid-data-path",
+            where=shown("--validation-set-names", names),
+            remedy="Give one name for each corpus, in their order.",
+        )
+    for name in names:
+        if not _SET_NAME.fullmatch(name) or names.count(name) > 1:
+            raise FlagError(
+                f"{name!r} is given twice"
+                if names.count(name) > 1
+                else f"{name!r} would make the log ambiguous",
+                where=shown("--validation-set-names", names),
+                remedy="Give different names of letters, digits, _, - and .",
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser, on_cpu: bool) -> argparse.ArgumentParser:
@@ -512,6 +629,20 @@ def _check_platform(args: argparse.Namespace, on_cpu: bool) -> None:
         if engine.reason:
             raise _engine_error(engine)
     _check_mamba(args)
+    _check_background_saves(args, on_cpu)
+
+
+def _check_background_saves(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Refuse `--async-save` where the worker process of its strategy could not start."""
+    strategy = getattr(args, "async_strategy", "mcore")
+    if not args.async_save or strategy == "mcore":
+        return
+    where = f"--async-save --async-strategy {strategy}"
+    remedy = "Use --async-strategy mcore, which is Megatron's own."
+    if on_cpu:
+        raise FlagError("its worker process needs a CUDA device", where=where, remedy=remedy)
+    if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise FlagError("nvidia-resiliency-ext is not installed", where=where, remedy=remedy)
 
 
 def _check_mamba(args: argparse.Namespace) -> None:
@@ -605,18 +736,21 @@ def _check_samples(args: argparse.Namespace) -> None:
 
 
 def _check_skipped_iterations(args: argparse.Namespace) -> None:
-    """Refuse to skip the step whose checkpoint is the one at the switch."""
+    """Refuse to skip a step whose checkpoint is the one at a switch."""
     if not args.meco or not args.save:
         return
-    switch = schedule_from_args(args).switch_iteration
-    # Includes those of --result-rejected-tracker-filename.
-    if switch in args.iterations_to_skip:
-        raise FlagError(
-            f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} is "
-            "the last one of the conditioned phase",
-            where="--iterations-to-skip",
-            remedy="Leave it out, or move the switch with --meco-cooldown-start-iteration.",
-        )
+    for switch, _, before, _ in schedule_from_args(args).switches:
+        # Includes those of --result-rejected-tracker-filename.
+        if switch in args.iterations_to_skip:
+            flag = (
+                "--meco-start-iteration" if before == PLAIN else "--meco-cooldown-start-iteration"
+            )
+            raise FlagError(
+                f"Megatron writes no checkpoint after a step that it skips, and iteration {switch} "
+                f"is the last one of the {before} phase",
+                where="--iterations-to-skip",
+                remedy=f"Leave it out, or move the switch with {flag}.",
+            )
 
 
 def apply_meco(args: argparse.Namespace) -> None:
@@ -625,22 +759,27 @@ def apply_meco(args: argparse.Namespace) -> None:
     Args:
         args: Megatron's validated arguments; modified.
     """
+    args.meco_full_validation, args.meco_validation_sets = False, None
     if args.meco:
         from megatron_meco.training.versions import optimizer_library
 
+        _take_over_validation(args)
         args.dataloader_inter_document_masking = True
         args.create_attention_mask_in_dataloader = False
-        switch = schedule_from_args(args).switch_iteration
+        switches = [at for at, *_ in schedule_from_args(args).switches]
         for name in ("save_interval", "save_retain_interval"):
             if getattr(args, name):
-                setattr(args, name, SaveInterval(getattr(args, name), also=switch))
+                setattr(args, name, SaveInterval(getattr(args, name), also=switches))
         largest = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
         if args.pipeline_model_parallel_size > 1 and largest > 1:
             # A packed micro-batch is sent as [mbs * s, 1, h]; the next stage expects [s, mbs, h].
             # With this, stages also send the shape. Megatron requires the second setting with it,
             # even without experts.
             args.variable_seq_lengths = True
-            args.moe_token_dispatcher_type = "alltoall"
+            if args.moe_token_dispatcher_type == "allgather":
+                args.moe_token_dispatcher_type = "alltoall"
+        if args.num_experts:
+            keep_padding_out_of_experts()
         if args.use_distributed_optimizer and optimizer_library() == "torch":
             let_distributed_optimizer_resume()
     # Megatron 0.18 has no such flag.
@@ -658,6 +797,25 @@ def apply_meco(args: argparse.Namespace) -> None:
         let_functions_be_specs()
 
 
+def _take_over_validation(args: argparse.Namespace) -> None:
+    """Let MeCo's datasets do what `--full-validation` and `--multiple-validation-sets` ask for.
+
+    Megatron's own way cannot be taken: with one set, `evaluate_and_print_results` takes an element
+    of an integer; with several, it takes the test set for a list of sets; and its sampler reads the
+    first samples twice where their number is not a multiple of the data-parallel ranks.
+    """
+    args.meco_full_validation = args.full_validation
+    if args.multiple_validation_sets:
+        numbers = range(len(validation_blend(args)[0]))
+        given = getattr(args, "validation_set_names", None)
+        args.meco_validation_sets = list(given or map(str, numbers))
+        args.validation_set_names = None
+    if args.full_validation:
+        # Until the samples are counted.
+        args.eval_iters = 1
+    args.full_validation = args.multiple_validation_sets = False
+
+
 def _uses_local_layers(args: argparse.Namespace) -> bool:
     """Whether MeCo's layers replace Megatron's: local layers, and no flag that selects others."""
     others = (
@@ -665,7 +823,6 @@ def _uses_local_layers(args: argparse.Namespace) -> bool:
         "experimental_attention_variant",
         "heterogeneous_layers_config_path",
         "heterogeneous_layers_config_encoded_json",
-        "num_experts",
         "multi_latent_attention",
     )
     chosen = any(getattr(args, name, None) for name in others)

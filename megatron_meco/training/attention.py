@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -37,10 +37,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -362,26 +359,29 @@ def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> Transfo
     transformer: TransformerConfig = config.transformer
     _check_architecture(transformer)
     norm = norm_class(transformer)
-    layer = get_gpt_layer_local_spec(
-        qk_layernorm=transformer.qk_layernorm,
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=False,
         normalization=transformer.normalization,
         qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
     )
-    layer.submodules.self_attention.module = PackedSelfAttention
-    layer.submodules.input_layernorm = norm
-    layer.submodules.pre_mlp_layernorm = norm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedDotProductAttention
-    for name in ("q_layernorm", "k_layernorm"):
-        if getattr(attention, name) not in (IdentityOp, L2Norm):
-            setattr(attention, name, norm)
-    num_layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    block.layer_norm = norm
+    # Layers share specs: with experts there are two.
+    for layer in {id(spec): spec for spec in block.layer_specs}.values():
+        layer.submodules.self_attention.module = PackedSelfAttention
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedDotProductAttention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name) not in (IdentityOp, L2Norm):
+                setattr(attention, name, norm)
+    return block
 
 
 def _check_architecture(transformer: TransformerConfig) -> None:
     for refused, what, where in (
-        (transformer.num_moe_experts, "a mixture of experts", "--num-experts"),
         (transformer.multi_latent_attention, "latent attention", "--multi-latent-attention"),
         (transformer.layernorm_zero_centered_gamma, "a 1p norm", "--apply-layernorm-1p"),
     ):

@@ -33,18 +33,25 @@ _KEYS = (
     "labels",
     "loss_mask",
     "max_seqlen",
+    "padding",
     "position_ids",
     "tokens",
 )
-# Behind the borders of documents: prefix tokens, and the view of a validation sample.
-_NUM_FACTS = 2
+# Behind the borders of documents: prefix tokens, and the view and set of a validation sample.
+_NUM_FACTS = 3
 _VECTOR = "meco_sample"
 # Samples of the baseline have no `meco_view`; all are plain.
 _PLAIN = torch.tensor(0)
+_FIRST_SET = torch.tensor(0)
+
+
+def has_experts(args: argparse.Namespace) -> bool:
+    """Whether the model has experts, which count the tokens that each of them gets."""
+    return bool(getattr(args, "num_experts", None))
 
 
 class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """MeCo's samples as vectors: `cu_seqlens`, two facts, tokens, positions, loss mask.
+    """MeCo's samples as vectors: `cu_seqlens`, three facts, tokens, positions, loss mask.
 
     Args:
         dataset: Samples with Megatron's keys, such as those of `MeCoGPTDataset`.
@@ -69,9 +76,10 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             idx: Index for the dataset.
 
         Returns:
-            meco_sample: (num_bounds + 3 * sequence_length + 3,), int32; the loss mask in it is
+            meco_sample: (num_bounds + 3 * sequence_length + 4,), int32; the loss mask in it is
                 float32 bit by bit. In evaluation the mask is 2 for labels that are compared
-                between views, which are all in the loss.
+                between views, which are all in the loss. It is -1 for padding where the dataset
+                marks it, which is never in the loss.
 
         Raises:
             RuntimeError: The pack has more documents than fit `num_bounds`.
@@ -87,6 +95,7 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
             bounds,
             sample["meco_prefix_tokens"].view(1),
             sample.get("meco_view", _PLAIN).view(1),
+            sample.get("meco_set", _FIRST_SET).view(1),
             # Labels are the tokens from the second on, and one more.
             sample["tokens"],
             sample["labels"][-1:],
@@ -95,6 +104,8 @@ class CompactSamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
         mask = sample["loss_mask"]
         if "meco_compared" in sample:
             mask = mask + sample["meco_compared"]
+        if "meco_padding" in sample:
+            mask = mask.masked_fill(sample["meco_padding"], -1)
         return {_VECTOR: torch.cat([*(part.int() for part in parts), mask.view(torch.int32)])}
 
 
@@ -119,12 +130,14 @@ def meco_batch(
 
     Returns:
         tokens, position_ids, labels: (1, micro-batch * sequence / context-parallel ranks), int64;
-            None at a pipeline stage that needs none of these and no loss mask.
+            None at a pipeline stage between the first and the last of a model without experts.
         loss_mask: Likewise, float32.
         cu_seqlens: (micro-batch * (num_bounds - 1) + 1,), int32, from 0 to micro-batch * sequence;
             the tail of each sample repeats its end: empty documents.
         compared: In evaluation, as the loss mask but bool: labels compared between views.
-        facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
+        padding: As the loss mask but bool: tokens of no document. None without experts.
+        facts: (3, micro-batch), int32: prefix tokens of each sample, its `View`, and the number of
+            its validation set.
         The rest of Megatron's keys: None.
 
     Raises:
@@ -133,8 +146,9 @@ def meco_batch(
     size = int(args.micro_batch_size if training else args.eval_micro_batch_size)
     length = args.seq_length
     head = num_bounds + _NUM_FACTS
-    # Middle pipeline stages need `cu_seqlens` only.
-    edge = is_first_or_last_pipeline_stage(vp_stage)
+    # Middle pipeline stages need `cu_seqlens` only, but for experts, which do not count padding.
+    experts = has_experts(args)
+    edge = experts or is_first_or_last_pipeline_stage(vp_stage)
     width = head + 3 * length + 1 if edge else head
     vectors: torch.Tensor | None = None
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -157,6 +171,9 @@ def meco_batch(
         batch["loss_mask"] = loss_mask.view(torch.float32).reshape(1, -1)
         if mpu.get_context_parallel_world_size() > 1:
             _keep_own_part(batch, size * length)
+        if experts:
+            batch["padding"] = batch["loss_mask"] < 0
+            batch["loss_mask"] = batch["loss_mask"].clamp(min=0)
         if not training:
             batch["compared"] = batch["loss_mask"] > 1
             batch["loss_mask"] = batch["loss_mask"].clamp(max=1)

@@ -46,6 +46,12 @@ def check_blends(args: argparse.Namespace) -> None:
         )
     if whole:
         _check_split(args.split)
+    elif args.split is not None:
+        raise FlagError(
+            f"has no effect on the corpora of {given[0]}",
+            where=f"--split {args.split}",
+            remedy="Drop one of the two.",
+        )
     elif args.train_data_path is None and args.per_split_data_args_path is None:
         raise FlagError(
             "no training corpus is given", where="--train-data-path", remedy="Give its path."
@@ -56,6 +62,13 @@ def training_blend(args: argparse.Namespace) -> Blend:
     """The corpora of the training split and their weights."""
     blend, per_split = _by_megatron(args)
     chosen = blend if blend is not None else per_split[0]
+    return chosen or ([], None)
+
+
+def validation_blend(args: argparse.Namespace) -> Blend:
+    """The corpora of the validation split and their weights; those of `--data-path` if shared."""
+    blend, per_split = _by_megatron(args)
+    chosen = blend if blend is not None else per_split[1]
     return chosen or ([], None)
 
 

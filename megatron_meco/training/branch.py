@@ -14,6 +14,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_meco.errors import FlagError
 from megatron_meco.training.run_fingerprint import has_checkpoint, stored_arguments
@@ -98,9 +99,11 @@ def expand_branch(args: argparse.Namespace) -> Branch | None:
     branch_iterations = int(args.meco_branch_iters)
     iteration = int(parent.iteration)
     _check_parent(args, parent, iteration)
-    held_out = parent.meco_fingerprint["schedule"]["documents_held_out"]
+    schedule = parent.meco_fingerprint["schedule"]
+    held_out = schedule["documents_held_out"]
     flags = ["--train-iters", str(iteration + branch_iterations)]
     flags += ["--meco-cooldown-start-iteration", str(iteration)]
+    flags += _start_flags(args, schedule)
     flags += ["--lr-decay-iters", str(parent.lr_decay_iters or parent.train_iters)]
     # The checkpoint's schedule of weight decay has another length.
     flags += ["--override-opt-param-scheduler"]
@@ -143,6 +146,19 @@ def apply_learning_rate(args: argparse.Namespace, branch: Branch) -> None:
     args.lr_decay_iters = args.train_iters
     args.lr_warmup_fraction = None
     args.lr_warmup_iters = args.train_iters - branch.num_iterations / share
+
+
+def _start_flags(args: argparse.Namespace, parent: dict[str, Any]) -> list[str]:
+    """The plain phase of the parent, whose length does not follow from that of the branch."""
+    given = (args.meco_start_fraction, args.meco_start_iteration, args.meco_start_documents)
+    start = parent.get("start_sample", 0)
+    if not start and not any(given):
+        return []
+    flags = ["--meco-start-fraction", "0"]
+    flags += ["--meco-start-iteration", str(start // args.global_batch_size)]
+    if start:
+        flags += ["--meco-start-documents", repr(parent["documents_of_start"])]
+    return flags
 
 
 def _split_step(path: Path) -> tuple[Path, int | None]:
@@ -207,6 +223,12 @@ def _check_parent(args: argparse.Namespace, parent: argparse.Namespace, iteratio
             f"iteration {iteration} lies in that run's own cooldown",
             where=where,
             remedy="Give an earlier checkpoint (DIR/iter_NNNNNNN), or go on with that run.",
+        )
+    if parent.consumed_train_samples <= parent.meco_fingerprint["schedule"].get("start_sample", 0):
+        raise FlagError(
+            f"iteration {iteration} lies before that run's conditioned phase",
+            where=where,
+            remedy="Give a later checkpoint (DIR/iter_NNNNNNN): a branch is a cooldown.",
         )
     if parent.consumed_train_samples != iteration * args.global_batch_size:
         raise FlagError(

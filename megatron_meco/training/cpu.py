@@ -8,7 +8,7 @@ and apex count as not installed, `CPU_DEFAULTS` turns off the other fused kernel
 GPUs only, and `impossible_flags` names what cannot be had.
 
 torch is changed for the whole process, for good. Not to be had on a CPU: Transformer Engine, FP8,
-CUDA graphs, asynchronous checkpoints.
+CUDA graphs.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def enable_cpu_platform() -> None:
     _hide_accelerator()
     _replace_device_arguments()
     _skip_reductions_of_one_rank()
+    _take_split_sizes_as_tensors()
     skip_helper_compilation()
     let_distributed_optimizer_resume()
 
@@ -221,6 +222,19 @@ _GPU_ONLY: list[tuple[str, Callable[[Any], bool], str, str]] = [
     ("use_torch_fsdp2", _is_true, "--use-torch-fsdp2", "Use --use-distributed-optimizer."),
     ("nccl_ub", _is_true, "--use-nccl-ub", "Remove it: there is no NCCL on a CPU."),
     ("use_sharp", _is_true, "--use-sharp", "Remove it: there is no NCCL on a CPU."),
+    (
+        "moe_token_dispatcher_type",
+        _is_none_of("allgather", "alltoall"),
+        "--moe-token-dispatcher-type {}",
+        "Its kernels need a GPU: use alltoall.",
+    ),
+    ("moe_enable_deepep", _is_true, "--moe-enable-deepep", "Remove it: its kernels need a GPU."),
+    (
+        "moe_permute_fusion",
+        _is_true,
+        "--moe-permute-fusion",
+        "Remove it: it needs Transformer Engine.",
+    ),
     ("moe_grouped_gemm", _is_true, "--moe-grouped-gemm", "Remove it: its kernel needs a GPU."),
     ("batch_invariant_mode", _is_true, "--batch-invariant-mode", "Remove it: it needs Triton."),
     ("optimizer_cpu_offload", _is_true, "--optimizer-cpu-offload", "Remove it: all is on the CPU."),
@@ -235,13 +249,6 @@ _GPU_ONLY: list[tuple[str, Callable[[Any], bool], str, str]] = [
         _is_true,
         "--fine-grained-activation-offloading",
         "Remove it: all is on the CPU.",
-    ),
-    (
-        # Copying to the host, which makes such a checkpoint safe, is no copy on the CPU.
-        "async_save",
-        _is_true,
-        "--async-save",
-        "Remove it: on a CPU training would change tensors while they are written.",
     ),
     ("profile", _is_true, "--profile", "Remove it: it starts the CUDA profiler."),
     (
@@ -297,6 +304,31 @@ def _skip_reductions_of_one_rank() -> None:
         return stock(tensor, op, group, async_op)
 
     torch.distributed.all_reduce = all_reduce
+
+
+def _take_split_sizes_as_tensors() -> None:
+    """Let an all-to-all take the tensors in which Megatron counts the tokens of each expert.
+
+    On a GPU Megatron copies them to the host as arrays; those of a CPU it leaves as they are.
+    """
+    stock = torch.distributed.all_to_all_single
+
+    @functools.wraps(stock)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        to, of = (
+            sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+            for sizes in (output_split_sizes, input_split_sizes)
+        )
+        return stock(output, input, to, of, group, async_op)
+
+    torch.distributed.all_to_all_single = all_to_all_single
 
 
 class _Done:
@@ -496,3 +528,17 @@ def _hide_accelerator() -> None:
     torch.accelerator.device_count = _always(0)
     # Megatron always asks for pinned memory; that it has no effect here is no news.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+
+
+def run_checkpoint_worker(*arguments: Any, **options: Any) -> None:
+    """Run the process in which Megatron saves checkpoints while training goes on.
+
+    Args:
+        arguments: As of `PersistentAsyncCaller.async_loop`.
+        options: Likewise.
+    """
+    enable_cpu_platform()
+    # Only now: it asks for the number of devices.
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*arguments, **options)

@@ -1,10 +1,10 @@
-"""Megatron's hybrid layers without Transformer Engine: Mamba, attention over packed documents, MLP.
+"""Megatron's hybrid layers without Transformer Engine: Mamba, packed attention, MLP, experts.
 
 Megatron has them for Transformer Engine only. Mamba's state and convolution restart at each
 document by `PackedSeqParams.seq_idx`; the kernels are those of the package mamba_ssm, which a GPU
 needs. Checkpoints do not have the names of the Transformer Engine layers, whose norms are part of
-the linear layers behind them. Gated delta nets, latent attention and experts are not among these
-layers; `megatron_meco.refusals` refuses their letters in a pattern.
+the linear layers behind them. Gated delta nets and latent attention are not among these layers;
+`megatron_meco.refusals` refuses their letters in a pattern.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -24,7 +25,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from megatron_meco.training.attention import (
     PackedDotProductAttention,
@@ -111,6 +116,15 @@ packed_local_hybrid_spec = ModuleSpec(
                         linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
                     ),
                 ),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        ),
+        moe_layer=ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=LocalNorm,
+                # Any number: the configuration says how many experts there are.
+                mlp=get_moe_module_spec(use_te=False, num_experts=1),
                 mlp_bda=get_bias_dropout_add,
             ),
         ),

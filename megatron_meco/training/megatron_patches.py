@@ -9,13 +9,17 @@ What, when it is needed, and when it goes:
   torch's Adam exactly.
 - `skip_steps_without_reading_batches`: with `--meco` and steps to skip, until Megatron skips a step
   without reading the keys of its batches.
+- `keep_padding_out_of_experts`: with `--meco` and experts, until Megatron's router and its further
+  heads take a padding mask (Megatron-LM #6114, mended on its main branch for the router).
 - `let_functions_be_specs`: on MeCo's own attention layers in Megatron 0.18, whose scripts pass on
   what `--spec` names without calling it. From 0.19 on Megatron calls it.
+- `save_from_the_cpu_in_the_background`: with `--async-save` on a CPU, until Megatron's checkpoint
+  worker does without a CUDA device.
 - `rotary_scale` (read only): on MeCo's own attention layers, until it has a public name.
 
 Nothing is patched by importing this module. Each function checks that what it replaces has the
 signature of Megatron-Core 0.19.2; the run warns about other versions (`versions.check_version`).
-We know of no upstream issue for any of them. `MeCoGPTDataset` also overrides
+Where no issue is named we know of none. `MeCoGPTDataset` also overrides
 `_key_config_attributes`, which Megatron documents for subclasses.
 """
 
@@ -24,7 +28,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,29 +39,29 @@ from megatron_meco.errors import MeCoError
 
 
 class SaveInterval(int):
-    """An interval of Megatron's training loop that is also due at one further iteration.
+    """An interval of Megatron's training loop that is also due at further iterations.
 
     Megatron saves where `iteration % save_interval` is 0, and keeps an older checkpoint where
     `iteration % save_retain_interval` is 0. It has no hook for other iterations. `%` with this
-    interval is 0 at each multiple and at `also`. It is pickled as a plain int, so checkpoints do
-    not depend on this package.
+    interval is 0 at each multiple and at those of `also`. It is pickled as a plain int, so
+    checkpoints do not depend on this package.
 
     Attributes:
-        also: The further iteration.
+        also: The further iterations.
     """
 
-    also: int
+    also: frozenset[int]
 
-    def __new__(cls, interval: int, *, also: int) -> SaveInterval:
-        """Make an interval that is due at `also` too."""
+    def __new__(cls, interval: int, *, also: Collection[int]) -> SaveInterval:
+        """Make an interval that is due at those of `also` too."""
         value = super().__new__(cls, interval)
-        value.also = also
+        value.also = frozenset(also)
         return value
 
     def __rmod__(self, iteration: int) -> int:
         # `iteration % interval`: Python asks the right operand first because its type is a subclass
         # of the left operand's type.
-        return 0 if iteration == self.also else int(iteration) % int(self)
+        return 0 if iteration in self.also else int(iteration) % int(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
@@ -176,6 +180,106 @@ def skip_steps_without_reading_batches() -> None:
                     next(data_iterator)
 
     training.dummy_train_step = dummy_train_step
+
+
+@functools.cache
+def keep_padding_out_of_experts() -> None:
+    """Let the expert bias, auxiliary losses and further heads take a padding mask.
+
+    - `TopKRouter._apply_expert_bias` of 0.18 and 0.19 combines a map of (tokens, experts) with a
+      mask of (tokens,): it fails, and with as many tokens as experts counts wrong ones.
+    - With `--calculate-per-token-loss` Megatron weighs a load-balancing loss by the tokens of this
+      rank times the ranks. With sequence parallelism ranks hold different numbers of tokens that
+      are no padding, so that a token's gradient would depend on its rank.
+    - `MultiTokenPredictionLayer._get_embeddings` moves the mask with the tokens, and calls what
+      comes in behind the last token of a document a token. It is padding.
+
+    Raises:
+        MeCoError: Megatron's router is another one.
+    """
+    from megatron.core.transformer.moe import router
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    name, counts = "_apply_expert_bias", "get_tokens_per_expert_and_token_count"
+    if not _has_signature(
+        getattr(router.TopKRouter, name, None), "self", "routing_map", "padding_mask"
+    ):
+        raise _unknown_megatron(f"TopKRouter.{name}")
+    stock_counts: Any = getattr(router, counts, None)
+    given = ("routing_map", "reduce_group", "topk", "with_padding_mask")
+    if not _has_signature(stock_counts, *given):
+        raise _unknown_megatron(f"router.{counts}")
+
+    def count_tokens(self: Any, routing_map: torch.Tensor, padding_mask: Any = None) -> None:
+        if not self.enable_expert_bias or not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            if padding_mask is not None:
+                routing_map = routing_map & ~padding_mask.unsqueeze(-1)
+            self.local_tokens_per_expert += routing_map.sum(dim=0)
+
+    setattr(router.TopKRouter, name, count_tokens)
+
+    @functools.wraps(stock_counts)
+    def even_counts(
+        routing_map: Any, reduce_group: Any, topk: Any = None, with_padding_mask: bool = False
+    ) -> Any:
+        experts, own, total = stock_counts(routing_map, reduce_group, topk, with_padding_mask)
+        return experts, (total / reduce_group.size() if with_padding_mask else own), total
+
+    setattr(router, counts, even_counts)
+    stock = MultiTokenPredictionLayer._get_embeddings
+
+    if "padding_mask" not in inspect.signature(stock).parameters:
+        return
+
+    @functools.wraps(stock)
+    def embeddings(self: Any, *args: Any, padding_mask: Any = None, **kwargs: Any) -> Any:
+        tokens = None if padding_mask is None else ~padding_mask
+        found = stock(self, *args, padding_mask=tokens, **kwargs)
+        ids, positions, moved, *rest = found
+        return (ids, positions, None if moved is None else ~moved, *rest)
+
+    MultiTokenPredictionLayer._get_embeddings = embeddings
+
+
+@functools.cache
+def save_from_the_cpu_in_the_background(worker: Callable[..., None]) -> None:
+    """Let Megatron's own asynchronous saves (`--async-strategy mcore`) work on a CPU.
+
+    Megatron's worker process divides by the number of CUDA devices, and ends. It also gets the
+    tensors themselves, in shared memory, where it would copy a GPU's to the host: training would
+    change them while they are written.
+
+    Args:
+        worker: Runs Megatron's worker in a new process in which the CPU answers for CUDA.
+
+    Raises:
+        MeCoError: Megatron has no such worker.
+    """
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    caller: Any = getattr(async_utils, "PersistentAsyncCaller", None)
+    writer = filesystem_async.FileSystemWriterAsync
+    stock: Any = getattr(writer, "get_save_function_and_args", None)
+    if not callable(getattr(caller, "async_loop", None)) or not _has_signature(stock, "self"):
+        raise _unknown_megatron("PersistentAsyncCaller.async_loop")
+
+    @functools.wraps(stock)
+    def with_copies(self: Any) -> tuple[Any, Any, list[Any]]:
+        save, stage, arguments = stock(self)
+        if save is None:
+            return save, stage, arguments
+        rank, buckets, results = arguments
+        copies = [
+            (path, name, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, name, (data, tensors) in buckets
+        ]
+        # Nothing is left to stage, so training goes on at once.
+        return save, None, [rank, copies, results]
+
+    writer.get_save_function_and_args = with_copies
+    caller.async_loop = staticmethod(worker)
 
 
 @functools.cache

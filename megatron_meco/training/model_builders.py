@@ -82,9 +82,10 @@ def _gpt_builder(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """`gpt_builder` of Megatron-LM 0.18, for dense models."""
+    """`gpt_builder` of Megatron-LM 0.18, without further heads."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
@@ -101,6 +102,14 @@ def _gpt_builder(
     config = config or core_transformer_config_from_args(args)
     if args.spec is not None:
         spec = import_module(args.spec)
+    elif args.num_experts:
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
     elif args.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm,

@@ -1,6 +1,6 @@
-"""Announces the phase switch and checks the batches after it.
+"""Announces the phase switches and checks the batches of phases without prefixes.
 
-The switch itself happens where the sample index reaches `Schedule.switch_sample` (see
+A switch itself happens where the sample index reaches that of `Schedule.switches` (see
 `megatron_meco.data.phases`). `PhaseSwitch.before_step` runs at the first micro-batch of each
 training step. `check_batch` checks what the loader delivered, on the host. Megatron saves the
 checkpoint at the switch (`megatron_patches.SaveInterval`).
@@ -44,15 +44,22 @@ class PhaseSwitch:
             return None
         first, self._last_step = self._last_step is None, iteration
         phase = self.schedule.phase_of_iteration(iteration)
+        values = {"meco/cooldown": int(phase == COOLDOWN)}
+        if self.schedule.start_iteration:
+            # 0 before and after the conditioned phase.
+            values["meco/conditioned"] = int(phase == CONDITIONED)
         if writer is not None:
-            writer.add_scalar("meco/cooldown", int(phase == COOLDOWN), iteration + 1)
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration + 1)
         if wandb_writer is not None:
-            wandb_writer.log({"meco/cooldown": int(phase == COOLDOWN)}, iteration + 1)
-        if iteration == self.schedule.switch_iteration and iteration > 0:
+            wandb_writer.log(values, iteration + 1)
+        for at, sample, before, after in self.schedule.switches:
+            if iteration != at or iteration == 0:
+                continue
             saved = "checkpoint saved" if self.saves else "no --save, so no checkpoint"
             text = (
-                f"> MeCo: switch after iteration {iteration}, at sample "
-                f"{self.schedule.switch_sample}: conditioned -> cooldown ({saved})"
+                f"> MeCo: switch after iteration {iteration}, at sample {sample}: "
+                f"{before} -> {after} ({saved})"
             )
             if writer is not None:
                 writer.add_text("meco/switch", text, iteration)
@@ -60,7 +67,7 @@ class PhaseSwitch:
         return f"> MeCo: iteration {iteration + 1} begins in the {phase} phase" if first else None
 
     def check_batch(self, iteration: int, num_prefix_tokens: int) -> None:
-        """Check that a batch of the cooldown has no prefix.
+        """Check that a batch of the plain phase or of the cooldown has no prefix.
 
         Args:
             iteration: Finished training steps.
@@ -69,8 +76,10 @@ class PhaseSwitch:
         Raises:
             RuntimeError: It has one.
         """
-        if self.schedule.phase_of_iteration(iteration) != CONDITIONED and num_prefix_tokens:
+        phase = self.schedule.phase_of_iteration(iteration)
+        if phase != CONDITIONED and num_prefix_tokens:
+            name = COOLDOWN if phase == COOLDOWN else f"{phase} phase"
             raise RuntimeError(
-                f"iteration {iteration + 1} belongs to the cooldown, but its batch holds "
+                f"iteration {iteration + 1} belongs to the {name}, but its batch holds "
                 f"{num_prefix_tokens} prefix tokens; consumed samples and iteration disagree"
             )

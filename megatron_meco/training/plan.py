@@ -173,7 +173,11 @@ def _build(args: argparse.Namespace) -> Run:
     from megatron_meco.corpus.tokenizer import TOKENIZER_DEFAULTS, build_tokenizer
     from megatron_meco.data.dataset import MeCoGPTDatasetConfig
     from megatron_meco.data.run_datasets import build_datasets
-    from megatron_meco.training.arguments import evaluation_from_args, schedule_from_args
+    from megatron_meco.training.arguments import (
+        evaluation_from_args,
+        full_evaluation_from_args,
+        schedule_from_args,
+    )
     from megatron_meco.training.blends import cooldown_blend
     from megatron_meco.training.stock import dataset_options
 
@@ -187,8 +191,15 @@ def _build(args: argparse.Namespace) -> Run:
         meco=MeCoConfig.from_args(args),
     )
     sizes = _split_sizes(args, schedule)
-    evaluation = evaluation_from_args(args)
-    built = build_datasets(sizes, lambda: True, config, schedule, cooldown_blend(args), evaluation)
+    built = build_datasets(
+        sizes,
+        lambda: True,
+        config,
+        schedule,
+        cooldown_blend(args),
+        evaluation_from_args(args),
+        full_evaluation_from_args(args, sizes[1]),
+    )
     return Run(schedule, *built)
 
 
@@ -202,9 +213,15 @@ def _split_sizes(args: argparse.Namespace, schedule: Schedule) -> list[int | Non
 
 def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
     console = Console()
+    start = ""
+    if "start_iteration" in report:
+        start = (
+            f"Plain up to iteration [bold]{report['start_iteration']:,}[/] "
+            f"(sample {report['start_sample']:,}). "
+        )
     console.print(
         f"[bold]{report['num_iterations']:,}[/] iterations, {report['num_samples']:,} samples of "
-        f"{args.seq_length:,} tokens. Switch after iteration "
+        f"{args.seq_length:,} tokens. {start}Switch after iteration "
         f"[bold]{report['switch_iteration']:,}[/] (sample {report['switch_sample']:,})."
     )
     template = args.meco_template or "(none: the matched baseline)"

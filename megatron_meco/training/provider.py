@@ -30,7 +30,10 @@ from megatron.training import (
     print_rank_0,
 )
 from megatron.training.global_vars import get_wandb_writer
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.training import (
+    build_pretraining_data_loader,
+    update_seqlen_stats_from_cu_seqlens,
+)
 
 from megatron_meco.config import MeCoConfig, View
 from megatron_meco.data.borders import documents_of
@@ -40,8 +43,12 @@ from megatron_meco.data.report import Run, most_documents, plan_report, summary_
 from megatron_meco.data.run_datasets import build_datasets
 from megatron_meco.errors import MeCoError
 from megatron_meco.training import stock
-from megatron_meco.training.arguments import evaluation_from_args, schedule_from_args
-from megatron_meco.training.batch import Batch, CompactSamples, meco_batch
+from megatron_meco.training.arguments import (
+    evaluation_from_args,
+    full_evaluation_from_args,
+    schedule_from_args,
+)
+from megatron_meco.training.batch import Batch, CompactSamples, has_experts, meco_batch
 from megatron_meco.training.blends import cooldown_blend
 from megatron_meco.training.megatron_patches import skip_steps_without_reading_batches
 from megatron_meco.training.phase_switch import PhaseSwitch
@@ -74,6 +81,8 @@ _state: RunState | None = None
 def begin_run(run: Run, args: argparse.Namespace) -> RunState:
     """Prepare `forward_step` for these datasets. Collective: call it on all ranks.
 
+    Sets `args.eval_iters` where each evaluation reads the whole validation split.
+
     `train_valid_test_datasets_provider` does this for the datasets that it builds. Megatron's
     loader must be given `CompactSamples` of them.
 
@@ -82,10 +91,14 @@ def begin_run(run: Run, args: argparse.Namespace) -> RunState:
         args: Megatron's arguments.
     """
     global _state
-    most = torch.tensor(most_documents(run), device="cuda")
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    evaluation_size = getattr(run.valid, "evaluation_size", 0)
+    largest = torch.tensor([most_documents(run), evaluation_size], device="cuda")
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    most, evaluation_size = largest.tolist()
+    if evaluation_size:
+        args.eval_iters = evaluation_size // args.eval_global_batch_size
     # 0, the end of each document, and the end of the padding.
-    num_bounds = min(int(most) + 2, args.seq_length + 1)
+    num_bounds = min(most + 2, args.seq_length + 1)
     _state = RunState(PhaseSwitch(run.schedule, saves=bool(args.save)), num_bounds)
     return _state
 
@@ -105,7 +118,9 @@ def train_valid_test_datasets_provider(
         vp_stage: Virtual pipeline stage, or None.
 
     Returns:
-        Training, validation and test dataset; None on ranks that hold none.
+        Training, validation and test dataset; None on ranks that hold none. With
+        `--dataloader-type external`, iterators of their micro-batches, which Megatron takes as they
+        are.
     """
     args = get_args()
     if not args.meco:
@@ -121,6 +136,7 @@ def train_valid_test_datasets_provider(
             **stock.dataset_options(args, get_tokenizer()),
             vocab_size=args.padded_vocab_size,
             meco=MeCoConfig.from_args(args),
+            mark_padding=has_experts(args),
         )
         # Every pipeline stage needs cu_seqlens, so every stage holds the datasets.
         datasets = build_datasets(
@@ -130,6 +146,7 @@ def train_valid_test_datasets_provider(
             schedule,
             cooldown_blend(args),
             evaluation_from_args(args),
+            full_evaluation_from_args(args, train_val_test_num_samples[1]),
         )
     except MeCoError as error:
         # Rank 0 builds first and the others wait for it, so this is printed once.
@@ -149,7 +166,22 @@ def train_valid_test_datasets_provider(
         None if dataset is None else CompactSamples(dataset, args.seq_length, state.num_bounds)
         for dataset in datasets
     )
+    if args.dataloader_type == "external":
+        train, valid, test = _external_loaders(args, train, valid, test)
     return train, valid, test
+
+
+def _external_loaders(args: argparse.Namespace, *datasets: CompactSamples | None) -> list[Any]:
+    """Iterators of the batches that Megatron's `single` loader would make."""
+    seen = (args.consumed_train_samples, evaluation_from_args(args).begin, 0)
+    iterators: list[Any] = []
+    args.dataloader_type = "single"
+    for dataset, num_seen in zip(datasets, seen, strict=True):
+        unused = dataset is None or (args.skip_train and not iterators)
+        loader = None if unused else build_pretraining_data_loader(dataset, num_seen)
+        iterators.append(None if loader is None else iter(loader))
+    args.dataloader_type = "external"
+    return iterators
 
 
 # Megatron calls a provider with this attribute on every rank.
@@ -195,6 +227,7 @@ def forward_step(
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             packed_seq_params=packed_seq_params(args, batch["cu_seqlens"], model.training),
+            **_padding_mask(args, model, batch["padding"]),
         )
     return output, functools.partial(
         loss_func,
@@ -203,6 +236,28 @@ def forward_step(
         compared=batch["compared"],
         training=model.training,
     )
+
+
+def _padding_mask(
+    args: argparse.Namespace, model: Any, padding: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The model's argument that keeps padding out of the experts' losses and statistics.
+
+    Args:
+        args: Megatron's arguments.
+        model: The model chunk.
+        padding: (1, tokens), bool; None for a model without experts.
+    """
+    if padding is None:
+        return {}
+    # With sequence parallelism each rank routes its own part of the tokens. Megatron takes that
+    # part of the mask in the first stage of a GPTModel, and nowhere else.
+    is_hybrid = bool(getattr(args, "hybrid_layer_pattern", None))
+    takes_part = not is_hybrid and get_attr_wrapped_model(model, "pre_process")
+    if args.sequence_parallel and not takes_part:
+        ranks = mpu.get_tensor_model_parallel_world_size()
+        padding = padding.chunk(ranks, dim=1)[mpu.get_tensor_model_parallel_rank()].contiguous()
+    return {"padding_mask": padding}
 
 
 def _next_batch(
@@ -233,7 +288,8 @@ def loss_func(
         loss_mask: (1, tokens) or (micro-batch, tokens of a sample), float32: those of this
             context-parallel rank, as many of each sample.
         output_tensor: Per-token losses, as many.
-        facts: (2, micro-batch), int32: prefix tokens of each sample, and its `View`.
+        facts: (3, micro-batch), int32: prefix tokens of each sample, its `View`, and the number of
+            its validation set.
         compared: As `loss_mask`, bool: the labels whose loss is compared between views; in
             evaluation only.
         training: Whether this is a training step.
@@ -254,39 +310,54 @@ def loss_func(
         report = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
         return loss, num_tokens, report | _token_counts(facts, num_tokens, mask.numel())
     assert compared is not None
-    return loss, num_tokens, _view_losses(masked.detach(), mask, compared.reshape(-1), facts[1])
+    return loss, num_tokens, _view_losses(masked.detach(), mask, compared.reshape(-1), *facts[1:])
 
 
 def _view_losses(
-    losses: torch.Tensor, mask: torch.Tensor, compared: torch.Tensor, views: torch.Tensor
+    losses: torch.Tensor,
+    mask: torch.Tensor,
+    compared: torch.Tensor,
+    views: torch.Tensor,
+    sets: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Loss in each view, and of the wrong metadata against the right one on the same tokens.
 
-    Only for views that an evaluation has: of another one Megatron would report 0 / 0.
+    Of all samples, and of each validation set that has a name. Only for views that an evaluation
+    has: of another one Megatron would report 0 / 0.
 
     Args:
         losses: (micro-batch * sequence,), float32, 0 outside the mask.
         mask: Likewise, the loss mask.
         compared: Likewise, bool.
         views: (micro-batch,), int32.
+        sets: Likewise.
     """
+    args = get_args()
+    groups = {"": torch.ones_like(sets, dtype=torch.bool)}
+    for number, name in enumerate(args.meco_validation_sets or ()):
+        # As in Megatron's log.
+        groups[f"-{name}"] = sets == number
 
     def by_sample(values: torch.Tensor) -> torch.Tensor:
         return values.view(len(views), -1).sum(1)
 
     sums, counts = by_sample(losses), by_sample(mask)
+    of_compared, num_compared = by_sample(losses * compared), by_sample(compared.float())
     report = {}
-    shown = _views_shown(get_args())
-    for view in shown:
-        chosen = views == view
-        total = torch.stack([(sums * chosen).sum(), (counts * chosen).sum()])
-        report[f"lm loss {view.name.lower()}"] = total
-    if View.SHUFFLED in shown:
-        wrong = views == View.SHUFFLED
-        sign = wrong.float() - (views == View.CONDITIONED).float()
-        sums, number = by_sample(losses * compared), (by_sample(compared.float()) * wrong).sum()
-        report["lm loss shuffled minus conditioned"] = torch.stack([(sums * sign).sum(), number])
-        report["compared share"] = torch.stack([number, report["lm loss shuffled"][1]])
+    shown = _views_shown(args)
+    for name, inside in groups.items():
+        for view in shown:
+            chosen = (views == view) & inside
+            loss = torch.stack([(sums * chosen).sum(), (counts * chosen).sum()])
+            report[f"lm loss {view.name.lower()}{name}"] = loss
+        if View.SHUFFLED in shown:
+            wrong = (views == View.SHUFFLED) & inside
+            sign = wrong.float() - ((views == View.CONDITIONED) & inside).float()
+            total = (num_compared * wrong).sum()
+            difference = torch.stack([(of_compared * sign).sum(), total])
+            report[f"lm loss shuffled minus conditioned{name}"] = difference
+            num_shuffled = report[f"lm loss shuffled{name}"][1]
+            report[f"compared share{name}"] = torch.stack([total, num_shuffled])
     return report
 
 
@@ -334,8 +405,11 @@ def packed_seq_params(
     if getattr(args, "hybrid_layer_pattern", None):
         size = args.micro_batch_size if training else args.eval_micro_batch_size
         seq_idx = document_numbers(cu_seqlens, size * args.seq_length)
-    # By which experts are balanced within a sample.
-    more: dict[str, Any] = {"tokens_per_sample": args.seq_length}
+    more: dict[str, Any] = {}
+    if not args.sequence_parallel:
+        # By which experts are balanced within a sample. Megatron divides a rank's tokens by it,
+        # which with sequence parallelism are not those of whole samples.
+        more["tokens_per_sample"] = args.seq_length
     if num_ranks > 1:
         # Transformer Engine asks for both. A document's padding is part of the document, so no
         # kernel has to skip it: the same tensor says so, too, which older versions would compare.

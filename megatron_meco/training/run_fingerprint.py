@@ -23,7 +23,7 @@ from megatron_meco.corpus.tokenizer import token_ids
 from megatron_meco.data.fingerprint import digest, file_fingerprint, tokenizer_identity
 from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import SYNTAX, Template, in_current_syntax, syntax_of
 from megatron_meco.errors import MeCoError
 
 Blend = tuple[Sequence[str], Sequence[float] | None]
@@ -47,12 +47,16 @@ def fingerprint(
         tokenizer: Megatron's tokenizer.
 
     Returns:
-        JSON-serializable values with the keys `config.FINGERPRINT_KEYS`, and `packing_rule`, the
-        version of the packing strategy.
+        JSON-serializable values with the keys `config.FINGERPRINT_KEYS`, and `packing_rule` and
+        `template_syntax`, the versions of the packing strategy and of what a template means.
     """
     config = MeCoConfig.from_args(args)
     template = Template.parse(config.template)
     held_out = None if cooldown_blend else schedule.documents_held_out(config)
+    start: dict[str, Any] = {}
+    if schedule.start_sample:
+        share = schedule.documents_of_start(config, held_out or 0.0)
+        start = {"start_sample": schedule.start_sample, "documents_of_start": share}
     values = {
         "meco": True,
         "template": config.template,
@@ -73,10 +77,16 @@ def fingerprint(
             "samples": schedule.num_samples,
             "switch_sample": schedule.switch_sample,
             "documents_held_out": held_out,
+            # Runs that start with the conditioned phase keep their fingerprints.
+            **start,
         },
     }
     assert tuple(values) == FINGERPRINT_KEYS
-    return {**values, "packing_rule": PACKING_RULES[config.packing]}
+    return {
+        **values,
+        "packing_rule": PACKING_RULES[config.packing],
+        "template_syntax": SYNTAX,
+    }
 
 
 def check_resume(args: argparse.Namespace, current: dict[str, Any] | None) -> None:
@@ -117,6 +127,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     """
     if before["meco"] != now["meco"]:
         return {"meco": (before["meco"], now["meco"])}
+    template = _template_difference(before, now)
     # Fingerprints of before there was the key do not tell.
     before, now = ({"pad_documents_to": 1, **values} for values in (before, now))
     changed = {
@@ -129,7 +140,26 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     if "packing" not in changed and now["meco"] and rules[0] != rules[1]:
         one, other = (f"{now['packing']} (rule {rule})" for rule in rules)
         changed["packing"] = (one, other)
+    if template is None:
+        changed.pop("template", None)
+    else:
+        changed["template"] = template
     return changed
+
+
+def _template_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The templates, if they differ in meaning: the same text may have meant something else."""
+    old, new = before.get("template"), now.get("template")
+    if not isinstance(old, str) or not isinstance(new, str):
+        return None if old == new else (old, new)
+    meant = in_current_syntax(old, syntax_of(before))
+    if meant == old:
+        return None if old == new else (old, new)
+    if meant is None:
+        return f"{old} (where {{token:...}} was a field)", new
+    if Template.parse(meant).parts == Template.parse(new).parts:
+        return None
+    return f"{meant} (as that run's {old} is written today)", new
 
 
 def stored_arguments(args: argparse.Namespace) -> argparse.Namespace | None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_meco.corpus.documents import RejectedRecords, TaskReader
-from megatron_meco.corpus.sources import find_files, plan_tasks
-from megatron_meco.corpus.task_writer import metadata_columns
+from megatron_meco.corpus.documents import RejectedRecords, TaskReader, metadata_columns
+from megatron_meco.corpus.input_files import find_files, plan_tasks
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"

@@ -18,7 +18,8 @@ import pytest
 import zstandard
 from warcio.warcwriter import WARCWriter
 
-from megatron_meco.corpus import formats
+from megatron_meco.corpus.input_bytes import Part
+from megatron_meco.corpus.records import column_names
 from megatron_meco.errors import DataError
 
 type Read = Callable[..., tuple[list[Any], list[str]]]
@@ -280,4 +281,5 @@ def test_columns_are_named_as_the_file_has_them(tmp_path: Path) -> None:
     for name in ("quoted.csv", "stream.arrow", "file.arrow", "a.parquet"):
         path = tmp_path / name
         path.write_bytes(FILES[name][0])
-        assert set(formats.column_names(str(path), name.rpartition(".")[2])) == {"text", "url"}
+        part = Part(str(path), name.rpartition(".")[2], 0, 0, True)
+        assert set(column_names(part)) == {"text", "url"}

@@ -22,7 +22,7 @@ from datatrove.pipeline.readers import ParquetReader
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from warcio.warcwriter import WARCWriter
 
-from megatron_meco.corpus import sources
+from megatron_meco.corpus import input_files
 from megatron_meco.corpus.documents import JsonLinesReader, RejectedRecords
 from megatron_meco.corpus.executors import parse_options
 from megatron_meco.corpus.merge import merge_tasks
@@ -127,7 +127,7 @@ def test_damaged_files_of_other_formats_are_told(
 def test_files_behind_a_url_are_cut_and_compressed_as_local_ones(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 300)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 300)
     memory = fsspec.filesystem("memory")
     lines = b"".join(b'{"text": "page %d", "url": "u%d"}\n' % (i, i) for i in range(100))
     memory.pipe("/bucket/a.jsonl", lines + b"{\n")
@@ -135,12 +135,12 @@ def test_files_behind_a_url_are_cut_and_compressed_as_local_ones(
     sink = io.BytesIO()
     pq.write_table(TABLE, sink)
     memory.pipe("/bucket/c.parquet", sink.getvalue())
-    files = sources.find_files(["memory://bucket/*.jsonl*"])
+    files = input_files.find_files(["memory://bucket/*.jsonl*"])
     assert [file.path for file in files] == [
         "memory:///bucket/a.jsonl",
         "memory:///bucket/b.jsonl.gz",
     ]
-    assert len(sources.plan_tasks(files)) > 5
+    assert len(input_files.plan_tasks(files)) > 5
     report = prepare(PrepareConfig(inputs=("memory://bucket/",), **settings))
     assert report.documents == 202
     urls = [*[f"u{i}" for i in range(100)] * 2, "a.org", "c.org"]
@@ -247,7 +247,7 @@ def test_slurm_writes_the_same_bytes(
     fake_slurm: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 2000)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 2000)
     source = _pages(tmp_path)
     with pytest.raises(FlagError, match="time and partition"):
         prepare(PrepareConfig(inputs=(source,), executor="slurm", **settings))
@@ -270,7 +270,7 @@ def test_ray_writes_the_same_bytes(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 3000)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 3000)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         options = {"mem_per_cpu_gb": 0.1}

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from megatron_meco import cli
-from megatron_meco.corpus import merge, outputs
+from megatron_meco.corpus import merge, outputs, work_folder
 from megatron_meco.corpus import prepare as prepare_module
 from megatron_meco.corpus.executors import check_workers
+from megatron_meco.corpus.input_files import find_files
 from megatron_meco.corpus.merge import merge_tasks
 from megatron_meco.corpus.prepare import PrepareConfig, PrepareReport, prepare
-from megatron_meco.corpus.sources import find_files
 from megatron_meco.corpus.work_folder import make_work_folder
 from megatron_meco.errors import DataError, FlagError, MeCoError
 
@@ -211,7 +211,7 @@ def test_a_work_folder_of_others_stays(run: Run, kind: str, overwrite: bool) -> 
         _write("c.unfinished", "notes")
     elif kind == "link":
         os.symlink(outputs.work_folder_of(Path("d")), "c.unfinished")
-        outputs.make_marked_folder(Path("d.unfinished"))
+        work_folder.make_marked_folder(Path("d.unfinished"))
     else:
         os.mkdir("c.unfinished")
     if kind == "folder":

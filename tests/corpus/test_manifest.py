@@ -19,7 +19,7 @@ from megatron_meco.corpus.manifest import (
     note_checksum,
     read_manifest,
 )
-from megatron_meco.corpus.metadata import METADATA_SUFFIX, MetadataWriter
+from megatron_meco.corpus.metadata import METADATA_SUFFIX, replace_metadata
 from megatron_meco.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -120,14 +120,14 @@ def test_parts_have_the_checksum_of_the_whole(
 
 def test_metadata_that_is_replaced_is_noted(tmp_path: Path) -> None:
     prefix = write(tmp_path / "c", {**GOOD, "crc32": {METADATA_SUFFIX: "00000000"}})
-    with MetadataWriter(prefix, ["url"]) as writer:
+    with replace_metadata(prefix, ["url"]) as writer:
         writer.append([["a"]])
     check_checksum(prefix, METADATA_SUFFIX)
     assert read_manifest(prefix)["crc32"].keys() == {METADATA_SUFFIX}
     # A damaged manifest is told before anything is replaced.
     before = Path(f"{prefix}{METADATA_SUFFIX}").read_bytes()
     write(prefix, "{")
-    with pytest.raises(DataError), MetadataWriter(prefix, ["url"]) as writer:
+    with pytest.raises(DataError), replace_metadata(prefix, ["url"]) as writer:
         writer.append([["b"]])
     assert Path(f"{prefix}{METADATA_SUFFIX}").read_bytes() == before
     names = sorted(path.name for path in tmp_path.iterdir())

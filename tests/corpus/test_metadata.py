@@ -147,7 +147,7 @@ def test_other_tables_are_told(tmp_path: Path, column: pa.Array, names: list[str
 def test_importing_loads_neither_torch_nor_megatron() -> None:
     code = (
         "import sys\n"
-        "from megatron_meco.corpus import bulk, merge, metadata, prepare, tokenizer, url\n"
+        "from megatron_meco.corpus import encoder, merge, metadata, prepare, tokenizer, url\n"
         "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
     )
     root = Path(metadata.__file__).parents[2]

@@ -20,18 +20,17 @@ import sentencepiece
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_meco.corpus import merge, sources, task_writer
-from megatron_meco.corpus.documents import RejectedRecords, read_lines
+from megatron_meco.corpus import input_files, merge, task_writer
+from megatron_meco.corpus.documents import Rejected, RejectedRecords, read_documents
+from megatron_meco.corpus.input_bytes import Part, count_lines, read_chunks
 from megatron_meco.corpus.metadata import check_row_count, open_metadata
 from megatron_meco.corpus.prepare import (
     PrepareConfig,
     PrepareReport,
+    add_prepare_arguments,
     prepare,
+    run_prepare,
 )
-from megatron_meco.corpus.prepare_command import add_prepare_arguments, run_prepare
-from megatron_meco.corpus.readers import count_lines, read_chunks
-from megatron_meco.corpus.records import Rejected
-from megatron_meco.corpus.sources import Part
 from megatron_meco.corpus.tokenizer import (
     TOKENIZER_DEFAULTS,
     HuggingFaceEncoder,
@@ -124,8 +123,8 @@ def test_without_metadata_fields_there_is_no_metadata_file(
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the input into tasks of two kilobytes."""
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 2000)
-    monkeypatch.setattr(sources, "_MAX_TASK_BYTES", 2000)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 2000)
+    monkeypatch.setattr(input_files, "_MAX_TASK_BYTES", 2000)
 
 
 def _many_pages(write_jsonl: WriteJsonl) -> Path:
@@ -139,7 +138,7 @@ def test_one_and_seven_workers_write_the_same_bytes(
     run: Run, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = _many_pages(write_jsonl)
-    assert len(sources.plan_tasks(sources.find_files([source]))) == 9
+    assert len(input_files.plan_tasks(input_files.find_files([source]))) == 9
     run(source, workers=1, output=tmp_path / "one" / "corpus")
     run(source, workers=7, output=tmp_path / "seven" / "corpus")
     assert "corpus.rejected.jsonl" in _left(tmp_path / "one")
@@ -216,7 +215,7 @@ def _read(tmp_path: Path, content: bytes) -> tuple[list[str], list[Rejected]]:
     path.write_bytes(content)
     rejected = RejectedRecords()
     part = Part(str(path), "jsonl", 0, len(content), True)
-    documents = [document.text for document in read_lines(part, "text", rejected)]
+    documents = [document.text for document in read_documents(part, "text", rejected)]
     return documents, [record for record, _ in rejected.drain()]
 
 
@@ -530,7 +529,7 @@ def test_command_line(
 def test_chunks_are_whole_lines_with_right_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr("megatron_meco.corpus.readers._BLOCK_BYTES", 5)
+    monkeypatch.setattr("megatron_meco.corpus.input_bytes._BLOCK_BYTES", 5)
     path = tmp_path / "lines"
     content = b"a\n\nlonger than a block\nb\r\n" + b"\xe2\x80\xa8x\n" + b"last, without its end"
     path.write_bytes(content)

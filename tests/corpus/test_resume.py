@@ -20,18 +20,18 @@ TASKS = 40
 SCRIPT = """
 import sys
 from pathlib import Path
-from megatron_meco.corpus import bulk, prepare, sources
+from megatron_meco.corpus import encoder, input_files, prepare
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 
 def build(tokenizer_type, model, *_):
     serialized = Path(model, "tokenizer.json").read_text()
-    chosen = bulk.choose_encoder(HuggingFaceEncoder(serialized), [])
+    chosen = encoder.choose_encoder(HuggingFaceEncoder(serialized), [])
     return {**chosen, "eod": 1, "eod_text": "", "vocab_size": 300, "dtype": "uint16"}
 
 if __name__ == "__main__":
     source, prefix, model = sys.argv[1:]
     prepare.build_encoder = build
-    sources._MIN_TASK_BYTES = sources._MAX_TASK_BYTES = Path(source).stat().st_size // 40
+    input_files._MIN_TASK_BYTES = input_files._MAX_TASK_BYTES = Path(source).stat().st_size // 40
     prepare.prepare(prepare.PrepareConfig(
         inputs=(source,), output=Path(prefix), workers=2,
         tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model,

@@ -19,9 +19,9 @@ from megatron.core.datasets.utils import Split
 
 from megatron_meco import cli
 from megatron_meco.config import MeCoConfig
+from megatron_meco.corpus import input_files
 from megatron_meco.corpus import prepare as prepare_module
-from megatron_meco.corpus import sources
-from megatron_meco.corpus.bulk import DocumentEncoder
+from megatron_meco.corpus.encoder import DocumentEncoder
 from megatron_meco.corpus.prepare import PrepareConfig, PrepareReport, prepare
 from megatron_meco.corpus.punkt import SentenceSplitter, learn_sentences
 from megatron_meco.corpus.tokenizer import build_tokenizer
@@ -55,8 +55,8 @@ SPLITTER = SentenceSplitter(LEARNED)
 
 @pytest.fixture
 def source(write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 12_000)
-    monkeypatch.setattr(sources, "_MAX_TASK_BYTES", 12_000)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 12_000)
+    monkeypatch.setattr(input_files, "_MAX_TASK_BYTES", 12_000)
     return write_jsonl(*({"text": text, "url": f"u{i}"} for i, text in enumerate(TEXTS)))
 
 
@@ -123,7 +123,7 @@ def test_stock_megatron_opens_sentences_as_sequences(
 
 
 def test_the_same_bytes_with_several_workers(run: Run, tmp_path: Path, source: Path) -> None:
-    assert len(sources.plan_tasks(sources.find_files([source]))) > 2
+    assert len(input_files.plan_tasks(input_files.find_files([source]))) > 2
     run("one")
     run("two", workers=2)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())

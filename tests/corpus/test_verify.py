@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz.mutations import Index
 from small_corpus import write_corpus
 
 from megatron_meco import cli
-from megatron_meco.corpus import sources
+from megatron_meco.corpus import input_files
 from megatron_meco.corpus.index_file import check_index
-from megatron_meco.corpus.metadata import open_metadata
+from megatron_meco.corpus.metadata import metadata_path, open_metadata
+from megatron_meco.corpus.metadata_report import report_metadata
 from megatron_meco.corpus.prepare import PrepareConfig, prepare
+from megatron_meco.errors import DataError
+from megatron_meco.show.corpus_facts import corpus_facts
 
 RECORDS: list[Any] = [
     {"text": f"page {i} of the text \u00e9", "url": f"https://h{i % 3}.org/{i}", "score": i / 8}
@@ -35,7 +39,7 @@ def corpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Path, Path]:
     """A corpus and what it was made of."""
-    monkeypatch.setattr(sources, "_MIN_TASK_BYTES", 1500)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 1500)
     source, prefix = write_jsonl(*RECORDS), tmp_path / "out" / "corpus"
     prepare(
         PrepareConfig(
@@ -236,3 +240,31 @@ def test_one_of_a_thing_and_rates_of_what_there_is(
     rates = [line for line in told.splitlines() if "docs/s" in line]
     assert len(rates) == 3 and all("kB/s" in line or "MB/s" in line for line in rates)
     assert not any("  0.0 MB/s" in line for line in rates) and "CUDA" not in told
+
+
+def test_metadata_and_show_refuse_an_index_that_moved_a_border(corpus: tuple[Path, Path]) -> None:
+    """Its numbers agree with one another, and two documents have other lengths."""
+    prefix = corpus[0]
+    index = Index(Path(f"{prefix}.idx").read_bytes())
+    index.lengths[3] += 2
+    index.lengths[4] -= 2
+    index.set_pointers()
+    Path(f"{prefix}.idx").write_bytes(index.content())
+    check_index(prefix)
+    for look in (report_metadata, corpus_facts):
+        with pytest.raises(DataError, match="its CRC-32 is") as refusal:
+            look(str(prefix), 10)
+        assert refusal.value.where == f"{prefix}.idx"
+
+
+def test_metadata_and_show_refuse_values_that_were_changed(corpus: tuple[Path, Path]) -> None:
+    prefix = corpus[0]
+    path = metadata_path(prefix)
+    content = path.read_bytes()
+    assert b"https://h2.org/2" in content
+    path.write_bytes(content.replace(b"https://h2.org/2", b"https://h9.org/2"))
+    open_metadata(prefix)
+    for look in (report_metadata, corpus_facts):
+        with pytest.raises(DataError, match="its CRC-32 is") as refusal:
+            look(str(prefix), 10)
+        assert refusal.value.where == str(path)

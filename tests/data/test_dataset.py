@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from small_corpus import BOS, EOD, LetterTokenizer, random_bodies, write_corpus
 from megatron_meco.config import COOLDOWN, MeCoConfig, View
 from megatron_meco.data import opened_corpus
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig
-from megatron_meco.data.evaluation import EvaluationBlocks
+from megatron_meco.data.evaluation import EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.data.report import Run, most_documents
 from megatron_meco.data.run_datasets import PhasedDataset, build_datasets
@@ -149,7 +150,8 @@ def test_padding_behind_documents_equals_the_oracle(
     urls = hosts(len(bodies))
     prefix = write_corpus(tmp_path / "c", bodies, {"url": urls})
     meco = MeCoConfig(template=TEMPLATE, pad_documents_to=align, train_on_prefix=True)
-    dataset = build(make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos)), 90)
+    config = make_config(prefix, meco=meco, tokenizer=LetterTokenizer(bos), mark_padding=True)
+    dataset = build(config, 90)
     order = reference.document_order(150, (0, 150), SEED, epochs=6)
     prefixes = [prefix_of(url) for url in urls]
     packs, _ = reference.truncate_packs(order, bodies, prefixes, bos, LENGTH, 90, align=align)
@@ -159,6 +161,8 @@ def test_padding_behind_documents_equals_the_oracle(
         assert not (sample["cu_seqlens"] % align).any()
         padded = sum(d["alignment_tokens"] for d in dataset.documents_of(i))
         assert padded == sum(token.kind == "pad" for token in pack.tokens)
+        kinds = [token.kind == "pad" for token in pack.tokens]
+        assert sample["meco_padding"].tolist() == kinds + [True] * (LENGTH - len(kinds))
 
 
 def test_one_epoch_holds_every_document_once_and_pads_the_last_pack(tmp_path: Path) -> None:
@@ -302,7 +306,9 @@ def test_validation_shows_each_pack_in_three_views_as_the_oracle(
     path = write_corpus(tmp_path / "c", bodies, {"url": urls})
     schedule = make_schedule(MeCoConfig(), BatchSize.constant(4), train_iterations=20)
     blend = ([path, path], [0.5, 0.5]) if blended else ([path], None)
-    config = make_config(path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos))
+    config = make_config(
+        path, split="80,20,0", blend=blend, tokenizer=LetterTokenizer(bos), mark_padding=True
+    )
     train, valid, _ = build_datasets(
         [80, 20, 0], lambda: True, config, schedule, evaluation=EvaluationBlocks(10)
     )
@@ -323,6 +329,8 @@ def test_validation_shows_each_pack_in_three_views_as_the_oracle(
             number = int(dataset.dataset_sample_index[number])
         pack = reference.in_view(packs[number], prefixes, view.name.lower(), number)
         assert arrays(sample) == pack.arrays(LENGTH, pad=EOD)
+        kinds = [token.kind == "pad" for token in pack.tokens]
+        assert sample["meco_padding"].tolist() == kinds + [True] * (LENGTH - len(kinds))
         compared = pack.compared(LENGTH)
         assert sample["meco_compared"].tolist() == [mark * (place < 9) for mark in compared]
         num_compared += sum(compared)
@@ -376,6 +384,143 @@ def test_each_evaluation_shows_its_packs_in_all_views(size: int, begin: int) -> 
         assert not {pack for pack, _, _ in evaluation} & {pack for pack, _, _ in outside}
 
 
+STEPS = "0:2 384:3 1440:4"  # from samples 8 and 30 on
+
+
+@pytest.mark.parametrize("strategy", ["truncate", "split"])
+@pytest.mark.parametrize("template", [TEMPLATE, ""])
+@pytest.mark.parametrize(
+    ("start", "held_out", "batch_size"),
+    [
+        ({"start_iteration": 3}, None, BatchSize.constant(4)),
+        ({"start_fraction": 0.2}, 0.3, BatchSize.constant(5)),
+        # The batch grows within the plain phase, and within the cooldown.
+        ({"start_iteration": 5}, None, BatchSize.parse(STEPS, LENGTH)),
+        ({"start_fraction": 0.7}, None, BatchSize.constant(3)),
+    ],
+)
+def test_a_run_that_starts_plain_equals_the_oracle(
+    tmp_path: Path,
+    strategy: str,
+    template: str,
+    start: dict[str, Any],
+    held_out: float | None,
+    batch_size: BatchSize,
+) -> None:
+    bodies = random_bodies(130)
+    urls = hosts(len(bodies))
+    prefix = write_corpus(tmp_path / "c", bodies, {"url": urls})
+    meco = MeCoConfig(
+        template=template,
+        packing=strategy,
+        cooldown_fraction=0.2,
+        cooldown_documents=held_out,
+        **start,
+    )
+    schedule = make_schedule(meco, batch_size, train_iterations=15)
+    ends = (schedule.start_sample, schedule.switch_sample, schedule.num_samples)
+    assert 0 < ends[0] < ends[1] < ends[2]
+    train, _, _ = build_datasets(
+        [ends[2], 0, 0], lambda: True, make_config(prefix, meco=meco), schedule
+    )
+    shown: dict[str, set[int]] = {}
+    expected = {}
+    share = None if held_out is None else Fraction(str(held_out))
+    for phase, places in reference.documents_by_phase(len(bodies), ends, share).items():
+        prefixes = [prefix_of(url) if template and phase == "conditioned" else None for url in urls]
+        order = reference.document_order(len(bodies), places, SEED, epochs=20)
+        if strategy == "truncate":
+            expected[phase], _ = reference.truncate_packs(
+                order, bodies, prefixes, BOS, LENGTH, ends[2]
+            )
+        else:
+            found = reference.split_pieces(order, bodies, prefixes, BOS, LENGTH, ends[2], LENGTH)
+            expected[phase] = [
+                reference.pieces_to_pack(pack, bodies, prefixes, BOS) for pack in found
+            ]
+    for i in range(ends[2]):
+        phase, number = reference.phase_at(i, ends)
+        source, pack = train.locate(i)
+        assert (source.config.phase, pack) == (phase, number)
+        assert arrays(train[i]) == expected[phase][number].arrays(LENGTH, pad=EOD), f"sample {i}"
+        documents = source.documents_of(pack)
+        shown.setdefault(phase, set()).update(d["document"] for d in documents)
+        if phase == "plain" and template:
+            assert {d["plain_because"] for d in documents} == {"the plain phase has no prefixes"}
+    assert list(shown) == ["plain", "conditioned", "cooldown"]
+    phases = list(shown.values())
+    assert not phases[0] & phases[1] | phases[0] & phases[2] | phases[1] & phases[2]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, ""])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("packing", ["truncate", "best-fit"])
+def test_a_full_validation_reads_every_pack_once_in_each_view(
+    tmp_path: Path, template: str, named: bool, packing: str
+) -> None:
+    """Two corpora, three evaluations, the first of them begun at another sample than 0."""
+    bodies = [random_bodies(60), random_bodies(23, seed=1)]
+    paths = [
+        write_corpus(tmp_path / name, each, {"url": hosts(len(each))})
+        for name, each in zip("ab", bodies, strict=True)
+    ]
+    meco = MeCoConfig(template=template, packing=packing)
+    config = make_config(
+        paths[0],
+        blend=None,
+        split=None,
+        blend_per_split=[([paths[0]], None), (paths, None), ([paths[1]], None)],
+        meco=meco,
+    )
+    schedule = make_schedule(meco, BatchSize.constant(4), train_iterations=1)
+    full = FullEvaluation(batch=16, begin=5, number=3, sets=tuple(paths) if named else ())
+    _, valid, test = build_datasets(
+        [4, 99, 7], lambda: True, config, schedule, evaluation=EvaluationBlocks(2), full=full
+    )
+    size = valid.evaluation_size
+    assert size % 16 == 0
+    assert len(valid) == 5 + 3 * size
+    assert len(test) == size
+    views = [View.CONDITIONED, View.PLAIN, View.SHUFFLED] if template else [View.PLAIN]
+    whole = [valid.locate(i) for i in range(5, 5 + size)]
+    samples = [valid[i] for i in range(5, 5 + size)]
+    num_packs = [len(part) for part in valid.parts]
+    num_samples = sum(num_packs)
+    assert 0 <= size - num_samples < 16
+    assert size != num_samples
+    seen = [(id(part), pack) for part, pack in whole[:num_samples]]
+    assert len(set(seen)) == len(seen)
+    assert {part for part, _ in seen} == {id(part) for part in valid.parts}
+    assert [int(s["meco_view"]) for s in samples[:num_samples]] == views * (
+        num_samples // len(views)
+    )
+    # Set after set; without sets all are of the first.
+    numbers = [int(s["meco_set"]) for s in samples]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == ({0, 1} if named else {0})
+    for sample in samples[num_samples:]:
+        assert not sample["loss_mask"].any()
+        assert not sample.get("meco_compared", torch.zeros(1)).any()
+    if named:
+        for (part, _), number in zip(whole, numbers, strict=True):
+            assert part.corpus_prefix == paths[number]
+    for view in views:
+        labels = sum(int(s["loss_mask"].sum()) for s in samples if int(s["meco_view"]) == view)
+        if packing == "best-fit":
+            # Every token of every document that is more than its EOD.
+            assert labels == sum(len(body) for each in bodies for body in each if len(body) > 1)
+    for evaluation in (1, 2):
+        assert [valid.locate(5 + evaluation * size + i) for i in range(size)] == whole
+
+
+def test_a_full_validation_without_documents_is_refused(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(60), {"url": hosts(60)})
+    config = make_config(prefix)
+    schedule = make_schedule(config.meco, BatchSize.constant(4), train_iterations=1)
+    with pytest.raises(DataError, match="--full-validation: there are no documents"):
+        build_datasets([4, 0, 0], lambda: True, config, schedule, full=FullEvaluation(4, 0, 1))
+
+
 def test_cooldown_from_a_corpus_of_its_own(tmp_path: Path) -> None:
     main = write_corpus(tmp_path / "main", random_bodies(100), {"url": hosts(100)})
     other = write_corpus(tmp_path / "other", random_bodies(100, seed=5))  # needs no metadata
@@ -388,6 +533,28 @@ def test_cooldown_from_a_corpus_of_its_own(tmp_path: Path) -> None:
     assert train.locate(9)[0].corpus_prefix == main
     assert train.locate(10)[0].corpus_prefix == other
     assert train.conditioned.plan.counts.packs == 10
+
+
+def test_a_plain_start_of_a_blend_and_a_cooldown_of_its_own(tmp_path: Path) -> None:
+    """Without documents held out, plain and conditioned phase divide all of each corpus."""
+    paths = [
+        write_corpus(tmp_path / name, random_bodies(200, seed=i), {"url": hosts(200)})
+        for i, name in enumerate("abc")
+    ]
+    meco = MeCoConfig(template=TEMPLATE, start_fraction=0.3)
+    schedule = make_schedule(meco, BatchSize.constant(10), train_iterations=10)
+    config = make_config(paths[0], meco=meco, blend=(paths[:2], [0.7, 0.3]), split="90,10,0")
+    train, valid, _ = build_datasets(
+        [100, 20, 0], lambda: True, config, schedule, ([paths[2]], None)
+    )
+    assert [len(part) for part in train.parts] == [30, 60, 10]
+    has_prefix = [int(train[i]["meco_prefix_tokens"]) > 0 for i in range(100)]
+    assert has_prefix == [False] * 30 + [True] * 60 + [False] * 10
+    for corpus in (0, 1):
+        ranges = [part.datasets[corpus]._request().range for part in train.parts[:2]]
+        assert ranges == [(0, 60), (60, 180)]
+    assert train.cooldown._request().range == (0, 200)
+    assert {int(sample["meco_view"]) for sample in valid} == {0, 1, 2}
 
 
 def test_blends_of_corpora_with_weights(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from megatron_meco import _core
-from megatron_meco.corpus.bulk import fast_encoder
+from megatron_meco.corpus.encoder import fast_encoder
 from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
 from megatron_meco.data import prefix_table
@@ -127,6 +127,24 @@ def test_special_tokens_and_seeds_are_part_of_what_names_a_table(tmp_path: Path)
         first, second = (load(tmp_path / "c", 100, source, seed=seed) for seed in (1, 2))
         assert first.identity != second.identity
         assert shown(first) != shown(second)
+
+
+def test_brackets_that_once_were_kept_name_another_table(tmp_path: Path) -> None:
+    """`[[[[` was four brackets and is two; `[[...]]` was text."""
+    write(tmp_path / "c", url=["http://a.org/"])
+    for source in ("[[[[{url.host}", "[[{url.host}]]", "{url.host}[a]"):
+        folder = tmp_path / "cache"
+        load(tmp_path / "c", 1, source, cache_folder=folder)
+        [written] = folder.glob("*.meco")
+        key = {
+            "template": source,
+            "tokenizer": "letters",
+            "metadata": prefix_table.file_identity(str(tmp_path / "c.metadata.arrow")),
+            "max_prefix_tokens": 20,
+        }
+        as_before = prefix_table.digest(key) in written.name
+        assert as_before == ("[a]" in source)
+        written.unlink()
 
 
 def test_special_tokens_alone_need_no_metadata(tmp_path: Path) -> None:

@@ -67,6 +67,35 @@ def test_plan_json_adds_up(
     assert report["total"]["alignment_tokens"] == 0
 
 
+def test_a_plain_start_has_a_phase_of_its_own(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--meco-start-fraction", "0.3"]
+    report = json.loads(run(capsys, "plan", *flags, *start, "--json")[1])
+    assert (report["start_iteration"], report["start_sample"]) == (3, 12)
+    assert (report["switch_iteration"], report["switch_sample"]) == (9, 36)
+    phases = report["phases"]
+    assert list(phases) == ["plain", "conditioned", "cooldown"]
+    assert [counts["packs"] for counts in phases.values()] == [12, 24, 4]
+    assert phases["plain"]["prefix_tokens"] == 0 < phases["conditioned"]["prefix_tokens"]
+    assert report["total"]["packs"] == 40
+    # Prefixes are counted of the conditioned phase's corpora, once.
+    assert report["documents_of_conditioned_corpora"] == 300
+    assert any(line.startswith("plain: ") for line in report["advice"])
+    text = " ".join(run(capsys, "plan", *flags, *start)[1].split())
+    assert "Plain up to iteration 3 (sample 12). Switch after iteration 9 (sample 36)." in text
+    assert re.search(r"plain\W+conditioned\W+cooldown\W+total", text)
+    without = run(capsys, "plan", *flags, "--json")[1]
+    assert "start" not in without
+    for sample, phase in ((0, "plain"), (11, "plain"), (12, "conditioned"), (36, "cooldown")):
+        words = ("inspect", *flags, *start, "--sample", str(sample))
+        found = json.loads(run(capsys, *words, "--json")[1])
+        assert found["phase"] == phase
+        prefixes = [document["prefix"] for document in found["documents"]]
+        assert any(prefixes) == (phase == "conditioned")
+        assert f"({phase}): pack" in run(capsys, *words)[1]
+
+
 def test_padding_behind_documents_is_counted_and_shown(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

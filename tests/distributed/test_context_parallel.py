@@ -36,6 +36,8 @@ SLOW = {
         "--overlap-param-gather",
     ),
     "CP 2, best-fit": (2, "--context-parallel-size 2 --meco-packing best-fit"),
+    # `split` has fewer documents in a pack: a longer evaluation finds some to compare.
+    "CP 2, split": (2, "--context-parallel-size 2 --meco-packing split --eval-iters 4"),
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import SEQ_LENGTH, Result, command, free_port, kill_at, launch, start, train
+
+from megatron_meco.cli import main
 
 # Ten iterations, the last three of them cooldown; checkpoints at 3, 6, 7 (the switch), 9, 10.
 FLAGS = "--meco --meco-cooldown-fraction 0.3 --save-interval 3"
@@ -69,6 +73,24 @@ def test_sigkill_before_at_and_after_the_switch(
 
 
 @pytest.mark.distributed
+def test_checkpoints_that_are_saved_in_the_background(
+    corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """Each holds the moment at which it was begun, although training goes on meanwhile."""
+    background = "--async-save --async-strategy mcore --use-persistent-ckpt-worker"
+    result = train(corpus, tokenizer_folder, *meco_flags(tmp_path, background), ranks=2)
+    assert result.status == 0, result.log[-3000:]
+    reference, whole = undisturbed
+    assert result.losses == whole.losses
+    for step in (3, 6, 7, 9, 10):
+        assert f"scheduled an async checkpoint save at iteration {step:7d}" in result.log
+        assert f"successfully saved checkpoint from iteration {step:7d}" in result.log
+        name = f"ckpt/iter_{step:07d}"
+        assert_equal_checkpoints(tmp_path / name, reference / name)
+    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "10"
+
+
+@pytest.mark.distributed
 def test_other_samples_are_refused_by_name(
     corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
 ) -> None:
@@ -124,6 +146,101 @@ def test_a_cooldown_branched_off(
     else:
         expected = learning_rates(whole.log)
         assert rates == {i: expected[i] for i in range(4, 8)}
+
+
+def late_flags(folder: Path, name: str) -> list[str]:
+    """Four plain, four conditioned, two cooldown iterations."""
+    phases = "--meco --meco-start-fraction 0.4 --meco-cooldown-fraction 0.2 --eval-interval 100"
+    own = f"--load {folder}/{name} --save {folder}/{name} --data-cache-path {folder}/cache"
+    return f"{phases} --save-interval 3 {own}".split()
+
+
+@pytest.fixture(scope="module")
+def late(
+    corpus: str, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Result]:
+    """A run that starts plain, never stopped."""
+    folder = tmp_path_factory.mktemp("late")
+    result = train(corpus, tokenizer_folder, *late_flags(folder, "whole"))
+    assert result.status == 0, result.log[-3000:]
+    return folder, result
+
+
+@pytest.mark.distributed
+def test_a_run_that_starts_plain_is_killed_before_and_after_its_start(
+    corpus: str, tokenizer_folder: Path, late: tuple[Path, Result], tmp_path: Path
+) -> None:
+    folder, whole = late
+    lines = [line for line in whole.log.splitlines() if line.startswith("> MeCo")]
+    for told in (
+        "iterations 1 to 4 plain, 5 to 8 conditioned, 9 to 10 cooldown (switches at samples 16",
+        "iteration 1 begins in the plain phase",
+        "switch after iteration 4, at sample 16: plain -> conditioned (checkpoint saved)",
+        "switch after iteration 8, at sample 32: conditioned -> cooldown (checkpoint saved)",
+    ):
+        assert sum(told in line for line in lines) == 1, told
+    assert [i for i, (share, _) in whole.samples.items() if float(share)] == [5, 6, 7, 8]
+    saved = sorted(path.name for path in (folder / "whole").glob("iter_*"))
+    assert saved == [f"iter_{i:07d}" for i in (3, 4, 6, 8, 9, 10)]
+    run = command(corpus, tokenizer_folder, *late_flags(tmp_path, "killed"))
+    latest = tmp_path / "killed" / "latest_checkpointed_iteration.txt"
+    for text, iterations in (("iteration        4/", (3,)), ("iteration        7/", (4, 6))):
+        assert kill_at(run, 1, text).status != 0
+        assert int(latest.read_text()) in iterations
+    result = launch(run, 1)
+    assert result.status == 0, result.log[-3000:]
+    checkpoints = [parent / "iter_0000010" for parent in (tmp_path / "killed", folder / "whole")]
+    assert_equal_checkpoints(*checkpoints)
+
+
+@pytest.mark.distributed
+def test_a_branch_off_a_run_that_started_plain(
+    corpus: str,
+    tokenizer_folder: Path,
+    late: tuple[Path, Result],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It trains on the documents that the parent holds out, and shows what the parent did."""
+    folder, _ = late
+
+    def ask(name: str, flags: list[str], *more: str) -> dict[str, Any]:
+        words = command(corpus, tokenizer_folder, *flags, *more)[1:]
+        assert main([name, *(word for word in words if word != "--meco"), "--json"]) == 0
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return report
+
+    own = late_flags(tmp_path, "branch")
+    branch = [*own, "--meco-branch-iters", "2", "--meco-branch-from"]
+    branch += [f"{folder}/whole/iter_0000006"]
+    report = ask("plan", branch)
+    ends = ("start_sample", "switch_sample", "num_samples")
+    assert [report[end] for end in ends] == [16, 24, 32]
+    for at, there in ((5, 5), (16, 16), (23, 23), (24, 32)):
+        samples = [
+            ask("inspect", flags, "--sample", str(index))["tokens"]
+            for flags, index in ((branch, at), (late_flags(folder, "whole"), there))
+        ]
+        assert samples[0] == samples[1], f"sample {at}"
+    words = command(corpus, tokenizer_folder, *branch)[1:]
+    words[-1] = f"{folder}/whole/iter_0000004"
+    assert main(["plan", *(word for word in words if word != "--meco")]) == 1
+    assert "iteration 4 lies before that run's conditioned phase" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_start_plain_as_one_does(
+    corpus: str, tokenizer_folder: Path, late: tuple[Path, Result], tmp_path: Path
+) -> None:
+    flags = [*late_flags(tmp_path, "two"), "--exit-interval", "6"]
+    two = train(corpus, tokenizer_folder, *flags, ranks=2)
+    assert two.status == 0, two.log[-3000:]
+    assert two.samples == {i: late[1].samples[i] for i in range(1, 7)}
+    other = [*late_flags(tmp_path, "two"), "--meco-start-fraction", "0.3"]
+    refused = train(corpus, tokenizer_folder, *other)
+    assert "what differs is schedule:" in refused.log
+    assert "'start_sample': 16" in refused.log and "'start_sample': 12" in refused.log
 
 
 def learning_rates(log: str) -> dict[int, float]:

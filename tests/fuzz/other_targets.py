@@ -281,8 +281,6 @@ class CommandsTarget(Target):
             return "same"
         if suffix == ".bin" and name in ("plan", "inspect"):
             return "other ids inside the vocabulary"
-        if name == "metadata" and suffix == ".metadata.arrow":
-            return "other values in UTF-8"
         if suffix == ".prepare.json" and name == "verify":
             return "what another manifest says"
         raise Wrong(f"{name} accepts another {suffix}: {out[:500]}")

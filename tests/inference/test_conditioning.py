@@ -5,9 +5,15 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from megatron_meco.data.template import PrefixText, Template, Token
+from megatron_meco.data.template import (
+    SYNTAX,
+    PrefixText,
+    Template,
+    Token,
+    in_current_syntax,
+)
 from megatron_meco.errors import FlagError
-from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.conditioning import Conditioning, parse_metadata
 
 URL = "https://en.wikipedia.org/wiki/Llama"
 
@@ -92,3 +98,78 @@ def test_special_tokens_are_told_from_text() -> None:
     assert prefix.segments == (Token("<|a|>"), "<|a|>", Token("b"))
     alone = Conditioning.of_run("{token:s}", None).render({})
     assert (alone, alone.segments) == ("s", PrefixText([Token("s")]).segments)
+
+
+@pytest.mark.parametrize("template", ["{token:s}", "{token:s}[[Topic: {topic}]]"])
+def test_a_prefix_without_any_value_can_be_asked_for(template: str) -> None:
+    conditioning = Conditioning.of_run(template, None)
+    assert conditioning.prefix_of(None) == "s"
+    assert conditioning.prefix_of({}) == ""
+    assert parse_metadata([["empty"], ["none"], ["empty"], ["topic=a"]]) == [
+        *({}, None, {"topic": "a"}),
+    ]
+    with pytest.raises(FlagError, match="cannot read 'empty topic=a'"):
+        parse_metadata([["empty", "topic=a"]])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{topic}", "no value for the field 'topic'"),
+        ("[[{topic}]]", "no value leaves an empty value"),
+        ("", "no value, but this model was trained without metadata"),
+    ],
+)
+def test_a_prefix_without_any_value_where_there_is_none(template: str, message: str) -> None:
+    with pytest.raises(FlagError, match=message):
+        Conditioning.of_run(template, None).prefix_of(None)
+
+
+def test_a_template_without_fields_says_how_to_ask_for_it() -> None:
+    with pytest.raises(FlagError, match="uses none: give `--metadata empty`"):
+        Conditioning.of_run("{token:s}", None).render({"url": URL})
+
+
+OLD = ["[[{topic}]] ", "{topic}]]]x[[[[", r"\\[[\n{topic}", "a[b]{{[[{{{topic|default=[[x]]}}}"]
+
+
+@pytest.mark.parametrize("template", OLD)
+def test_a_template_of_the_first_syntax_keeps_its_meaning(template: str) -> None:
+    """There brackets were text, wherever they stood."""
+    written = in_current_syntax(template, 1)
+    assert written is not None
+    # As the first syntax was read: braces, escapes, nothing else.
+    expected = template.replace("{topic|default=[[x]]}", "V").replace("{topic}", "V")
+    for escape, text in (("{{", "{"), ("}}", "}"), (r"\\", "\0"), (r"\n", "\n"), ("\0", "\\")):
+        expected = expected.replace(escape, text)
+    assert Conditioning.of_run(written, None).render({"topic": "V"}) == expected
+    assert in_current_syntax(written, SYNTAX) == written
+
+
+@pytest.mark.parametrize(
+    ("more", "prefix"),
+    [
+        ({}, "V"),
+        ({"run_fingerprint": None}, "[[V]]"),
+        ({"run_fingerprint": {"template": "[[{topic}]]"}}, "[[V]]"),
+        ({"run_fingerprint": {"pad_documents_to": 1}}, "V"),
+        ({"run_fingerprint": {"template_syntax": 2}}, "V"),
+        ({"run_fingerprint": None, "template_syntax": 2}, "V"),
+        ({"template_syntax": 1}, "[[V]]"),
+    ],
+)
+def test_cards_of_models_from_before_there_were_groups(
+    more: dict[str, object], prefix: str
+) -> None:
+    card = {"template": "[[{topic}]]", "fields": ["topic"], **more}
+    assert Conditioning.from_card(card).render({"topic": "V"}) == prefix
+
+
+def test_a_field_whose_name_is_that_of_a_special_token_now() -> None:
+    card = {"template": "{token:a}", "fields": ["token:a"], "template_syntax": 1}
+    with pytest.raises(FlagError, match=r"names a field.*Rename the field"):
+        Conditioning.from_card(card)
+    del card["template_syntax"]
+    for broken in ({"template_syntax": "2"}, {"run_fingerprint": [1]}):
+        with pytest.raises(TypeError):
+            Conditioning.from_card({**card, **broken})

@@ -22,6 +22,7 @@ from megatron_meco import cli  # noqa: E402
 from megatron_meco.errors import FlagError, MeCoError  # noqa: E402
 from megatron_meco.inference import export as export_module  # noqa: E402
 from megatron_meco.inference.export import export  # noqa: E402
+from megatron_meco.inference.model_card import describe_run, model_card  # noqa: E402
 
 
 @pytest.fixture
@@ -151,6 +152,46 @@ def test_a_checkpoint_from_before_the_cooldown_says_so(
     write_checkpoint(tmp_path / "run", args, random_tensors(args), iteration=18)
     export(tmp_path / "run", tmp_path / "model")
     assert "before its cooldown" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("iteration", "phase", "told"),
+    [
+        (6, "plain", "it has seen no metadata yet"),
+        (7, "conditioned", "Exported before its cooldown"),
+        (20, "cooldown", "in iterations 7 to 18; the rest is the cooldown on plain documents, as"),
+    ],
+)
+def test_the_card_of_a_run_that_started_plain(
+    iteration: int, phase: str, told: str, tokenizer_folder: Path
+) -> None:
+    args = run_args(tokenizer_folder, meco_start_fraction=0.3)
+    card = describe_run(args, iteration, 0, 1)
+    schedule = card["schedule"]
+    assert (schedule["start_iteration"], schedule["start_sample"]) == (6, 24)
+    assert schedule["phase"] == phase
+    text = model_card(card)
+    assert told in text and "as were iterations 1 to 6" in text
+    without = describe_run(run_args(tokenizer_folder), 20, 0, 1)
+    assert "start_iteration" not in without["schedule"]
+    assert "plain documents.\n" in model_card(without)
+
+
+def test_the_card_of_a_template_without_fields(tokenizer_folder: Path) -> None:
+    args = run_args(tokenizer_folder, meco_template="{token:<|end_of_text|>}")
+    args.meco_fingerprint = {"pad_documents_to": 1, "corpora": [], "cooldown_corpora": None}
+    card = describe_run(args, 20, 0, 1)
+    assert (card["template_syntax"], card["fields"]) == (2, [])
+    text = model_card(card)
+    assert "    '<|end_of_text|>'\n" in text
+    assert "--metadata empty --prompt TEXT" in text
+
+
+def test_the_card_of_a_run_from_before_there_were_groups(tokenizer_folder: Path) -> None:
+    args = run_args(tokenizer_folder, meco_template="[[{url.host}]] ")
+    card = describe_run(args, 20, 0, 1)
+    assert card["template"] == r"\[\[{url.host}\]\] "
+    assert "-> '[[en.wikipedia.org]] '" in " ".join(model_card(card).split())
 
 
 def test_a_run_without_meco(tmp_path: Path, tokenizer_folder: Path) -> None:

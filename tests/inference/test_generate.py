@@ -147,6 +147,14 @@ def run(exported: Path, *arguments: str) -> int:
     return cli.main(["generate", "--model", str(exported), *short, *arguments])
 
 
+def test_special_tokens_alone(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--template", "{token:<|end_of_text|>}", "--metadata", "empty", "--prompt", PROMPT]
+    assert run(exported, *flags, "--guidance", "2") == 0
+    out = capsys.readouterr().out
+    assert "=== no metadata\n" in out
+    assert "=== empty (prefix '<|end_of_text|>', guidance 2)\n" in out
+
+
 def test_side_by_side(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     urls = ["https://en.wikipedia.org/x", "www.factquizmaster.com"]
     flags = [word for url in urls for word in ("--metadata", f"url={url}")]
@@ -199,6 +207,7 @@ def test_several_seeds_and_a_template_of_the_users(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--metadata", "empty"], "no value for the field 'url'"),
         (["--metadata", "topic=x"], r"unknown field 'topic'.*uses: url\."),
         (["--metadata", "url"], "cannot read 'url'"),
         (["--metadata", "url="], "leaves an empty value"),

@@ -152,6 +152,16 @@ def run(model_folder: Path, *flags: str) -> int:
     return cli.main(["steer", "--model", str(model_folder), *short, *flags])
 
 
+def test_samples_behind_special_tokens_alone(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--template", "{token:<|end_of_text|>}", "--metadata", "empty"]
+    for _ in range(2):  # what is there already is kept
+        assert run(model_folder, *flags, "--output", str(tmp_path / "out")) == 0
+    lines = (tmp_path / "out" / "generations.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prefix"] for line in lines} == {"", "<|end_of_text|>"}
+
+
 def test_scored_by_a_function_and_then_by_another_scorer(
     model_folder: Path,
     scorers: Path,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_meco.config import MeCoConfig
+from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.run.training_log import History, Phases, Step, Validation
 
 STEP = (
@@ -88,6 +90,19 @@ def test_the_switch() -> None:
     phases = History().feed(PHASES)
     assert phases == Phases(switch_iteration=18, num_iterations=20)
     assert [phases.phase_of(i) for i in (1, 18, 19)] == ["conditioned", "conditioned", "cooldown"]
+
+
+def test_three_phases_as_a_run_prints_them() -> None:
+    schedule = make_schedule(
+        MeCoConfig(start_iteration=4), BatchSize.constant(4), train_iterations=2000
+    )
+    phases = History().feed(f"> MeCo: {schedule.describe()}\n")
+    assert phases == Phases(switch_iteration=1800, num_iterations=2000, start_iteration=4)
+    assert [phases.phase_of(i) for i in (1, 4, 5, 1800, 1801)] == [
+        *("plain", "plain", "conditioned", "conditioned", "cooldown")
+    ]
+    told = "iterations 1 to 4 plain, 5 to 1,800 conditioned, 1,801 to 2,000 cooldown"
+    assert phases.describe() == told
 
 
 @pytest.mark.parametrize("line", NOISE)

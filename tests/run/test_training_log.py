@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_what_a_person_sees(tmp_path: Path) -> None:
     ):
         assert told in text
     assert "one_logger" not in text and "DEPRECATED" not in text
+
+
+def test_a_plain_start_is_a_phase_of_the_progress(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    phases = "iterations 1 to 10 plain, 11 to 27 conditioned, 28 to 30 cooldown"
+    text = LOG.replace("iterations 1 to 27 conditioned, 28 to 30 cooldown", phases)
+    path.write_text(text.replace("iteration        1/", "iteration        3/"))
+    path.write_text(path.read_text() + LOG.splitlines()[-1].replace("30 on", "10 on") + "\n")
+    shown = io.StringIO()
+    follower = Follower(path, Console(file=shown, width=200))
+    assert follower.conclude(follower.follow(lambda: 0)) == 0
+    assert f"{phases}\n" in shown.getvalue()
+    assert re.search(r"^(?:meco: )?plain +3/30", shown.getvalue(), re.MULTILINE)
+    assert "iteration 10 (at the switch): validation" in shown.getvalue()
 
 
 def test_watch_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

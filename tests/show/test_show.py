@@ -118,6 +118,26 @@ def test_the_packs_around_the_switch_are_those_of_the_run(
             assert text == (document["prefix"] or "")
 
 
+def test_packs_around_both_switches_of_a_run_that_starts_plain(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*flags(folder), "--meco-start-iteration", "2", "--packs", "4"]
+    facts = show_json(capsys, *words)
+    report = facts["packs"]
+    assert (report["start_sample"], report["switch_sample"]) == (8, 36)
+    assert [(pack["sample"], pack["phase"]) for pack in report["packs"]] == [
+        *((6, "plain"), (7, "plain"), (8, "conditioned"), (9, "conditioned")),
+        *((34, "conditioned"), (35, "conditioned"), (36, "cooldown"), (37, "cooldown")),
+    ]
+    for pack in report["packs"]:
+        assert ("p" in pack["kinds"]) == (pack["phase"] == "conditioned")
+    assert list(facts["plan"]["phases"]) == ["plain", "conditioned", "cooldown"]
+    # Switches that are closer than the samples around them: each sample once.
+    close = [*flags(folder), "--meco-start-iteration", "8", "--packs", "12"]
+    samples = [pack["sample"] for pack in show_json(capsys, *close)["packs"]["packs"]]
+    assert samples == list(range(26, 40))
+
+
 def test_models_are_asked_about_held_out_texts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +167,7 @@ def test_models_are_asked_about_held_out_texts(
 
 def test_the_losses_of_a_log(folder: Path) -> None:
     report = curves_report("a", folder / "run.log")
-    assert report["switch"] == 9
+    assert (report["switch"], report["start"]) == (9, None)
     assert report["steps"] == {"iteration": [5, 10], "loss": [5.5, 4.5]}
     [validation] = report["validations"]
     assert validation["losses"] == {
@@ -156,6 +176,13 @@ def test_the_losses_of_a_log(folder: Path) -> None:
         "shuffled": 5.1,
         "shuffled minus conditioned": 0.2,
     }
+
+
+def test_both_switches_of_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    path.write_text(LOG.replace("iterations 1 to 9", "iterations 1 to 4 plain, 5 to 9"))
+    report = curves_report("a", path)
+    assert (report["switch"], report["start"]) == (9, 4)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +255,21 @@ def page(folder: Path) -> Path:
     words += ["--max-new-tokens", "4", "--prompt", "the", "--log", f"run={folder}/run.log"]
     assert main(["show", *words, "-o", str(path)]) == 0
     return path
+
+
+def test_the_page_of_a_run_that_starts_plain(browser: Any, folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text(LOG.replace("iterations 1 to 9", "iterations 1 to 4 plain, 5 to 9"))
+    words = [*flags(folder), "--meco-start-iteration", "2", "--log", f"run={log}"]
+    assert main(["show", *words, "-o", str(tmp_path / "page.html")]) == 0
+    open_page(browser, tmp_path / "page.html", 1000, "light")
+    assert browser.get_log("browser") == []
+    text = browser.execute_script("return document.body.textContent")
+    for told in ("both switches", "Metadata begin after iteration 2, with sample 8."):
+        assert told in text
+    for chart, number in (("strips", 2), ("training", 2)):
+        script = f"return document.querySelectorAll('#{chart} .shapelayer path').length"
+        assert browser.execute_script(script) == number
 
 
 def open_page(browser: Any, page: Path, width: int, scheme: str) -> None:

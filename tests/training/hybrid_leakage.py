@@ -19,6 +19,7 @@ import reference_mamba  # noqa: E402
 reference_mamba.install()
 
 import mamba_leakage  # noqa: E402
+import moe_leakage  # noqa: E402
 import torch  # noqa: E402
 from apart import change_documents, other_ids, positions_of, start  # noqa: E402
 from mamba_leakage import BOUNDS, LENGTH, parameters  # noqa: E402
@@ -45,6 +46,8 @@ def make_model(pattern: str) -> HybridModel:
         attention_dropout=0.0,
         apply_rope_fusion=False,
         use_cpu_initialization=True,
+        num_moe_experts=4 if "E" in pattern else None,
+        moe_router_load_balancing_type="none",
     )
     return HybridModel(
         config,
@@ -61,6 +64,7 @@ def main() -> None:
     start(rendezvous)
     mamba_leakage.provider.update_seqlen_stats_from_cu_seqlens = lambda _: None
     model = make_model(pattern)
+    moe_leakage.one_by_one(model)
     tokens = torch.randint(0, VOCAB_SIZE, (LENGTH,))
 
     def logits(ids: torch.Tensor) -> torch.Tensor:

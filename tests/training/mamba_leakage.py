@@ -62,6 +62,7 @@ def parameters(mode: str) -> PackedSeqParams:
         transformer_impl="local",
         apply_rope_fusion=False,
         hybrid_layer_pattern="M",
+        sequence_parallel=False,
     )
     return provider.packed_seq_params(args, borders.cu_seqlens_q, training=True)
 

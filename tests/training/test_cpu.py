@@ -267,7 +267,6 @@ def test_every_gpu_only_flag_exists_in_megatron() -> None:
         (["--attention-backend", "flash"], "--attention-backend flash"),
         (["--context-parallel-size", "2"], "--context-parallel-size 2"),
         (["--cuda-graph-impl", "local"], "--cuda-graph-impl local"),
-        (["--async-save"], "--async-save"),
     ],
 )
 def test_impossible_flags_are_named_with_a_remedy(flags: list[str], expected: str) -> None:

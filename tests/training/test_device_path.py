@@ -78,7 +78,9 @@ def args() -> Namespace:
         context_parallel_size=1,
         hybrid_context_parallel=False,
         mtp_num_layers=None,
+        num_experts=None,
         sft=False,
+        meco_validation_sets=None,
     )
 
 
@@ -95,8 +97,11 @@ class TwoSamples(torch.utils.data.Dataset):
 
     split = "valid"
 
-    def __init__(self, baseline: bool = False, bounds: tuple[int, int] = (3, 9)) -> None:
+    def __init__(
+        self, baseline: bool = False, bounds: tuple[int, int] = (3, 9), padded: bool = False
+    ) -> None:
         self.baseline = baseline
+        self.padded = padded
         self.bounds = bounds
 
     def __len__(self) -> int:
@@ -117,6 +122,9 @@ class TwoSamples(torch.utils.data.Dataset):
             "max_seqlen": torch.tensor(7, dtype=torch.int32),
             "meco_prefix_tokens": torch.tensor(4 if idx == 0 else 0),
         }
+        if self.padded:
+            # Never in the loss.
+            sample["meco_padding"] = torch.arange(LENGTH) % 4 == 2
         if self.baseline:
             return sample
         compared = sample["loss_mask"] * (torch.arange(LENGTH) > 4)
@@ -149,8 +157,26 @@ def test_a_batch_reaches_the_device_without_a_wait(one_rank: Any, args: Namespac
     for key in ("tokens", "position_ids", "labels", "loss_mask", "compared"):
         assert found[key].shape == (1, SIZE * LENGTH), key
     assert found["cu_seqlens"].shape == (SIZE * 4 + 1,)
-    assert found["facts"].shape == (2, SIZE)
+    assert found["facts"].shape == (3, SIZE)
     assert all(x is None or x.device.type == "meta" for x in found.values())
+
+
+def test_padding_reaches_every_stage_of_a_model_with_experts(
+    one_rank: Any, args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = next_batch(one_rank, args, 5)
+    args.num_experts = 4
+    monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: False)
+    assert next_batch(one_rank, args, 5, padded=True)["padding"].device.type == "meta"
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **_: self)
+    found = next_batch(one_rank, args, 5, padded=True)
+    assert found["padding"].tolist() == [[i % 4 == 2 for i in range(LENGTH)] * SIZE]
+    args.num_experts = None
+    monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: True)
+    without = next_batch(one_rank, args, 5)
+    assert plain["padding"] is without["padding"] is None
+    for key in ("loss_mask", "compared"):
+        assert torch.equal(found[key], without[key]), key
 
 
 @pytest.fixture
@@ -252,10 +278,11 @@ def test_a_batch_is_what_megatrons_own_functions_make_of_the_samples(
     # The same borders, and empty documents.
     assert found["cu_seqlens"].tolist() == [0, 3, 9, 16, 16, 32, 32, 32, 32]
     assert stock["cu_seqlens"].tolist() == [0, 3, 9, 16, 32]
-    assert found["facts"].tolist() == [[4, 0], [1, 0]]
+    assert found["facts"].tolist() == [[4, 0], [1, 0], [0, 0]]
     compared = torch.stack([TwoSamples()[i]["meco_compared"] for i in range(SIZE)])
     assert torch.equal(found["compared"], compared.view(1, -1).bool())
-    assert next_batch(one_rank, args, 5, baseline=True)["facts"].tolist() == [[4, 0], [0, 0]]
+    baseline = next_batch(one_rank, args, 5, baseline=True)
+    assert baseline["facts"].tolist() == [[4, 0], [0, 0], [0, 0]]
 
 
 def test_a_stage_in_the_middle_gets_the_borders_alone(
@@ -267,7 +294,7 @@ def test_a_stage_in_the_middle_gets_the_borders_alone(
     monkeypatch.setattr(torch.distributed, "broadcast", lambda x, *_, **__: sent.append(x.shape))
     monkeypatch.setattr(one_rank, "is_first_or_last_pipeline_stage", lambda _: False)
     found = next_batch(one_rank, args, 5)
-    assert sent == [(SIZE, 7)]
+    assert sent == [(SIZE, 8)]
     assert found["cu_seqlens"].tolist() == [0, 3, 9, 16, 16, 32, 32, 32, 32]
     assert found["tokens"] is None
 
@@ -390,3 +417,41 @@ def test_an_evaluation_of_two_samples_reports_no_third_view(args: Namespace) -> 
     assert names[1] == ["CONDITIONED"]
     assert names[2] == ["CONDITIONED", "PLAIN"]
     assert names[3] == ["CONDITIONED", "PLAIN", "SHUFFLED"]
+
+
+def test_losses_of_validation_sets_are_reported_apart(
+    args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven samples of four labels: two sets in three views, and one that fills up the batch."""
+    from megatron_meco.config import View
+    from megatron_meco.training import provider
+
+    monkeypatch.setattr(provider, "get_args", lambda: args)
+    monkeypatch.setattr(provider.stock, "get_args", lambda: args)
+    args.meco_template, args.meco_validation_sets = "URL: {url.host}", ["wiki", "code"]
+    args.eval_iters, args.eval_global_batch_size = 1, 7
+    views = torch.tensor([View.CONDITIONED, View.PLAIN, View.SHUFFLED] * 2 + [View.SHUFFLED])
+    sets = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    mask = torch.ones(7, 4)
+    mask[3:, 0] = 0
+    mask[6] = 0
+    compared = (mask * (torch.arange(4) > 1)).bool()
+    losses = torch.arange(28.0).view(7, 4)
+    facts = torch.stack([torch.zeros_like(views), views, sets])
+    _, _, report = provider.loss_func(mask, losses, facts=facts, compared=compared, training=False)
+    found = {name: (pair / pair[1])[0].item() for name, pair in report.items()}
+    mean = [losses[i][mask[i] > 0].mean().item() for i in range(6)]
+    expected = {"compared share-wiki": 2 / 4, "compared share-code": 2 / 3, "compared share": 4 / 7}
+    for i, view in enumerate(("conditioned", "plain", "shuffled")):
+        expected[f"lm loss {view}-wiki"], expected[f"lm loss {view}-code"] = mean[i], mean[i + 3]
+        # Four labels of one set, three of the other.
+        expected[f"lm loss {view}"] = (4 * mean[i] + 3 * mean[i + 3]) / 7
+    for suffix in ("", "-wiki", "-code"):
+        # Each sample's losses are four above those of the one before.
+        expected[f"lm loss shuffled minus conditioned{suffix}"] = 8
+    assert found == pytest.approx(expected)
+    args.meco_validation_sets = None
+    _, _, whole = provider.loss_func(mask, losses, facts=facts, compared=compared, training=False)
+    assert {name: pair.tolist() for name, pair in whole.items()} == {
+        name: pair.tolist() for name, pair in report.items() if "-" not in name
+    }

@@ -53,6 +53,10 @@ def test_a_hybrid_model_keeps_documents_apart(tmp_path: Path) -> None:
     assert report_of(HYBRID, tmp_path / "meco", "M*-M*-", "meco") == APART
 
 
+def test_a_hybrid_model_with_experts_keeps_documents_apart(tmp_path: Path) -> None:
+    assert report_of(HYBRID, tmp_path / "experts", "M*EM*E", "meco") == APART
+
+
 def test_the_same_check_sees_a_hybrid_model_leak_without_document_numbers(tmp_path: Path) -> None:
     rows = report_of(HYBRID, tmp_path / "borders", "M*-M*-", "borders")
     assert not rows[0]["others_identical"]
@@ -70,3 +74,19 @@ def test_further_heads_keep_documents_apart_and_do_not_train_on_prefixes(tmp_pat
     assert report["documents"] == APART
     assert report["same_gradients_with_mask"]
     assert not report["same_gradients_without_mask"], "the check sees nothing"
+
+
+def test_experts_keep_documents_apart_and_do_not_count_padding(tmp_path: Path) -> None:
+    """Megatron's experts, given the padding mask as MeCo's training step gives it."""
+    kinds = report_of(Path(__file__).parent / "moe_leakage.py", tmp_path / "moe")
+    # Why --moe-expert-capacity-factor is refused.
+    dropped = kinds.pop("tokens dropped")["documents"]
+    assert not any(row["others_identical"] for row in dropped)
+    assert len(kinds) == 6
+    for kind, report in kinds.items():
+        assert report["documents"] == APART, kind
+        # In float64. The order of sums depends on the padding.
+        assert report["difference_with_mask"] < 1e-14, kind
+        assert report["difference_without_mask"] > 0.1, "the check sees nothing"
+    # Two experts for each token that is no padding, in both layers.
+    assert kinds["expert bias, shared experts"]["counted"] == [2 * 36] * 2

@@ -48,6 +48,8 @@ def test_no_flag_is_decided_twice() -> None:
     assert both == {
         "ckpt_format",
         "create_attention_mask_in_dataloader",
+        "dataloader_type",
+        "moe_router_load_balancing_type",
         "non_persistent_ckpt_type",
         "position_embedding_type",
         "transformer_impl",
@@ -68,6 +70,8 @@ def test_every_refused_flag_is_refused_by_name(flags: dict[str, Flag]) -> None:
     values = {
         "ckpt_format": "fsdp_dtensor",
         "create_attention_mask_in_dataloader": 1,
+        "dataloader_type": "cyclic",
+        "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
         "position_embedding_type": "mrope",
         "transformer_impl": "inference_optimized",
         "non_persistent_ckpt_type": "local",
@@ -200,15 +204,15 @@ def test_context_parallelism_passes(flags: dict[str, Flag], local: bool) -> None
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"hybrid_layer_pattern": "M*"}, "not tested with --context-parallel-size 2: state-space"),
         ({"window_size": (16, 0)}, "--window-size 16 0: not tested with"),
-        ({"seq_length": 66}, "--seq-length 66: no multiple of 4.*Give 68"),
-        ({"meco_pad_documents_to": 6}, "--meco-pad-documents-to 6: no multiple of 4.*Give 12"),
+        ({"seq_length": 66}, "--seq-length 66: not a multiple of 4:.*Give 68"),
+        ({"meco_pad_documents_to": 6}, "--meco-pad-documents-to 6: not a multiple of 4:.*Give 12"),
         (
             {
                 "meco_pad_documents_to": 4,
                 "sequence_parallel": True,
                 "tensor_model_parallel_size": 2,
             },
-            "--meco-pad-documents-to 4: no multiple of 8",
+            "--meco-pad-documents-to 4: not a multiple of 8",
         ),
         ({"cp_comm_type": ["a2a+p2p"]}, r"--cp-comm-type a2a\+p2p: unknown, or not for packed"),
         ({"cp_comm_type": ["p2p", "ring"]}, "--cp-comm-type ring: unknown"),
@@ -276,12 +280,30 @@ def test_what_a_layout_needs_of_documents(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"moe_expert_capacity_factor": 1.0}, "an expert that is full drops tokens"),
+        ({"moe_router_load_balancing_type": ["sinkhorn"]}, "documents depend on each other"),
+        ({"num_experts": 8, "moe_router_fusion": True}, "fused loss takes a whole number"),
+        ({"num_experts": 8, "tensor_model_parallel_size": 2}, "Add --sequence-parallel"),
         (
-            {"num_experts": 8},
-            "--num-experts 8: does not go with --meco: padding would count.*#6114",
+            {
+                "num_experts": 8,
+                "sequence_parallel": True,
+                "micro_batch_size": 2,
+                "moe_router_load_balancing_type": ["seq_aux_loss"],
+            },
+            "loss over all samples of a micro-batch",
         ),
+        (
+            {"num_experts": 8, "sequence_parallel": True, "mtp_num_layers": 1},
+            "further heads with experts",
+        ),
+        (
+            {"num_experts": 8, "moe_grouped_gemm": True, "transformer_impl": "local"},
+            "--moe-grouped-gemm: the layers for hosts",
+        ),
+        ({"moe_router_topk": 4}, "--moe-router-topk 4: has no effect without --num-experts"),
         ({"multi_latent_attention": True}, "--multi-latent-attention: does not go with"),
-        ({"hybrid_layer_pattern": "M*E"}, "--hybrid-layer-pattern M.E: layer 'E': padding would"),
+        ({"hybrid_layer_pattern": "M*E"}, "layer 'E': the number of its experts is missing"),
         ({"hybrid_override_pattern": "MD"}, "--hybrid-override-pattern MD: layer 'D'"),
         ({"hybrid_layer_pattern": "M+"}, r"layer '\+': latent attention"),
         ({"hybrid_layer_pattern": "M*/**"}, "layer '/': nobody has shown that further heads"),
@@ -308,6 +330,9 @@ def test_kinds_of_models_that_are_not_right_are_refused_by_name(
         {"hybrid_layer_pattern": "M*-|MG*-"},
         {"hybrid_layer_pattern": "M*-", "transformer_impl": "local"},
         {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3},
+        {"num_experts": 8, "moe_router_load_balancing_type": ["seq_aux_loss"]},
+        {"num_experts": 8, "transformer_impl": "local", "moe_token_dispatcher_type": "alltoall"},
+        {"num_experts": 8, "hybrid_layer_pattern": "M*E"},
         {"qk_layernorm": True, "position_embedding_type": "yarn", "window_size": (128, 0)},
     ],
 )

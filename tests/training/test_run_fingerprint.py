@@ -42,6 +42,58 @@ def values(**changes: Any) -> dict[str, Any]:
         # A checkpoint of before there was the flag, and its default.
         ({"meco": True}, {"meco": True, "pad_documents_to": 1}, {}),
         ({"meco": True}, {"meco": True, "pad_documents_to": 8}, {"pad_documents_to": (1, 8)}),
+        # Templates of before brackets were groups: the same text may mean another prefix.
+        *(
+            (
+                {"meco": True, "template": old},
+                {"meco": True, "template": new, "template_syntax": 2},
+                changed,
+            )
+            for old, new, changed in (
+                (r"URL: {url.host}\n\n", r"URL: {url.host}\n\n", {}),
+                ("[a] {{b}} {c|default=[[}", "[a] {{b}} {c|default=[[}", {}),
+                ("{url}", "{topic}", {"template": ("{url}", "{topic}")}),
+                ("[[{url}]]", "[[[[{url}]]]]", {}),
+                ("[[[x{url}", r"\[\[\[x{url}", {}),
+                (
+                    "[[{url}]]",
+                    "[[{url}]]",
+                    {
+                        "template": (
+                            r"\[\[{url}\]\] (as that run's [[{url}]] is written today)",
+                            "[[{url}]]",
+                        )
+                    },
+                ),
+                (
+                    "[[[[{url}",
+                    "[[[[{url}",
+                    {
+                        "template": (
+                            r"\[\[\[\[{url} (as that run's [[[[{url} is written today)",
+                            "[[[[{url}",
+                        )
+                    },
+                ),
+                (
+                    "{token:a}{url}",
+                    "{token:a}{url}",
+                    {
+                        "template": (
+                            "{token:a}{url} (where {token:...} was a field)",
+                            "{token:a}{url}",
+                        )
+                    },
+                ),
+            )
+        ),
+        # Of these two the second key says that brackets are groups already.
+        (values(template="[[{url}]]"), values(template="[[{url}]]", template_syntax=2), {}),
+        (
+            {"meco": True, "template": "{token:a}", "template_syntax": 2},
+            {"meco": True, "template": "{token:a}", "template_syntax": 2},
+            {},
+        ),
     ],
 )
 def test_differences(before: dict[str, Any], now: dict[str, Any], changed: dict[str, Any]) -> None:

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from megatron_meco.config import MeCoConfig  # noqa: E402
-from megatron_meco.data.packed_batches import PlainRun  # noqa: E402
+from megatron_meco.config import MeCoConfig
+from megatron_meco.data.packed_batches import PlainRun
 
 EXPECTED = json.loads(Path(__file__).with_name("expected.json").read_text())["samples"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Megatron 0.17 and older ask for the rank when they build a blend."""
-    store = tmp_path_factory.mktemp("store") / "rendezvous"
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("packing", ["truncate", "split", "best-fit"])

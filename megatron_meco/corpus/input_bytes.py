@@ -1,33 +1,46 @@
-"""Read files (plain, gzip, Zstandard) to their end, and JSONL as chunks of whole lines.
+"""The bytes of input files: opened anywhere, decompressed to their end, cut into whole lines.
 
-A compressed file that ends early is an error, whatever its reader would make of it. Lines are cut
-in bulk at the byte 0x0A; nothing here looks at a single line, so reading runs at the speed of the
-decompressor. A byte range of a plain file holds the lines that begin in it, so ranges that cover a
-file give each line once. Memory is one chunk plus the longest line. Given up: reading one
-compressed file in parallel.
+Paths may be URLs of fsspec. A compressed file that ends early is an error, whatever its reader
+would make of it. Lines are cut in bulk at the byte 0x0A without a loop over lines, so reading runs
+at the speed of the decompressor. A byte range of a plain file holds the lines that begin in it, so
+ranges that cover a file give each line once. Memory is one chunk plus the longest line. One
+compressed file is not read in parallel.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from megatron_meco.corpus.sources import READ_SUFFIXES, open_source
 from megatron_meco.errors import DataError
 
-_CHUNK_BYTES = 1 << 20
-_BLOCK_BYTES = 1 << 18
+COMPRESSIONS = (".gz", ".zst")
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 # Long-range archives use windows up to 2 GiB, above the library's default limit.
 _ZSTD_MAX_WINDOW = 1 << 31
-# What others begin with: read as lines or rows, they would be rejected piece by piece.
+FORMAT_BY_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".warc": "warc",
+    ".wet": "warc",
+}
+# First bytes of other formats: read as lines, these files would be rejected line by line.
 _OTHER_FORMATS = {
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
@@ -42,21 +55,76 @@ _OTHER_FORMATS = {
 }
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL for fsspec."""
+    return "://" in path
+
+
+def filesystem_of(name: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a path or URL, and the name in it."""
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(name)
+    return filesystem, path
+
+
+def open_source(path: str) -> BinaryIO:
+    """Open a path or URL for reading as it is stored; the file can seek.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if not is_remote(path):
+        # Opening a pipe would block forever.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "not a plain file", path)
+        return open(path, "rb")
+    filesystem, name = filesystem_of(path)
+    return cast(BinaryIO, filesystem.open(name, "rb"))
+
+
+def is_compressed(path: str, magic: bytes) -> bool:
+    """Whether a file is gzip or Zstandard, by its name or its first four bytes."""
+    return path.endswith(COMPRESSIONS) or magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
+
+
 @dataclass(frozen=True)
-class LineChunk:
-    """Consecutive whole lines of one file."""
+class Part:
+    """A file, or the byte range of a plain JSONL file, that one task reads.
+
+    Attributes:
+        path: A path, or a URL that fsspec opens.
+        format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
+        begin: First byte; lines that begin in the range belong to it.
+        end: One past the last byte.
+        is_whole: Whether the part is the whole file.
+        stamp: The file's `SourceFile.stamp`; empty: changes are not noticed.
+    """
 
     path: str
-    """The file, as the user named it."""
+    format: str
+    begin: int
+    end: int
+    is_whole: bool
+    stamp: str = ""
 
+
+@dataclass(frozen=True)
+class LineChunk:
+    """Consecutive whole lines of one file.
+
+    Attributes:
+        path: The file, as the user named it.
+        first_line: Number of the first line, counted from 1.
+        data: The lines with their ends; the last line of a file may lack its end.
+        source_bytes: Bytes of the stored file read so far.
+    """
+
+    path: str
     first_line: int
-    """The number of the first line, counted from 1."""
-
     data: bytes
-    """The lines with their ends; the last line of a file may lack its end."""
-
     source_bytes: int
-    """How far into the file (compressed) reading had come."""
 
 
 def read_chunks(
@@ -69,11 +137,11 @@ def read_chunks(
     """Yield lines of a file in order, in chunks of about `chunk_bytes`.
 
     Args:
-        path: A JSONL file or its URL; `.gz` and `.zst` are recognised by their first bytes.
-        begin: The first byte to look at; only a plain file has others than 0.
+        path: A JSONL file or its URL; gzip and Zstandard are recognised by name or first bytes.
+        begin: First byte to look at; 0 for a compressed file.
         end: Lines that begin at this byte or later are left out; None: the end of the file.
-        chunk_bytes: The size that a chunk reaches before it is cut.
-        num_bytes: The size of the file as it is stored; None: not compared.
+        chunk_bytes: Size that a chunk reaches before it is cut.
+        num_bytes: Expected size of the stored file; None: not compared.
 
     Yields:
         Chunks of whole lines; the lines of a range are counted from 1.
@@ -101,15 +169,7 @@ def _begun_before(limit: int, data: bytes) -> bytes:
 
 
 def count_lines(path: str, end: int) -> int:
-    """Return how many lines of a plain file begin before the byte `end`.
-
-    Args:
-        path: A plain file or its URL.
-        end: A byte where a range of `read_chunks` begins.
-
-    Returns:
-        The number to add to that range's line numbers.
-    """
+    """Return how many lines of a plain file begin before the byte `end`, where a range begins."""
     return sum(chunk.data.count(b"\n") for chunk in read_chunks(path, 0, end)) if end else 0
 
 
@@ -148,14 +208,9 @@ def _whole_lines(
 
 
 def open_decompressed(path: str) -> BinaryIO:
-    """Open a file (plain, gzip, Zstandard) for reading what it holds, from its beginning.
+    """Open a file (plain, gzip, Zstandard) for reading its content; the stream cannot seek.
 
-    Args:
-        path: A file or its URL.
-
-    Returns:
-        A stream that cannot seek. Reading it raises a DataError where the file cannot be read to
-        its end.
+    Reading raises a DataError if the file cannot be read to its end.
     """
     return io.BufferedReader(_BlockStream(_blocks(path, 0, None)), _BLOCK_BYTES)
 
@@ -183,7 +238,7 @@ class _BlockStream(io.RawIOBase):
 
 
 def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[bytes, int]]:
-    """Yield `(decompressed bytes, file position)`, foreign errors turned into ours."""
+    """Yield `(decompressed bytes, file position)`; foreign errors become DataErrors."""
     position = 0
     try:
         with open_source(path) as file:
@@ -193,8 +248,8 @@ def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[byte
                 raise DataError(
                     f"is {other}, not what its name says",
                     where=path,
-                    remedy=f"Name the file by its format ({', '.join(READ_SUFFIXES)}, with .gz or "
-                    ".zst where that is usual), or convert it.",
+                    remedy=f"Name the file by its format ({', '.join(FORMAT_BY_SUFFIX)}, with .gz "
+                    "or .zst where that is usual), or convert it.",
                 )
             file.seek(begin)
             if path.endswith(".gz") or magic.startswith(_GZIP_MAGIC):
@@ -219,7 +274,7 @@ def _blocks(path: str, begin: int, num_bytes: int | None) -> Iterator[tuple[byte
         raise _unreadable(
             path, f"the compressed file is damaged after {position:,} bytes ({error})"
         ) from None
-    # The libraries behind URLs raise what they like.
+    # The libraries behind URLs raise exceptions of any type.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise _unreadable(
@@ -237,12 +292,12 @@ def _gzip_blocks(file: BinaryIO) -> Iterator[bytes]:
         while block := stream.read(_BLOCK_BYTES):
             yield block
     if file.tell() == 0:
-        # The class takes a file without any byte for one without content.
+        # GzipFile accepts a file of zero bytes.
         raise EOFError
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    # Not `stream_reader`: at a truncated frame it ends without an error, and documents are lost.
+    # Not `stream_reader`: it ends at a truncated frame without an error.
     codec = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
     frame = codec.decompressobj()
     at_border = False

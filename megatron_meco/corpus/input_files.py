@@ -1,10 +1,10 @@
-"""What `meco prepare` reads: files and folders, anywhere fsspec reaches, cut into tasks.
+"""Finds the input of `meco prepare`, anywhere fsspec reaches, and cuts it into tasks.
 
-A task is a run of consecutive files, or a byte range of one plain JSONL file, of about one size.
-The cut depends on the input alone and never on the number of workers, so that the output does not
-either; it grows with the input (16 MiB to 1 GiB), so that a laptop keeps all cores busy and a
-cluster gets about a thousand tasks. Costs one look-up of size and date per file, and four bytes of
-files that may be cut. Given up: cutting compressed files, and Parquet inside a file.
+A task is a run of consecutive files, or a byte range of one plain JSONL file, of about equal size.
+The cut depends on the input alone, not on the number of workers, so the output does not either.
+Task sizes grow with the input (16 MiB to 1 GiB): a laptop keeps all cores busy, and a cluster gets
+about a thousand tasks. Costs one look-up of size and date per file, and four bytes of files that
+may be cut. Compressed files and the other formats are not cut.
 """
 
 from __future__ import annotations
@@ -17,39 +17,31 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from megatron_meco.corpus.input_bytes import (
+    COMPRESSIONS,
+    FORMAT_BY_SUFFIX,
+    Part,
+    filesystem_of,
+    is_compressed,
+    is_remote,
+    open_source,
+)
 from megatron_meco.corpus.outputs import (
     is_side_file,
-    is_utf8,
     is_work_folder,
     logs_of,
     output_paths,
     work_folder_of,
 )
-from megatron_meco.corpus.wording import counted
 from megatron_meco.errors import DataError
+from megatron_meco.wording import counted, is_utf8
 
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".warc": "warc",
-    ".wet": "warc",
-}
-READ_SUFFIXES = tuple(_SUFFIXES)
-_COMPRESSIONS = (".gz", ".zst")
-# Compressed by the reader of the format itself, or never.
-FORMATS = tuple(dict.fromkeys(_SUFFIXES.values()))
-# What others compress and pack with, which is not read here.
+# Compressions and archives that are not supported.
 _NOT_READ = (".7z", ".bz2", ".br", ".lz4", ".lzma", ".rar", ".sz", ".tar", ".tgz", ".xz", ".zip")
-# A Hugging Face data set saved to disk keeps its description beside its data.
+# A Hugging Face dataset on disk has its description beside its data.
 _NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _TASKS = 1024
 _MIN_TASK_BYTES = 16 << 20
 _MAX_TASK_BYTES = 1 << 30
@@ -57,91 +49,36 @@ _MAX_TASK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the input."""
+    """One file of the input.
 
-    path: str
-    """A path, or a URL that fsspec opens."""
-
-    format: str
-    """One of `FORMATS`."""
-
-    num_bytes: int
-    """Its size as it is stored."""
-
-    stamp: str
-    """What changes when the file does: a date or an ETag; empty where there is none."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file, or the byte range of a plain JSONL file, that one task reads."""
-
-    path: str
-    """A path, or a URL that fsspec opens."""
-
-    format: str
-    """One of `FORMATS`."""
-
-    begin: int
-    """The first byte; lines that begin in the range belong to it."""
-
-    end: int
-    """One past the last byte."""
-
-    is_whole: bool
-    """Whether the part is the whole file."""
-
-    stamp: str = ""
-    """The file's `SourceFile.stamp`; empty: it is not looked at again."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL for fsspec."""
-    return "://" in path
-
-
-def open_source(path: str) -> BinaryIO:
-    """Open a file for reading as it is stored.
-
-    Args:
-        path: A path or URL.
-
-    Returns:
-        The file, which can seek.
-
-    Raises:
-        OSError: It cannot be opened.
+    Attributes:
+        path: A path, or a URL that fsspec opens.
+        format: `jsonl`, `parquet`, `arrow`, `csv` or `warc`.
+        num_bytes: Its size as stored.
+        stamp: A date or an ETag, which changes with the file; empty if there is none.
     """
-    if not is_remote(path):
-        # A pipe would be waited for, for ever.
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise OSError(errno.EINVAL, "not a plain file", path)
-        return open(path, "rb")
-    filesystem, name = _filesystem(path)
-    return cast(BinaryIO, filesystem.open(name, "rb"))
 
-
-def is_compressed(path: str, magic: bytes) -> bool:
-    """Whether a file is gzip or Zstandard, by its name or its first four bytes."""
-    return path.endswith(_COMPRESSIONS) or magic.startswith((_GZIP_MAGIC, _ZSTD_MAGIC))
+    path: str
+    format: str
+    num_bytes: int
+    stamp: str
 
 
 def find_files(
     inputs: Iterable[str | os.PathLike[str]], own: Path | None = None
 ) -> list[SourceFile]:
-    """Return the files that the inputs name, and tell on stderr of what is passed over.
+    """Return the files that the inputs name, and warn about files that are passed over.
 
     Args:
-        inputs: Files, folders (searched for data files, in the order of their names, links to
-            folders followed once), patterns with `*`; local or `protocol://`.
+        inputs: Files, folders (searched for data files in name order, links to folders followed
+            once) or patterns with `*`; local or `protocol://`.
         own: The prefix of a corpus whose files and work folder are no inputs.
 
     Returns:
-        The files in the order of their documents.
+        The files in document order.
 
     Raises:
-        DataError: There is no such file, or nothing in a folder; or a file cannot be an input.
+        DataError: There is no such file, a folder has no data, or a file cannot be an input.
     """
     search = _Search(own)
     files: list[SourceFile] = []
@@ -151,7 +88,7 @@ def find_files(
             files += search.find(name)
         except DataError:
             raise
-        # The libraries behind URLs raise what they like.
+        # The libraries behind URLs raise exceptions of any type.
         except Exception as error:
             told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
             where = str(getattr(error, "filename", None) or name)
@@ -172,11 +109,7 @@ def find_files(
 
 
 def tell_repeated(paths: Iterable[str]) -> None:
-    """Tell on stderr of files that are given more than once, under whatever names.
-
-    Args:
-        paths: Paths and URLs.
-    """
+    """Warn about files that are given more than once, under whatever names."""
     counts: Counter[Any] = Counter()
     repeated = []
     for path in paths:
@@ -195,7 +128,7 @@ def tell_repeated(paths: Iterable[str]) -> None:
 
 
 def warn(text: str) -> None:
-    """Say something on stderr that the user should know and that stops nothing."""
+    """Print a warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -206,7 +139,7 @@ def plan_tasks(files: Sequence[SourceFile]) -> list[list[Part]]:
         files: The files in order.
 
     Returns:
-        For each task its parts; all tasks one after the other are the input in order.
+        The parts of each task; all tasks one after the other are the input in order.
     """
     total = sum(file.num_bytes for file in files)
     size = min(max(total // _TASKS, _MIN_TASK_BYTES), _MAX_TASK_BYTES)
@@ -257,7 +190,7 @@ class _Search:
             raise DataError(
                 "is empty", where="INPUT", remedy="Name a file; an unset shell variable gives none."
             )
-        filesystem, path = _filesystem(name)
+        filesystem, path = filesystem_of(name)
         is_local = _is_local(filesystem)
         if filesystem.isdir(path):
             found = self._in_folder(filesystem, path, name)
@@ -282,7 +215,7 @@ class _Search:
         ]
 
     def tell(self, files: list[SourceFile]) -> None:
-        """Say what is no input, and which inputs are empty."""
+        """Warn about files that are no input, and about empty inputs."""
         named = {file.path for file in files}
         passed_over = [file for file in self._passed_over if file not in named]
         if passed_over:
@@ -315,14 +248,14 @@ class _Search:
             raise DataError(
                 "no data files in this folder",
                 where=name,
-                remedy=f"Data files end in {', '.join(_SUFFIXES)}, with .gz or .zst where that "
-                "is usual; name others one by one.",
+                remedy=f"Data files end in {', '.join(FORMAT_BY_SUFFIX)}, with .gz or .zst where "
+                "that is usual; name others one by one.",
             )
         return found
 
     def _pass_over(self, file: str) -> None:
         stem, suffix = os.path.splitext(file)
-        if suffix.lower() in _NOT_READ and os.path.splitext(stem)[1].lower() in _SUFFIXES:
+        if suffix.lower() in _NOT_READ and os.path.splitext(stem)[1].lower() in FORMAT_BY_SUFFIX:
             raise _not_read(file)
         self._passed_over.append(file)
 
@@ -352,7 +285,7 @@ class _Search:
         return _real(file) in self._own_files or is_side_file(file)
 
     def _check_local(self, path: str) -> None:
-        """Refuse what would be waited for, cannot be read, or is of the work itself."""
+        """Refuse files that block, cannot be read, or belong to the work itself."""
         if any(os.path.commonpath([_real(path), folder]) == folder for folder in self._own_folders):
             raise DataError(
                 "lies in the work folder or among the logs of this very corpus",
@@ -376,19 +309,16 @@ class _Search:
 
 
 def _real(path: str | os.PathLike[str]) -> str:
-    """Return where a name really lies; the last part may be a link, which is one's own name."""
+    """Return where a name really lies; the last part may be a link, which is its own name."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)
 
 
 def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk like `os.walk` with links to folders, each folder once, whatever links lead to it.
-
-    Args:
-        folder: Where to begin.
+    """Walk like `os.walk`, following links to folders, each folder once.
 
     Yields:
-        A folder, those in it (which may be taken out), and its files, both sorted.
+        A folder, its folders (which may be removed from the list), and its files, both sorted.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -403,8 +333,7 @@ def walk_once(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
             seen.add(os.path.realpath(place))
             folders.sort()
             yield place, folders, sorted(names)
-            # Later than all folders themselves, so that these keep their names; not those that
-            # lead back to where they are.
+            # After all real folders, so that these keep their names; without links to a parent.
             links = [f"{place}/{one}" for one in folders if os.path.islink(f"{place}/{one}")]
             waiting += [link for link in links if not _leads_back(link)]
 
@@ -415,7 +344,7 @@ def _leads_back(link: str) -> bool:
 
 
 def _raise(error: OSError) -> None:
-    # What cannot be listed would be lost without a word.
+    # By default `os.walk` silently skips a folder that it cannot list.
     raise error
 
 
@@ -444,17 +373,14 @@ def _is_local(filesystem: Any) -> bool:
 
 
 def check_unchanged(part: Part) -> None:
-    """Refuse a local file that is another than when the preparation began.
-
-    Args:
-        part: What was read of it.
+    """Refuse a local file whose date or size has changed since the preparation began.
 
     Raises:
-        DataError: Its date or size is another.
+        DataError: It has changed.
     """
     if not part.stamp or is_remote(part.path):
         return
-    filesystem, path = _filesystem(part.path)
+    filesystem, path = filesystem_of(part.path)
     try:
         now = _source_file(filesystem, path, part.path)
         is_same = now.stamp == part.stamp and (not part.is_whole or now.num_bytes == part.end)
@@ -477,21 +403,14 @@ def _source_file(filesystem: Any, path: str, shown: str) -> SourceFile:
 
 def _stem_and_suffix(path: str) -> tuple[str, str]:
     stem, suffix = os.path.splitext(path.rsplit("/", 1)[-1].lower())
-    return os.path.splitext(stem) if suffix in _COMPRESSIONS else (stem, suffix)
+    return os.path.splitext(stem) if suffix in COMPRESSIONS else (stem, suffix)
 
 
 def _format(path: str) -> str:
-    # Lines of JSON are what a name that says nothing most likely holds.
-    return _SUFFIXES.get(_stem_and_suffix(path)[1], "jsonl")
+    # A file with an unknown suffix most likely holds JSON lines.
+    return FORMAT_BY_SUFFIX.get(_stem_and_suffix(path)[1], "jsonl")
 
 
 def _is_data(path: str) -> bool:
     is_described = path.rpartition("/")[2] in _NOT_DATA
-    return _stem_and_suffix(path)[1] in _SUFFIXES and not is_described
-
-
-def _filesystem(name: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(name)
-    return filesystem, path
+    return _stem_and_suffix(path)[1] in FORMAT_BY_SUFFIX and not is_described

@@ -10,16 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_meco.corpus import bulk
-from megatron_meco.corpus.bulk import (
+from megatron_meco.corpus import encoder as encoder_module
+from megatron_meco.corpus.encoder import (
     GigatokenEncoder,
     ListBulkEncoder,
     choose_encoder,
-    load_encoder,
-    write_encoder,
 )
 from megatron_meco.corpus.llama3 import write_llama3_tokenizer
 from megatron_meco.corpus.tokenizer import HuggingFaceEncoder
+from megatron_meco.corpus.work_folder import load_encoder, write_encoder
 from megatron_meco.errors import DataError, FlagError
 
 
@@ -49,7 +48,7 @@ def test_equal_ids_are_used_and_said(encoder: HuggingFaceEncoder, tmp_path: Path
 def test_other_ids_on_the_users_text_fall_back(
     encoder: HuggingFaceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "GigatokenEncoder", _OffByOne)
+    monkeypatch.setattr(encoder_module, "GigatokenEncoder", _OffByOne)
     assert choose_encoder(encoder, ["fine"])["kind"] == "gigatoken"
     chosen = choose_encoder(encoder, ["fine", "users own"])
     assert chosen["kind"] == "huggingface"
@@ -67,8 +66,8 @@ def test_another_machine_checks_its_first_batch(
     encoder: HuggingFaceEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_encoder(tmp_path, choose_encoder(encoder, []))
-    monkeypatch.setattr(bulk, "GigatokenEncoder", _OffByOne)
-    monkeypatch.setattr(bulk.platform, "node", lambda: "elsewhere")
+    monkeypatch.setattr(encoder_module, "GigatokenEncoder", _OffByOne)
+    monkeypatch.setattr(encoder_module.platform, "node", lambda: "elsewhere")
     loaded, _ = load_encoder(tmp_path)
     with pytest.raises(DataError, match=r"elsewhere.*other ids"):
         loaded.encode(["users own"])
@@ -104,7 +103,7 @@ def test_llama3(tmp_path: Path) -> None:
     with pytest.raises(FlagError, match="exists already"):
         write_llama3_tokenizer(folder)
     encoder = HuggingFaceEncoder((folder / "tokenizer.json").read_text())
-    texts = [path.read_text() for path in Path(bulk.__file__).parent.glob("*.py")]
+    texts = [path.read_text() for path in Path(encoder_module.__file__).parent.glob("*.py")]
     chosen = choose_encoder(encoder, texts)
     assert chosen["kind"] == "gigatoken", chosen["reason"]
     fast, slow = GigatokenEncoder(encoder.serialized), ListBulkEncoder(encoder)

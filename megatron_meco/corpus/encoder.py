@@ -1,12 +1,11 @@
 """Texts to token ids in bulk: gigatoken where it gives the same ids, else the tokenizer itself.
 
-gigatoken is some fifty times as fast as Hugging Face's tokenizers and returns arrays instead of
-Python lists. Whether its ids are the same is not assumed: `choose_encoder` compares both on probes
-and on a sample of the user's own text and falls back with a reason, and a process on another
-machine than the one that compared checks its first batch again. Special tokens written in a text
-stay text. `DocumentEncoder` makes Megatron sequences of it: documents, or their sentences. Costs a
-second per process to load. Given up: SentencePiece and tiktoken models through gigatoken; Megatron
-gives their flags a meaning of their own (spaces, prefixes).
+gigatoken is about fifty times as fast as Hugging Face's tokenizers and returns arrays.
+`choose_encoder` compares both on probes and on a sample of the user's text, and falls back with a
+reason. A process on another machine than the one that compared checks its first batch again.
+Special tokens written in a text stay text. `DocumentEncoder` makes Megatron sequences: documents,
+or their sentences. Loading costs a second per process. SentencePiece and tiktoken models do not go
+through gigatoken: Megatron gives their flags (spaces, prefixes) a meaning of its own.
 """
 
 from __future__ import annotations
@@ -15,24 +14,25 @@ import hashlib
 import json
 import platform
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import orjson
 import pyarrow as pa
 
 from megatron_meco.corpus.text_arrays import text_buffers
-from megatron_meco.corpus.tokenizer import HuggingFaceEncoder, TextEncoder
+from megatron_meco.corpus.tokenizer import (
+    HuggingFaceEncoder,
+    TextEncoder,
+    build_tokenizer,
+    resolve_eod,
+    text_encoder,
+)
 from megatron_meco.errors import DataError
-from megatron_meco.whole_file import whole_file
 
 if TYPE_CHECKING:
     from megatron_meco.corpus.punkt import SentenceSplitter
 
-_FILE = "encoder.json"
 _CHECKED_TEXTS = 256
 _CHECKED_CHARACTERS = 1 << 18
 _PROBES = (
@@ -44,6 +44,9 @@ _PROBES = (
 )
 
 
+ENCODERS = ("auto", "gigatoken", "huggingface")
+
+
 class BulkEncoder(Protocol):
     """Turns many texts into one array of ids."""
 
@@ -53,11 +56,7 @@ class BulkEncoder(Protocol):
 
 
 class ListBulkEncoder:
-    """A bulk encoder over any encoder that returns lists.
-
-    Args:
-        encoder: The encoder.
-    """
+    """A bulk encoder over an encoder that returns lists."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
@@ -78,14 +77,14 @@ class GigatokenEncoder:
         serialized: A Hugging Face tokenizer as JSON.
 
     Raises:
-        Exception: gigatoken cannot read it; its errors are of no common type.
+        Exception: gigatoken cannot read it; its errors have no common type.
     """
 
     def __init__(self, serialized: str) -> None:
         import gigatoken
 
         settings = json.loads(serialized)
-        # Special tokens in a text are text, and nothing is added, cut or filled up.
+        # Special tokens in a text are text. Nothing is added, truncated or padded.
         added = settings.get("added_tokens") or []
         settings["added_tokens"] = [token for token in added if not token.get("special")]
         settings.update(post_processor=None, truncation=None, padding=None)
@@ -97,13 +96,13 @@ class GigatokenEncoder:
         """Return the ids of all texts end to end, and each text's number of ids.
 
         Args:
-            texts: A string array without nulls is not copied into Python.
+            texts: Strings; a string array without nulls is not copied into Python.
         """
         given = _as_awkward(texts) if isinstance(texts, pa.Array) else texts
         try:
             layout = self._tokenizer.encode_batch(given, parallel=False).layout
         except BaseException as error:
-            # A Rust panic is no Exception, and no process but this one could unpickle it.
+            # A Rust panic is no Exception, and other processes cannot unpickle it.
             if type(error).__name__ != "PanicException":
                 raise
             raise DataError(
@@ -132,33 +131,75 @@ def _as_awkward(texts: pa.Array) -> Any:
 
 
 def fast_encoder(encoder: TextEncoder, sample: list[str]) -> GigatokenEncoder | None:
-    """Return gigatoken's encoder for a tokenizer, compared with it as `choose_encoder` does.
+    """Return gigatoken's encoder for a tokenizer, or None if it gives other ids or cannot read it.
 
     Args:
         encoder: The tokenizer's own encoder.
         sample: Texts to compare, besides the probes.
-
-    Returns:
-        None where it gives other ids, or cannot read the tokenizer.
     """
     if not isinstance(encoder, HuggingFaceEncoder):
         return None
     return _compared(encoder, _compared_texts(encoder, sample))[0]
 
 
+def build_encoder(
+    tokenizer_type: str,
+    tokenizer_model: str | None,
+    tokenizer_extra: dict[str, Any] | None = None,
+    sample: list[str] | None = None,
+    encoder: str = "auto",
+) -> dict[str, Any]:
+    """Build Megatron's tokenizer and choose how texts are encoded.
+
+    Args:
+        tokenizer_type: Megatron's `--tokenizer-type`.
+        tokenizer_model: Megatron's `--tokenizer-model`.
+        tokenizer_extra: Further tokenizer settings, by Megatron's names.
+        sample: Texts to compare gigatoken's ids on.
+        encoder: `auto`; `gigatoken` refuses to fall back; `huggingface` never compares.
+
+    Returns:
+        What `choose_encoder` returns, and `eod`, `eod_text`, `vocab_size` and `dtype`.
+
+    Raises:
+        FlagError: The tokenizer cannot be built, or has no EOD in its vocabulary.
+        DataError: gigatoken was asked for and gives other ids.
+    """
+    tokenizer = build_tokenizer(tokenizer_type, tokenizer_model, **(tokenizer_extra or {}))
+    from megatron.core.datasets.indexed_dataset import DType
+
+    eod = resolve_eod(tokenizer)
+    chosen = choose_encoder(
+        text_encoder(tokenizer), sample or [], allow_gigatoken=encoder != "huggingface"
+    )
+    if encoder == "gigatoken" and chosen["kind"] != "gigatoken":
+        raise DataError(
+            f"gigatoken cannot be used ({chosen['reason']})",
+            where="--encoder gigatoken",
+            remedy="Leave --encoder out.",
+        )
+    return {
+        **chosen,
+        "eod": eod,
+        "eod_text": str(tokenizer.detokenize([eod])),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": DType.optimal_dtype(tokenizer.vocab_size).__name__,
+    }
+
+
 def choose_encoder(
     encoder: TextEncoder, sample: list[str], *, allow_gigatoken: bool = True
 ) -> dict[str, Any]:
-    """Decide how texts are encoded.
+    """Choose how texts are encoded.
 
     Args:
         encoder: The tokenizer's own encoder.
-        sample: Texts of the corpus; a part of them is compared.
+        sample: Texts of the corpus; some of them are compared.
         allow_gigatoken: False: the tokenizer's own encoder, without a comparison.
 
     Returns:
-        What `write_encoder` keeps: `kind` ("gigatoken", "huggingface", "megatron"), `reason` (one
-        line for the user), and what the encoder is made of.
+        `kind` ("gigatoken", "huggingface", "megatron"), `reason` (one line for the user), and what
+        `encoder_of` needs.
     """
     if not isinstance(encoder, HuggingFaceEncoder):
         arguments = encoder.__reduce__()[1]
@@ -200,94 +241,14 @@ def _compared(encoder: HuggingFaceEncoder, texts: list[str]) -> tuple[GigatokenE
     return fast, ""
 
 
-def write_encoder(folder: Path, chosen: dict[str, Any]) -> None:
-    """Keep an encoder in a folder for the processes that work there.
-
-    Args:
-        folder: The folder.
-        chosen: What `choose_encoder` returned, and anything else that belongs to it.
-
-    Raises:
-        DataError: The folder cannot be written to.
-    """
-
-    def refuse(reason: str) -> DataError:
-        return DataError(
-            f"cannot be written ({reason})",
-            where=str(folder / _FILE),
-            remedy="Free space, or choose another --output; finished work is kept.",
-        )
-
-    with whole_file(folder / _FILE, refuse) as file:
-        file.write(json.dumps({**chosen, "compared_on": platform.node()}).encode())
-
-
 def encoder_digest(chosen: dict[str, Any]) -> str:
-    """Return a digest of what decides the ids."""
+    """Return a digest of everything that decides the ids."""
     made_of = {key: chosen.get(key) for key in ("serialized", "arguments")}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-@lru_cache(maxsize=2)
-def load_encoder(folder: Path) -> tuple[BulkEncoder, dict[str, Any]]:
-    """Return the encoder kept in a folder; one process loads it once, whatever it does with it.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        The encoder, and what was kept with it.
-
-    Raises:
-        DataError: There is none.
-    """
-    settings = load_settings(folder)
-    try:
-        return encoder_of(settings), settings
-    # What a damaged tokenizer raises is of no common type.
-    except Exception as error:
-        raise _no_encoder(folder, error) from error
-
-
-def load_settings(folder: Path) -> dict[str, Any]:
-    """Return what was kept with the encoder of a folder.
-
-    Args:
-        folder: Where `write_encoder` kept it.
-
-    Returns:
-        What it was given.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        settings = orjson.loads((folder / _FILE).read_bytes())
-        if not isinstance(settings, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise _no_encoder(folder, error) from None
-    return settings
-
-
-def _no_encoder(folder: Path, error: Exception) -> DataError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(
-        f"no readable encoder ({reason})",
-        where=str(folder / _FILE),
-        remedy="Remove the work folder, and prepare again.",
-    )
-
-
 def encoder_of(chosen: dict[str, Any]) -> BulkEncoder:
-    """Make the encoder that `choose_encoder` decided on.
-
-    Args:
-        chosen: What it returned, or what a folder keeps of it.
-
-    Returns:
-        The encoder.
-    """
+    """Make the encoder that `choose_encoder` chose."""
     if chosen["kind"] == "megatron":
         from megatron_meco.corpus.tokenizer import rebuild_megatron_encoder
 
@@ -323,7 +284,7 @@ class _CheckedOnce:
 
 
 def _checked_part(texts: list[str]) -> list[str]:
-    """Return texts from all over the sample, up to a size that takes half a second to compare."""
+    """Return texts spread over the sample, up to a size that takes half a second to compare."""
     step = max(len(texts) // _CHECKED_TEXTS, 1)
     part, room = [], _CHECKED_CHARACTERS
     for text in texts[::step]:
@@ -340,7 +301,7 @@ def _special_texts(serialized: str) -> list[str]:
 
 
 def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) -> str | None:
-    # Text by text, so that ids that move from one text into the next are seen.
+    # Text by text, which also finds ids that move from one text into the next.
     for text in texts:
         (a, a_lengths), (b, b_lengths) = one.encode([text]), other.encode([text])
         if not (np.array_equal(a, b) and np.array_equal(a_lengths, b_lengths)):
@@ -350,22 +311,22 @@ def _first_difference(one: BulkEncoder, other: BulkEncoder, texts: list[str]) ->
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents as ids, cut into Megatron sequences; EODs are not among them."""
+    """Documents as ids, cut into Megatron sequences, without EODs.
+
+    Attributes:
+        ids: The ids of all documents end to end, shape [ids].
+        lengths: Ids per document, int64, shape [documents]; -1: refused by the tokenizer.
+        sequence_lengths: Ids per sequence, none zero, int64, shape [sequences].
+        num_sequences: Sequences per document, int64, shape [documents]; 0 without ids.
+    """
 
     ids: np.ndarray[Any, Any]
-    """The ids of all documents end to end, shape [ids]."""
-
     lengths: np.ndarray[Any, Any]
-    """Ids per document, int64, shape [documents]; 0: none, -1: refused by the tokenizer."""
-
     sequence_lengths: np.ndarray[Any, Any]
-    """Ids per sequence, none zero, int64, shape [sequences]."""
-
     num_sequences: np.ndarray[Any, Any]
-    """Sequences per document, int64, shape [documents]; 0 where it has no ids."""
 
     def sequence_lengths_with_eod(self) -> np.ndarray[Any, Any]:
-        """Return tokens per sequence with an EOD in the last one of each document."""
+        """Return tokens per sequence, with an EOD in the last sequence of each document."""
         lengths = self.sequence_lengths.copy()
         ends = np.cumsum(self.num_sequences)[self.num_sequences > 0]
         lengths[ends - 1] += 1
@@ -373,18 +334,18 @@ class EncodedDocuments:
 
 
 class DocumentEncoder:
-    """Encodes documents, each as one sequence or as one for each sentence.
+    """Encodes documents, each as one sequence or as one per sentence.
 
     Args:
-        encoder: What encodes texts.
-        learned: What `learn_sentences` returned; None: a document is one sequence.
+        encoder: Encodes texts.
+        learned: From `learn_sentences`; None: a document is one sequence.
     """
 
     def __init__(self, encoder: BulkEncoder, learned: dict[str, Any] | None = None) -> None:
         self._encoder = encoder
         self._splitter: SentenceSplitter | None = None
         if learned is not None:
-            # Seconds of import that most corpora have no use for.
+            # Late: the import takes seconds, and few corpora need it.
             from megatron_meco.corpus.punkt import SentenceSplitter
 
             self._splitter = SentenceSplitter(learned)
@@ -392,12 +353,8 @@ class DocumentEncoder:
     def encode(self, texts: list[str]) -> EncodedDocuments:
         """Encode documents.
 
-        Args:
-            texts: Their texts.
-
-        Returns:
-            Their ids. A sentence without ids (white space alone, to some tokenizers) is no
-            sequence; a document of which one sentence is refused is refused whole.
+        A sentence without ids (white space alone, to some tokenizers) is no sequence. A document is
+        refused if one of its sentences is.
         """
         if self._splitter is None:
             ids, lengths = self._encoder.encode(texts)
