@@ -378,10 +378,13 @@ def check_run(args: argparse.Namespace) -> None:
     layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     layout *= args.context_parallel_size
     if ranks % layout:
+        kinds = ("tensor_model", "pipeline_model", "context")
+        sizes = {kind: getattr(args, f"{kind}_parallel_size") for kind in kinds}
+        kind = next(kind for kind, size in sizes.items() if size > 1)
         raise FlagError(
             f"tensor x pipeline x context parallel sizes are {layout}, which does not divide the "
             f"{ranks} ranks",
-            where=f"--tensor-model-parallel-size {args.tensor_model_parallel_size}",
+            where=f"--{kind.replace('_', '-')}-parallel-size {sizes[kind]}",
             remedy=f"Start a multiple of {layout} ranks, or change the layout.",
         )
     _check_expert_layout(args)
@@ -530,6 +533,17 @@ def _check_further_heads(args: argparse.Namespace) -> None:
                 where=shown(f"--{name.replace('_', '-')}", getattr(args, name)),
                 remedy="Drop one of the two.",
             )
+
+
+def _check_query_groups(args: argparse.Namespace) -> None:
+    """Megatron looks at it when it builds the model."""
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.group_query_attention and heads and groups and heads % groups:
+        raise FlagError(
+            f"does not divide the {heads} attention heads",
+            where=f"--num-query-groups {groups}",
+            remedy=f"Give a number by which {heads} can be divided.",
+        )
 
 
 def _check_experts(args: argparse.Namespace) -> None:
@@ -695,6 +709,7 @@ _RULES = (
     _check_hybrid_pattern,
     _check_experts,
     _check_context_parallelism,
+    _check_query_groups,
     _check_rotary,
     _check_background_saves,
     _check_batch_schedule,

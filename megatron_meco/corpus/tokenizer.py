@@ -13,12 +13,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import logging
 import os
 import re
 import stat
+import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -141,8 +143,17 @@ def build_tokenizer(
         pad_vocab_size=False,
         **{**_NO_PADDING, **TOKENIZER_DEFAULTS, **extra},
     )
+    hub: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    remedy = "Name the folder or file that this tokenizer type reads."
+    if tokenizer_model and _is_asked_of_the_hub(tokenizer_type, tokenizer_model):
+        print(
+            f"{tokenizer_model!r} is no folder here; asking the Hugging Face hub", file=sys.stderr
+        )
+        hub = _without_warnings_of("huggingface_hub")
+        remedy = "There is no such folder here: name one, or what the hub has."
     try:
-        return build(flags)
+        with hub:
+            return build(flags)
     except _UnknownFlagError as error:
         raise FlagError(
             f"Megatron's tokenizer asks for the setting {str(error)!r}, which is not known here",
@@ -155,8 +166,20 @@ def build_tokenizer(
         raise FlagError(
             f"{tokenizer_model!r} does not load as {tokenizer_type} ({reason})",
             where="--tokenizer-model",
-            remedy="Name the folder or file that this tokenizer type reads.",
+            remedy=remedy,
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings_of(name: str) -> Iterator[None]:
+    """Silence a logger below errors: the hub's client tells of each of a minute's retries."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTokenizerText:
@@ -454,8 +477,8 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="--tokenizer-model",
             remedy="Name the folder or file that this tokenizer type reads.",
         )
-    may_be_remote = tokenizer_type == "HuggingFaceTokenizer" and _is_hub_name(tokenizer_model)
-    if not os.path.exists(tokenizer_model) and not may_be_remote:
+    is_remote = _is_asked_of_the_hub(tokenizer_type, tokenizer_model)
+    if not os.path.exists(tokenizer_model) and not is_remote:
         raise FlagError(
             f"no such folder or file: {tokenizer_model!r}",
             where="--tokenizer-model",
@@ -501,6 +524,11 @@ def _check_file(path: str | None, flag: str) -> None:
         raise FlagError(
             f"{path!r} is no plain file", where=flag, remedy="Name a folder or a plain file."
         )
+
+
+def _is_asked_of_the_hub(tokenizer_type: str, name: str) -> bool:
+    is_absent = not os.path.exists(name)
+    return is_absent and tokenizer_type == "HuggingFaceTokenizer" and _is_hub_name(name)
 
 
 def _is_hub_name(name: str) -> bool:

@@ -112,7 +112,7 @@ class RunFile:
         named = [
             setting
             for setting in self.settings.values()
-            if any(os.sep in word and error.where.startswith(word) for word in setting.words)
+            if any(_is_of_path(error.where, word) for word in setting.words)
         ]
         # Megatron's assertions name arguments: `args.seq_length`, `--seq-length` or seq_length.
         by_dest = {setting.flag.dest: setting for setting in self.settings.values()}
@@ -122,8 +122,25 @@ class RunFile:
                 named.append(self.settings[key])
             elif "_" in dest and dest in by_dest:
                 named.append(by_dest[dest])
+            named += [
+                self.settings[key] for key in _MEGATRONS.get(dest, ()) if key in self.settings
+            ]
         # What somebody wrote is more likely wrong than what a model has.
         return next((s for s in named if "(model " not in s.where), named[0] if named else None)
+
+
+# Names in Megatron's assertions that no flag has, and the keys that they come from.
+_MEGATRONS = {
+    "lr_warmup_steps": ("lr-warmup-iters", "lr-warmup-samples", "lr-warmup-fraction"),
+    "lr_decay_steps": ("lr-decay-iters", "lr-decay-samples"),
+}
+
+
+def _is_of_path(where: str, path: str) -> bool:
+    """Whether a refusal is about a path or a file that belongs to it, such as `PATH.idx`."""
+    if os.sep in path:
+        return where.startswith(path)
+    return path != "" and (where == path or where.startswith((f"{path}.", path + os.sep)))
 
 
 def read_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunFile:

@@ -80,6 +80,21 @@ def test_a_folder_that_breaks_the_loader_in_its_own_way(tmp_path: Path) -> None:
         build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
 
 
+def test_a_mistyped_folder_is_told_before_the_hub_is_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FlagError, match="There is no such folder here"):
+        build_tokenizer("HuggingFaceTokenizer", "tokeniser")
+    assert capsys.readouterr().err == (
+        "'tokeniser' is no folder here; asking the Hugging Face hub\n"
+    )
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_a_tokenizer_of_transformers_is_refused(tokenizer_folder: Path) -> None:
     """It has no `bos` and no `eod`: documents would silently begin without BOS."""
     from transformers import AutoTokenizer

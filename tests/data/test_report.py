@@ -307,6 +307,7 @@ def test_a_whole_command_needs_what_a_run_needs(
         ("--save ck", "--save-interval: missing"),
         ("--save ck --save-interval 5 --iterations-to-skip 9", "--iterations-to-skip"),
         ("--kv-channels 7", "even number"),
+        ("--group-query-attention --num-query-groups 3", "--num-query-groups 3: does not divide"),
         ("--train-samples 40", "--train-samples 40: given beside --train-iters 10"),
         ("--yaml-cfg x.yaml", "--yaml-cfg"),
         ("--min-lr 1", "--min-lr 1.0: above --lr"),

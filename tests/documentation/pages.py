@@ -101,7 +101,7 @@ def _steps_of_text(text: str) -> Iterator[Step]:
         before = text[: match.start()].rstrip().rpartition("\n\n")[2]
         saved, added = _SAVED.search(before), _ADDED.search(before)
         if language in SHELL:
-            after = _BLOCK.match(text, match.end() + 1)
+            after = _BLOCK.match(text, match.end() + len("\n\n"))
             shown = after[2] if after is not None and after[1] == "text" else ""
             *first, (offset, last) = commands(content)
             for number, command in first:

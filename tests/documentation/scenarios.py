@@ -134,6 +134,19 @@ def give_runs_to_show(folder: Path) -> None:
         shutil.copy(folder / "runs" / "run" / "logs" / "001" / "log.txt", folder / f"{name}.log")
 
 
+def give_a_corpus_with_context(folder: Path) -> None:
+    """README.md's corpus, and its tokenizer with two further tokens."""
+    from tokenizers import Tokenizer
+
+    for suffix in (".bin", ".idx", ".metadata.arrow"):
+        shutil.copy(folder / "data" / f"web{suffix}", folder / "data" / f"my-corpus{suffix}")
+    shutil.copytree(folder / "tok", folder / "data" / "my-tokenizer")
+    file = str(folder / "data" / "my-tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.add_special_tokens(["<|context_begin|>", "<|context_end|>"])
+    tokenizer.save(file)
+
+
 def give_fineweb(folder: Path) -> None:
     """A data set whose records look like FineWeb's."""
     import pyarrow as pa
@@ -238,9 +251,13 @@ SCENARIOS = {
     "docs/parallelism.md": Scenario(
         after="README.md",
         small={
-            "torchrun ... ": "torchrun --nproc-per-node 1 ",
+            # A conditioned run first, which the page takes for granted.
+            "torchrun ... ": (
+                f"torchrun --nproc-per-node 1 examples/pretrain_gpt.py {FLAGS} --meco "
+                "--save RUN --save-interval 4\ntorchrun --nproc-per-node 1 "
+            ),
             "<the flags of the conditioned run>": FLAGS,
-            "RUN/iter_0010000": "RUN/iter_0000002",
+            "RUN/iter_0010000": "RUN/iter_0000004",
             "--meco-branch-iters 1000 [--meco-branch-lr decay]": (
                 "--meco-branch-iters 2 --meco-branch-lr decay"
             ),
@@ -262,10 +279,8 @@ SCENARIOS = {
             ),
             "--task openbookqa --limit 400": "--task local_choice --include-path tasks --limit 8",
             "--top 20 --text": "--top 2 --text",
-            "--scorer detoxify --output toxicity": (
-                "--scorer my_module:my_function --num-samples 4 --max-new-tokens 16 "
-                "--output toxicity"
-            ),
+            "--scorer detoxify": "--scorer my_module:my_function",
+            "--output toxicity": "--num-samples 4 --max-new-tokens 16 --output toxicity",
             "--output samples": "--num-samples 4 --max-new-tokens 16 --output samples",
         },
         not_run={"pip ": _DOWNLOADS},
@@ -293,6 +308,16 @@ SCENARIOS = {
         },
         not_run={"import os": _SETS_UP},
         nightly=("python", "meco"),
+    ),
+    "examples/recipes/README.md": Scenario(
+        after="README.md",
+        given=give_a_corpus_with_context,
+        small={
+            "--set data-path": (
+                "--set train-iters=4 --set global-batch-size=8 --set seq-length=64 "
+                "--set split=80,20,0 --set data-path"
+            ),
+        },
     ),
     "benchmarks/gpu/README.md": Scenario(not_run={"make ": _GPUS, "sh ": _DOWNLOADS}),
     "benchmarks/study/README.md": Scenario(not_run={"make ": _DEMOS}),

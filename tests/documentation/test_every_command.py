@@ -121,7 +121,10 @@ def stale(shown: str, told: str) -> list[str]:
     # What follows are texts of documents and of models.
     shown = re.sub(r"<\|begin_of_text\|>.*", "", shown, flags=re.DOTALL)
     if "\n=== " in f"\n{shown}":
-        shown = "\n".join(line for line in shown.splitlines() if line.startswith("=== "))
+        shown, told = (
+            "\n".join(line for line in text.splitlines() if line.startswith("=== "))
+            for text in (shown, told)
+        )
     found = " ".join(words_between_numbers(told, "#"))
     return [
         words for words in words_between_numbers(shown, "#") if words != "#" and words not in found
@@ -132,7 +135,7 @@ def words_between_numbers(text: str, number: str) -> list[str]:
     """Runs of words without digits; lines of a table and line ends do not count."""
     words = [
         number if re.search(r"\d|^\.\.\.$", word) else word
-        for word in re.sub(r"[^\x20-\x7e]+", " ", text).split()
+        for word in re.sub(r"[^\x20-\x7e]+|-{4,}", " ", text).split()
     ]
     return [
         " ".join(group) if not is_number else number
@@ -276,6 +279,7 @@ def test_commands_of_other_programs_in_prose_are_there() -> None:
 
 
 def test_a_stale_output_is_noticed() -> None:
+    assert sum(bool(step.shown) for step in steps("docs/tutorial.md")) >= 8
     told = "documents        300\ntokens  7,368\nwritten data/web.bin (0.0 MB)\n"
     assert not stale("documents        2,845\n...\nwritten data/web.bin (20.2 MB)", told)
     assert stale("docs 2,845", told) == ["docs"]

@@ -349,3 +349,18 @@ def test_kinds_of_models_that_are_not_right_are_refused_by_name(
 def test_kinds_of_models_that_go(flags: dict[str, Flag], changes: dict[str, object]) -> None:
     args = argparse.Namespace(**{name: flag.default for name, flag in flags.items()} | changes)
     check_flags(args, flags, local_layers=args.transformer_impl == "local")
+
+
+@pytest.mark.parametrize("kind", ["tensor-model", "pipeline-model", "context"])
+def test_a_layout_that_does_not_fit_is_told_by_the_flag_that_was_given(
+    kind: str, flags: dict[str, Flag]
+) -> None:
+    name = f"{kind.replace('-', '_')}_parallel_size"
+    given = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 64}
+    given |= {"max_position_embeddings": 64, "micro_batch_size": 1, "train_iters": 4, "lr": 1e-3}
+    given |= {"eval_interval": 2, "world_size": 3, name: 2}
+    args = argparse.Namespace(**{n: flag.default for n, flag in flags.items()} | given)
+    with pytest.raises(
+        FlagError, match=f"--{kind}-parallel-size 2: .* which does not divide the 3"
+    ):
+        refusals.check_run(args)
