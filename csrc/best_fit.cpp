@@ -214,6 +214,7 @@ void WindowPacker::cut_documents(Window* w) const {
       ++w->count_of_size[static_cast<size_t>(size)];
       w->tokens.bos += piece.bos;
       w->tokens.prefix += piece.prefix;
+      w->tokens.repeated += piece.repeated;
       w->tokens.suffix += piece.suffix;
       w->tokens.body += piece.body;
       w->tokens.padding += piece.padding;

@@ -134,7 +134,7 @@ class Corpus {
 py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t capacity,
                     int64_t max_documents, std::optional<int64_t> num_packs, int64_t first_document,
                     int64_t num_documents, int64_t range_begin, int64_t range_end, uint64_t seed,
-                    bool repeat_prefix, int64_t alignment, int num_threads,
+                    bool repeat_prefix, int64_t repeat_every, int64_t alignment, int num_threads,
                     const py::object& progress) {
   meco::Order order{first_document, num_documents, range_begin, range_end, seed};
   meco::PackingOptions options;
@@ -144,6 +144,7 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   options.num_packs = num_packs.value_or(-1);
   options.max_documents = max_documents;
   options.repeat_prefix = repeat_prefix;
+  options.repeat_every = repeat_every;
   options.alignment = alignment;
   options.num_threads = num_threads;
   options.progress = [&progress](double share) {
@@ -197,7 +198,7 @@ class Assembler {
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
             int64_t max_documents, int64_t pad_id, const std::string& view, bool train_on_prefix,
             bool train_on_suffix, const std::string& strategy, bool repeat_prefix,
-            int64_t alignment, std::optional<Array<uint8_t>> bin,
+            int64_t repeat_every, int64_t alignment, std::optional<Array<uint8_t>> bin,
             std::optional<Array<int64_t>> sequence_pointers, int token_bytes,
             std::optional<int64_t> vocab_size)
       : corpus_object_(std::move(corpus)),
@@ -237,6 +238,7 @@ class Assembler {
     meco::AssemblyOptions options;
     options.strategy = meco::parse_strategy(strategy);
     options.repeat_prefix = repeat_prefix;
+    options.repeat_every = repeat_every;
     options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = max_documents;
@@ -470,14 +472,15 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
                     int64_t, int64_t, int64_t, const std::string&, bool, bool, const std::string&,
-                    bool, int64_t, std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>,
-                    int, std::optional<int64_t>>(),
+                    bool, int64_t, int64_t, std::optional<Array<uint8_t>>,
+                    std::optional<Array<int64_t>>, int, std::optional<int64_t>>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
            py::arg("pad_id"), py::arg("view"), py::arg("train_on_prefix"),
            py::arg("train_on_suffix") = true, py::arg("strategy"), py::arg("repeat_prefix"),
-           py::arg("alignment") = 1, py::arg("bin").noconvert() = py::none(),
+           py::arg("repeat_every") = 0, py::arg("alignment") = 1,
+           py::arg("bin").noconvert() = py::none(),
            py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8,
            py::arg("vocab_size") = py::none())
       .def("pieces", &Assembler::pieces, py::arg("pack"))
@@ -489,8 +492,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_plan", &build_plan, py::arg("corpus"), py::kw_only(), py::arg("strategy"),
         py::arg("capacity"), py::arg("max_documents"), py::arg("num_packs"),
         py::arg("first_document"), py::arg("num_documents"), py::arg("range_begin"),
-        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"), py::arg("alignment") = 1,
-        py::arg("num_threads"), py::arg("progress") = py::none());
+        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"),
+        py::arg("repeat_every") = 0, py::arg("alignment") = 1, py::arg("num_threads"),
+        py::arg("progress") = py::none());
   m.def("permutation", &permutation, py::arg("size"), py::arg("seed"), py::arg("stream"),
         py::arg("begin"), py::arg("end"));
   m.def("scan_index", &scan_index, py::arg("lengths").noconvert(), py::arg("pointers").noconvert(),

@@ -66,7 +66,7 @@ class Builder {
     }
     plan_.piece_document.push_back(static_cast<int32_t>(document.number));
     c.body_tokens += piece.body;
-    c.prefix_tokens += piece.prefix;
+    c.prefix_tokens += piece.prefix + piece.repeated;
     c.suffix_tokens += piece.suffix;
     c.bos_tokens += piece.bos;
     c.padding_tokens += piece.padding;
@@ -196,7 +196,7 @@ class BestFit : public Builder {
     c.documents_cut += w.documents_cut;
     c.documents_plain += w.documents_plain;
     c.body_tokens += w.tokens.body;
-    c.prefix_tokens += w.tokens.prefix;
+    c.prefix_tokens += w.tokens.prefix + w.tokens.repeated;
     c.suffix_tokens += w.tokens.suffix;
     c.bos_tokens += w.tokens.bos;
     c.padding_tokens += options_.capacity * w.num_packs() - w.tokens.total() + w.tokens.padding;

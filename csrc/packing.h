@@ -24,9 +24,9 @@ struct PackingOptions : PackRules {
 };
 
 struct PlanCounts {
-  int64_t num_epochs = 0;   // epochs begun
-  int64_t body_tokens = 0;  // EOD counted
-  int64_t prefix_tokens = 0;
+  int64_t num_epochs = 0;     // epochs begun
+  int64_t body_tokens = 0;    // EOD counted
+  int64_t prefix_tokens = 0;  // repeated ones among them
   int64_t suffix_tokens = 0;
   int64_t bos_tokens = 0;
   int64_t padding_tokens = 0;

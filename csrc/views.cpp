@@ -63,7 +63,8 @@ std::vector<size_t> shuffled_texts(const std::vector<Piece>& pieces, TextOfPiece
     donors[i] = i;
     const Piece& piece = pieces[i];
     const ShownText& own = piece.*text;
-    const bool is_whole = own.tokens > 0 && own.tokens == table.length(own.id);
+    const bool is_whole =
+        own.tokens > 0 && own.tokens == table.length(own.id) && piece.cut_repeat == 0;
     if (is_whole && body_of(piece) > 0) {
       order.emplace_back(hash_of(own, table, pack), i);
     } else {
@@ -79,13 +80,12 @@ std::vector<size_t> shuffled_texts(const std::vector<Piece>& pieces, TextOfPiece
   const size_t count = order.size();
   auto donor = [&](size_t i, size_t places) { return order[(i + places) % count].second; };
   auto fits = [&](size_t places) {
-    if (rules.alignment == 1) return true;
+    if (rules.alignment == 1 && rules.repeat_every == 0) return true;
     int64_t tokens = 0;
     for (size_t i = 0; i < count; ++i) {
-      const Piece& piece = pieces[order[i].second];
-      const int64_t content =
-          piece.content() - (piece.*text).tokens + (pieces[donor(i, places)].*text).tokens;
-      tokens += content + rules.padding_after(content);
+      Piece piece = pieces[order[i].second];
+      piece.*text = pieces[donor(i, places)].*text;
+      tokens += piece.content() + rules.padding_after(piece.content());
     }
     return tokens <= room;
   };
@@ -105,6 +105,7 @@ void show(View view, const PackRules& rules, const Documents& documents, int64_t
   if (view == View::kPlain) {
     for (Piece& piece : *pieces) {
       piece.prefix = piece.suffix = {};
+      piece.repeat_every = piece.cut_repeat = 0;
       piece.padding = static_cast<int32_t>(rules.padding_after(piece.content()));
     }
   } else if (view == View::kShuffled) {

@@ -4,13 +4,14 @@
 //   plain        no prefixes and suffixes; the room that they leave is padding
 //   shuffled     the prefixes of the pack dealt to its pieces anew, and the suffixes likewise
 //
-// Only pieces with a whole prefix and at least one body token take part in the shuffle. They are
+// Only pieces with whole prefixes and at least one body token take part in the shuffle. They are
 // sorted by a hash of the prefix's tokens, seeded with the pack's number, and each takes the prefix
 // of the piece m places on, where m is the number of pieces that share the most frequent prefix. So
 // as few pieces as possible get an equal prefix back: none, unless one prefix belongs to more than
 // half of them. The pack's length does not change, since the prefixes are a permutation.
 //
-// Where segments are aligned, other prefixes need other padding, and the pack may grow. All numbers
+// Where segments are aligned, other prefixes need other padding, and where prefixes are repeated,
+// longer ones may come to pieces that repeat them more often: the pack may grow. All numbers
 // of places from m to n - m leave as few equal prefixes, where n is the number of sorted pieces.
 // They are tried in that order, and the first one that fits the pack is taken. If there is none,
 // every piece keeps its prefix.

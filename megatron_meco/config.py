@@ -48,6 +48,7 @@ FINGERPRINT_KEYS = (
     "train_on_prefix",
     "suffix_template",
     "suffix_loss",
+    "repeat_every",
     "seq_length",
     "seed",
     "split",
@@ -62,6 +63,7 @@ FINGERPRINT_DEFAULTS: Mapping[str, Any] = {
     "pad_documents_to": 1,
     "suffix_template": "",
     "suffix_loss": True,
+    "repeat_every": None,
 }
 """Values of fingerprints that lack a key, because they were made before it or do without it."""
 
@@ -124,6 +126,10 @@ class MeCoConfig:
     repeat_prefix: bool = True
     """Whether the prefix is repeated in a piece that continues a document."""
 
+    repeat_every: int | None = None
+    """Tokens of a document after which its prefix is repeated within a piece, never in the loss;
+    None: no such repetition."""
+
     max_documents_per_pack: int | None = None
     """Cap on documents in a pack; None: `max(127, sequence_length // 64 - 1)`; 0: no cap.
 
@@ -162,6 +168,7 @@ class MeCoConfig:
         _check_at_least(self.max_documents_per_pack, 0, "--meco-max-documents-per-pack")
         _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
         _check_at_least(self.pad_documents_to, 1, "--meco-pad-documents-to")
+        _check_at_least(self.repeat_every, 1, "--meco-repeat-every")
         if self.train_on_prefix and not self.template:
             raise FlagError(
                 "there is no prefix to train on, the template is empty",
@@ -179,6 +186,13 @@ class MeCoConfig:
                 "has no effect: no document is continued with a prefix",
                 where="--meco-prefix-once",
                 remedy="Use it with a --meco-template and --meco-packing split or best-fit.",
+            )
+        if self.repeat_every is not None and not (self.template and self.repeat_prefix):
+            what = "--meco-prefix-once" if self.template else "an empty --meco-template"
+            raise FlagError(
+                f"does not go with {what}",
+                where=f"--meco-repeat-every {self.repeat_every}",
+                remedy="Drop one of the two.",
             )
         if self.plain_fraction and not self.has_metadata:
             raise FlagError(
@@ -221,6 +235,8 @@ class MeCoConfig:
                 del values[name]  # likewise; 0 has no plain phase either
         if not self.suffix_template:
             del values["suffix_template"], values["suffix_loss"]  # likewise
+        if self.repeat_every is None:
+            del values["repeat_every"]
         return values
 
     def check_sequence_length(self, sequence_length: int) -> None:
@@ -264,6 +280,7 @@ class MeCoConfig:
             start_documents=args.meco_start_documents,
             plain_fraction=args.meco_plain_fraction,
             repeat_prefix=not args.meco_prefix_once,
+            repeat_every=args.meco_repeat_every,
             max_documents_per_pack=args.meco_max_documents_per_pack,
             pad_documents_to=alignment_from_args(args),
             max_prefix_tokens=args.meco_max_prefix_tokens,
@@ -407,6 +424,13 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--meco-prefix-once",
         action="store_true",
         help="Give a split document its prefix only at its beginning. Default: on every piece.",
+    )
+    group.add_argument(
+        "--meco-repeat-every",
+        type=int,
+        metavar="N",
+        help="Repeat the prefix after every N tokens of a document within a piece, never in the "
+        "loss. Default: no such repetition.",
     )
     group.add_argument(
         "--meco-max-documents-per-pack",

@@ -92,7 +92,7 @@ def documents_by_phase(
 
 @dataclass
 class Token:
-    """One token and what it is: bos, prefix, body (EOD among it), suffix or pad.
+    """One token and what it is: bos, prefix, repeated (prefix), body (with EOD), suffix or pad.
 
     Padding that aligns a piece has the piece's visit, that at the end of a pack has none.
     """
@@ -168,21 +168,26 @@ def in_view(
     align: int = 1,
     length: int | None = None,
     suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> Pack:
     """Pack `number` as validation shows it: "conditioned", "plain" or "shuffled".
 
     Pieces with their whole prefix and a body are sorted by a hash of the prefix, and the prefixes
     are moved on by as many places as the most frequent of them occurs. Padding of aligned pieces
-    may not fit a pack of `length` any more: then other numbers of places are tried. Then the
+    may not fit a pack of `length` any more, nor may prefixes that are repeated: then other numbers
+    of places are tried. Pieces that end within a repeated prefix do not take part. Then the
     suffixes are moved in the same way. The body tokens of pieces that get another prefix or suffix
     are compared; not the first of a piece that has no BOS.
     """
     pieces: dict[int, Piece] = {}
     for token in pack.tokens:
-        kinds = ("bos", "prefix", "body", "suffix", "eod", "pad")
+        kinds = ("bos", "prefix", "repeated", "body", "suffix", "eod", "cut", "pad")
         piece = pieces.setdefault(token.visit, {kind: [] for kind in kinds})
         is_behind = token.kind == "body" and piece["suffix"]
         piece["eod" if is_behind else token.kind].append(token)
+    for piece in pieces.values():
+        between = max(0, len(piece["body"]) - 1) // every if every else 0
+        piece["cut"] = piece["repeated"][between * len(piece["prefix"]) :]
 
     def ids(tokens: list[Token]) -> list[int]:
         return [token.id for token in tokens]
@@ -195,6 +200,7 @@ def in_view(
             for visit, piece in pieces.items()
             if piece["body"] + piece["eod"]
             and own[kind][visit]
+            and not piece["cut"]
             and own[kind][visit] == table[(piece["body"] + piece["eod"])[0].document]
         ]
 
@@ -213,8 +219,9 @@ def in_view(
             for i, visit in enumerate(moving):
                 other[kind][visit] = texts[(i + places) % len(moving)]
             sizes = [
-                len(piece["bos"] + piece["body"] + piece["eod"])
+                len(piece["bos"] + piece["eod"] + piece["cut"])
                 + len(other["prefix"][visit] + other["suffix"][visit])
+                + len(repeating(piece["body"], other["prefix"][visit], every))
                 for visit, piece in pieces.items()
             ]
             if length is None or sum(aligned(size, align) for size in sizes) <= length:
@@ -235,11 +242,22 @@ def in_view(
         num_before = len(piece["body"])
         shown.tokens += piece["bos"]
         shown.tokens += [Token(i, "prefix", document, visit) for i in prefix]
-        shown.tokens += marked[:num_before]
+        shown.tokens += repeating(marked[:num_before], prefix, every)
+        shown.tokens += piece["cut"] if view != "plain" else []
         shown.tokens += [Token(i, "suffix", document, visit) for i in suffix]
         shown.tokens += marked[num_before:]
         align_piece(shown, visit, align)
     return shown
+
+
+def repeating(body: list[Token], prefix: list[int], every: int) -> list[Token]:
+    """Put the prefix after every so many tokens of a piece's body that are not its last ones."""
+    tokens: list[Token] = []
+    for place, token in enumerate(body):
+        if every and place and place % every == 0:
+            tokens += [Token(i, "repeated", token.document, token.visit) for i in prefix]
+        tokens.append(token)
+    return tokens
 
 
 def align_piece(pack: Pack, visit: int, align: int, pad: int = 1) -> None:
@@ -258,6 +276,7 @@ def truncate_packs(
     max_documents: int | None = None,
     align: int = 1,
     suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> tuple[list[Pack], int]:
     """The paper's packing, and the number of body tokens that it discards.
 
@@ -274,6 +293,7 @@ def truncate_packs(
         max_documents: Cap on documents in a pack.
         align: Every piece is padded to a multiple of it.
         suffixes: Suffix tokens of each document; they stand before its EOD.
+        every: After so many tokens of the body the prefix is repeated; 0: never.
     """
     packs: list[Pack] = []
     discarded = 0
@@ -285,11 +305,16 @@ def truncate_packs(
         if len(body) <= 1:
             continue
         whole = [] if bos is None else [Token(bos, "bos", document, visit)]
-        whole += [Token(i, "prefix", document, visit) for i in prefixes[document] or []]
-        whole += [Token(i, "body", document, visit) for i in body[:-1]]
-        if suffixes is not None:
-            whole += [Token(i, "suffix", document, visit) for i in suffixes[document] or []]
-        whole += [Token(body[-1], "body", document, visit)]
+        prefix = prefixes[document] or []
+        suffix = (suffixes[document] if suffixes else None) or []
+        whole += [Token(i, "prefix", document, visit) for i in prefix]
+        text = [Token(i, "body", document, visit) for i in body]
+        if suffix:
+            whole += repeating(text[:-1], prefix, every)
+            whole += [Token(i, "suffix", document, visit) for i in suffix]
+            whole += text[-1:]
+        else:
+            whole += repeating(text, prefix, every)
         room = length - len(pack.tokens)
         pack.tokens += whole[:room]
         align_piece(pack, visit, align)
@@ -311,6 +336,7 @@ def pieces_to_pack(
     repeat_prefix: bool = True,
     align: int = 1,
     suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> Pack:
     """The pack that holds these pieces: (document, body_begin, body_end) each.
 
@@ -325,7 +351,8 @@ def pieces_to_pack(
         last = len(bodies[document]) - 1
         suffix = (suffixes[document] if suffixes else None) or []
         before = min(end, last) if suffix else end
-        pack.tokens += [Token(i, "body", document, visit) for i in bodies[document][begin:before]]
+        text = [Token(i, "body", document, visit) for i in bodies[document][begin:before]]
+        pack.tokens += repeating(text, shown, every)
         if end >= last:
             pack.tokens += [Token(i, "suffix", document, visit) for i in suffix]
         pack.tokens += [Token(i, "body", document, visit) for i in bodies[document][before:end]]
@@ -359,6 +386,7 @@ def split_pieces(
     borders: list[list[int]] | None = None,
     align: int = 1,
     suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> list[list[tuple[int, int, int]]]:
     """`split`: documents in order; the rest of a cut one opens the next pack.
 
@@ -374,21 +402,22 @@ def split_pieces(
         while begin < len(body):
             if num_packs is not None and len(packs) == num_packs:
                 return packs
-            head = 0 if bos is None else 1
-            if begin == 0 or repeat_prefix:
-                head += len(prefixes[document] or [])
+            prefix = len(prefixes[document] or []) if begin == 0 or repeat_prefix else 0
+            head = prefix if bos is None else prefix + 1
             suffix = len((suffixes[document] if suffixes else None) or [])
             rest = len(body) - begin
-            if rest + suffix <= room - head:
+            if piece_size(rest, prefix, suffix, every) <= room - head:
                 take = rest
             else:
-                most = rest - 2 if suffix else rest
-                take = min(most, room - head)
+                take = rest - 2 if suffix else rest
+                while take > 0 and piece_size(take, prefix, 0, every) > room - head:
+                    take -= 1
                 if take > 0:
                     take = cut_after(borders[document] if borders else [], begin, take, not pack)
             if take > 0:
                 pack.append((document, begin, begin + take))
-                room -= aligned(head + take + (suffix if take == rest else 0), align)
+                size = piece_size(take, prefix, suffix if take == rest else 0, every)
+                room -= aligned(head + size, align)
                 begin += take
             if take <= 0 or begin < len(body) or room == 0 or len(pack) == max_documents:
                 packs.append(pack)
@@ -396,6 +425,13 @@ def split_pieces(
     if pack and (num_packs is None or len(packs) < num_packs):
         packs.append(pack)
     return packs
+
+
+def piece_size(body: int, prefix: int, suffix: int, every: int) -> int:
+    """Tokens of a body with the prefixes between them, and of a suffix, before which EOD does not
+    count."""
+    counted = body - 1 if suffix else body
+    return body + suffix + (prefix * (max(0, counted - 1) // every) if every else 0)
 
 
 def chunk_sizes(
@@ -406,15 +442,19 @@ def chunk_sizes(
     repeat_prefix: bool,
     align: int = 1,
     suffix: int = 0,
+    every: int = 0,
 ) -> list[int]:
     """Sizes of the pieces that best-fit makes of one document without sentence borders."""
     sizes, begin = [], 0
     while begin < body:
-        overhead = head + (prefix if begin == 0 or repeat_prefix else 0)
-        rest, left = body - begin, length - overhead
-        ends = rest + suffix <= left
-        take = rest if ends else min(left, rest - 2 if suffix else rest)
-        sizes.append(aligned(overhead + take + (suffix if ends else 0), align))
+        shown = prefix if begin == 0 or repeat_prefix else 0
+        rest, left = body - begin, length - head - shown
+        ends = piece_size(rest, shown, suffix, every) <= left
+        take = rest if ends or not suffix else rest - 2
+        while not ends and piece_size(take, shown, 0, every) > left:
+            take -= 1
+        size = piece_size(take, shown, suffix if ends else 0, every)
+        sizes.append(aligned(head + shown + size, align))
         begin += take
     return sizes
 

@@ -167,6 +167,7 @@ void test_random_corpora() {
     packing.num_packs = round % 5 == 0 ? -1 : 30;
     packing.max_documents = cap;
     packing.repeat_prefix = round % 7 != 0;
+    packing.repeat_every = round % 4 == 1 ? 1 + static_cast<int64_t>(draw() % 9) : 0;
     packing.alignment = alignment;
     packing.num_threads = 1 + round % 2;
     const meco::Plan plan = meco::build_plan(documents, order, packing);
@@ -178,6 +179,7 @@ void test_random_corpora() {
     meco::AssemblyOptions options;
     options.strategy = packing.strategy;
     options.repeat_prefix = packing.repeat_prefix;
+    options.repeat_every = packing.repeat_every;
     options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = cap;
@@ -361,6 +363,7 @@ void test_hostile_calls() {
     packing.num_packs = maybe_odd(round % 2 == 0 ? -1 : 20);
     packing.max_documents = maybe_odd(8);
     packing.repeat_prefix = draw() % 2 == 0;
+    packing.repeat_every = draw() % 2 == 0 ? 0 : maybe_odd(3);
     packing.alignment = draw() % 2 == 0 ? 1 : maybe_odd(8);
     packing.num_threads = static_cast<int>(draw() % 50 == 0 ? odd() : 1);
     // As many packs as there is memory for take their time; refusing them is seen with others.
@@ -392,6 +395,7 @@ void test_hostile_calls() {
     meco::AssemblyOptions given;
     given.strategy = static_cast<meco::Strategy>(draw() % 3);
     given.repeat_prefix = packing.repeat_prefix;
+    given.repeat_every = draw() % 2 == 0 ? packing.repeat_every : maybe_odd(2);
     given.alignment = draw() % 2 == 0 ? packing.alignment : maybe_odd(4);
     given.capacity = maybe_odd(32);
     given.max_documents = maybe_odd(8);

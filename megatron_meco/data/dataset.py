@@ -307,11 +307,12 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
         """Pieces of pack `idx`, as people and tests read them.
 
-        Each with document, body_begin, body_end, prefix and suffix (text or None), prefix_tokens,
-        suffix_tokens, and alignment_tokens: the padding behind it.
+        Each with document, body_begin, body_end, prefix and suffix (text or None), prefix_tokens
+        (without repetitions), suffix_tokens, and alignment_tokens: the padding behind it.
 
         `parts` are its tokens from left to right, as (kind, begin, end) in the sample: bos, prefix,
-        body, suffix, body once more (EOD behind a suffix), padding.
+        body, suffix, body once more (EOD behind a suffix), padding; prefix and body in turn where
+        the prefix is repeated.
 
         Those without a prefix say why: `plain_because`, else None; those without a suffix:
         `no_suffix_because`. Texts are decoded, so this is for people and tests, not for training.
@@ -502,6 +503,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             share_end=share[1],
             seed=config.random_seed,
             repeat_prefix=config.meco.repeat_prefix,
+            # Nothing is repeated where there are no prefixes; such plans keep their names.
+            repeat_every=(config.meco.repeat_every or 0) if self.prefixes is not None else 0,
             alignment=config.meco.pad_documents_to,
         )
 
@@ -572,6 +575,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             train_on_suffix=self.trains_on_suffix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,
+            repeat_every=meco.repeat_every or 0,
             alignment=meco.pad_documents_to,
             bin=self._bin,
             sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),

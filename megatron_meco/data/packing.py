@@ -61,6 +61,7 @@ class PlanRequest:
         share_end: See `share_begin`.
         seed: Decides the order.
         repeat_prefix: Whether every piece that continues a document has its prefix again.
+        repeat_every: Tokens of a body after which its prefix is repeated within a piece; 0: never.
         alignment: Every segment of a pack, its final padding included, is a multiple of it.
     """
 
@@ -74,6 +75,7 @@ class PlanRequest:
     share_end: float = 1.0
     seed: int = 0
     repeat_prefix: bool = True
+    repeat_every: int = 0
     alignment: int = 1
 
     @property
@@ -190,6 +192,8 @@ def load_plan(
     asked = dict(vars(request))
     if request.alignment == 1:
         del asked["alignment"]  # plans made before there was one keep their names
+    if request.repeat_every == 0:
+        del asked["repeat_every"]  # likewise
     key = {"version": version, "corpus": identity, "request": asked}
     path = cache_folder / f"{digest(key)}-plan.meco"
 
@@ -256,6 +260,7 @@ def build_plan(
             range_end=end,
             seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
             repeat_prefix=request.repeat_prefix,
+            repeat_every=request.repeat_every,
             alignment=request.alignment,
             num_threads=num_threads or len(os.sched_getaffinity(0)),
             progress=progress,

@@ -116,6 +116,7 @@ _OPTIONAL: dict[str, Check] = {
     "meco_pad_documents_to": _or_none(_whole(1)),
     "meco_max_prefix_tokens": _or_none(_whole(1)),
     "meco_train_on_prefix": _switch,
+    "meco_repeat_every": _or_none(_whole(1)),
     "meco_suffix_template": _text,
     "meco_suffix_loss": lambda value: type(value) is int and value in (0, 1),
     "meco_fingerprint": _or_none(_fingerprint),

@@ -345,15 +345,17 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
             if document["no_suffix_because"] and meco.suffix_template:
                 console.print(Text(f"no suffix: {document['no_suffix_because']}", _BORDER_STYLE))
         head: list[int] = []
-        texts = []
+        texts: list[tuple[str, str]] = []
+        left = max_characters
         for part, part_begin, part_end in document["parts"]:
             tokens = report["tokens"][part_begin:part_end]
-            if part in ("bos", "prefix"):
+            if part == "bos" or (part == "prefix" and not texts):
                 head += tokens
             elif part != "padding":
                 text = tokenizer.detokenize(tokens)
-                if part == "body" and len(text) > max_characters:
-                    text = text[:max_characters] + " [...]"
+                if part == "body":
+                    shown = text if len(text) <= left else text[:left] + " [...]"
+                    left, text = left - min(left, len(text)), shown
                 texts.append((text, _STYLES[part]))
         console.print(
             Text.assemble((tokenizer.detokenize(head), _PREFIX_STYLE), *texts), highlight=False

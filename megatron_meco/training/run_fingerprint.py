@@ -53,9 +53,9 @@ def fingerprint(
         tokenizer: Megatron's tokenizer.
 
     Returns:
-        JSON-serializable values with the keys `config.FINGERPRINT_KEYS`, those of suffixes in a run
-        with suffixes alone, and `packing_rule` and `template_syntax`, the versions of the packing
-        strategy and of what a template means.
+        JSON-serializable values with the keys `config.FINGERPRINT_KEYS` (without those of suffixes
+        and of repeated prefixes in a run that has none), and `packing_rule` and `template_syntax`,
+        the versions of the packing strategy and of what a template means.
     """
     config = MeCoConfig.from_args(args)
     templates = (
@@ -79,6 +79,7 @@ def fingerprint(
         "train_on_prefix": config.train_on_prefix,
         "suffix_template": config.suffix_template,
         "suffix_loss": config.suffix_loss,
+        "repeat_every": config.repeat_every,
         "seq_length": args.seq_length,
         "seed": args.seed,
         "split": args.split,
@@ -96,6 +97,8 @@ def fingerprint(
     assert tuple(values) == FINGERPRINT_KEYS
     if not config.suffix_template:
         del values["suffix_template"], values["suffix_loss"]
+    if config.repeat_every is None:
+        del values["repeat_every"]
     return {
         **values,
         "packing_rule": PACKING_RULES[config.packing],

@@ -60,12 +60,13 @@ class Packed:
         train_on_prefix: bool = False,
         train_on_suffix: bool = True,
         num_packs: int | None = None,
+        every: int = 0,
     ) -> None:
         self.bodies, self.num_packs = bodies, num_packs
         self.prefixes: Texts = prefixes or [None] * len(bodies)
         self.suffixes: Texts = suffixes or [None] * len(bodies)
         self.strategy, self.bos, self.align = strategy, BOS if bos else None, align
-        self.repeat_prefix, self.max_documents = repeat_prefix, max_documents
+        self.repeat_prefix, self.max_documents, self.every = repeat_prefix, max_documents, every
         self.trained = {"train_on_prefix": train_on_prefix, "train_on_suffix": train_on_suffix}
         # Sentences of `sentence` tokens, the last one shorter; EOD is in it, or alone.
         self.borders: list[list[int]] = [
@@ -93,6 +94,7 @@ class Packed:
             num_documents=len(bodies),
             seed=3,
             repeat_prefix=repeat_prefix,
+            repeat_every=every,
             alignment=align,
         )
         self.plan = build_plan(self.corpus, self.request, "c", num_threads=1)
@@ -102,7 +104,7 @@ class Packed:
                 corpus=self.corpus,
                 **arrays,
                 **{"capacity": LENGTH, "max_documents": max_documents, "alignment": align},
-                **{"strategy": strategy, "repeat_prefix": repeat_prefix},
+                **{"strategy": strategy, "repeat_prefix": repeat_prefix, "repeat_every": every},
                 **{"pad_id": EOD, "view": view, **self.trained},
                 bin=np.array([i for body in bodies for i in body], np.uint16).view(np.uint8),
                 sequence_pointers=2 * np.cumsum([0, *parts[:-1]]),
@@ -126,7 +128,7 @@ class Packed:
         )
         if self.num_packs is None:
             visits = visits[: len(self.bodies)]
-        more = {"align": self.align, "suffixes": self.suffixes}
+        more = {"align": self.align, "suffixes": self.suffixes, "every": self.every}
         if self.strategy == "truncate":
             packs, self.discarded = reference.truncate_packs(
                 visits,
@@ -176,7 +178,8 @@ class Packed:
             marked = []
             for view in VIEWS:
                 shown = reference.in_view(
-                    pack, self.prefixes, view, number, self.align, LENGTH, self.suffixes
+                    *(pack, self.prefixes, view, number, self.align, LENGTH, self.suffixes),
+                    self.every,
                 )
                 sample = self.assemblers[view].sample(number)
                 compared = self.assemblers[view].compared(number)
@@ -186,12 +189,14 @@ class Packed:
                 assert found == shown.arrays(LENGTH, EOD, **self.trained), (number, view)
                 assert compared.tolist() == shown.compared(LENGTH), (number, view)
                 assert (compared <= sample[2]).all()
-                assert int(sample[6]) == sum(t.kind in ("prefix", "suffix") for t in shown.tokens)
+                metadata = ("prefix", "repeated", "suffix")
+                assert int(sample[6]) == sum(t.kind in metadata for t in shown.tokens)
                 marked.append(sample[1][compared == 1].tolist())
             assert marked[0] == marked[1] == marked[2]
 
     def _check_counts(self, tokens: list[reference.Token]) -> None:
         counts, kinds = self.plan.counts, Counter(token.kind for token in tokens)
+        kinds["prefix"] += kinds["repeated"]
         for kind in ("body", "prefix", "suffix", "bos"):
             assert getattr(counts, f"{kind}_tokens") == kinds[kind], kind
         assert counts.alignment_tokens == kinds["pad"]
@@ -215,7 +220,7 @@ class Packed:
                 assert end - begin >= 2, "a token of the body, and EOD"
             around = int(self.bos is not None) + len(self.prefixes[document] or [])
             around += len(self.suffixes[document] or [])
-            if self.strategy == "best-fit" and around + len(body) <= LENGTH:
+            if self.strategy == "best-fit" and around + len(body) <= LENGTH and not self.every:
                 assert len(spans) <= 1, "a document that fits was cut"
 
     def _check_bins(self, packs: list[reference.Pack]) -> None:
@@ -233,6 +238,7 @@ class Packed:
                 self.repeat_prefix,
                 self.align,
                 len(s or []),
+                self.every,
             )
         ]
         bins = sorted(
@@ -276,6 +282,7 @@ LENGTHS = st.one_of(st.integers(-1, 4), st.sampled_from([-1, 0, 1, 9, 10, 11, 12
     train_on_prefix=st.booleans(),
     train_on_suffix=st.booleans(),
     num_packs=st.sampled_from([None, None, 7]),
+    every=st.sampled_from([0, 0, 1, 2, 3, 5, 2**62]),
 )
 @settings(max_examples=400, deadline=None)
 def test_plans_and_samples_equal_the_oracle(
@@ -322,6 +329,45 @@ def test_a_pack_by_hand() -> None:
     alone = Packed(bodies, None, [[30, 31]], strategy="truncate", bos=False)
     assert alone.assemblers["conditioned"].sample(0)[0].tolist()[:6] == [100, 101, 102, 30, 31, EOD]
     assert alone.assemblers["plain"].sample(0)[0].tolist()[:4] == bodies[0]
+
+
+def test_a_repeated_prefix_by_hand() -> None:
+    """Golden: after every two tokens of the body, never in the loss, and what follows it is."""
+    body = [100, 101, 102, 103, 104, EOD]
+    options: dict[str, Any] = {"strategy": "split", "every": 2, "train_on_prefix": True}
+    packed = Packed([body], [[20, 21]], None, **options)
+    tokens, labels, mask = (a.tolist() for a in packed.assemblers["conditioned"].sample(0)[:3])
+    expected = [BOS, 20, 21, 100, 101, 20, 21, 102, 103, 20, 21, 104, EOD]
+    assert tokens[:13] == expected
+    assert labels[:12] == expected[1:]
+    #                    20 21 100 101 20 21 102 103 20 21 104 EOD
+    assert mask[:13] == [1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert packed.plan.counts.prefix_tokens == 6
+    [piece] = packed.assemblers["conditioned"].pieces(0)
+    kinds = ["bos", "prefix", "body", "prefix", "body", "prefix", "body"]
+    assert piece.runs == list(zip(kinds, [1, 2, 2, 2, 2, 2, 2], strict=True))
+    # No repetition before EOD behind a suffix, and one before EOD alone.
+    packed = Packed([[*body[:4], EOD]], [[20]], [[30]], strategy="split", every=4)
+    assert packed.assemblers["conditioned"].sample(0)[0].tolist()[:8] == [
+        *(BOS, 20, 100, 101, 102, 103, 30, EOD)
+    ]
+    packed = Packed([[*body[:4], EOD]], [[20]], None, strategy="split", every=4)
+    assert packed.assemblers["conditioned"].sample(0)[0].tolist()[:8] == [
+        *(BOS, 20, 100, 101, 102, 103, 20, EOD)
+    ]
+    # `truncate` may end a pack within a repetition.
+    packed = Packed(numbered([30]), [[20] * 4], None, strategy="truncate", every=8)
+    packed.check()
+    [piece] = packed.assemblers["conditioned"].pieces(0)
+    assert piece.runs == [("bos", 1), ("prefix", 4), ("body", 8), ("prefix", 4), ("body", 7)]
+    packed = Packed(numbered([30]), [[20] * 3], None, strategy="truncate", every=9)
+    packed.check()
+    [piece] = packed.assemblers["conditioned"].pieces(0)
+    assert piece.runs[3:] == [("prefix", 3), ("body", 8)]
+    packed = Packed(numbered([30]), [[20] * 6], None, strategy="truncate", every=4)
+    packed.check()
+    [piece] = packed.assemblers["conditioned"].pieces(0)
+    assert piece.runs[3:] == [("prefix", 6), ("body", 4), ("prefix", 3)]
 
 
 @pytest.mark.parametrize(
@@ -475,6 +521,30 @@ def test_samples_of_a_corpus_equal_the_oracle(
         assert found == [token.kind for token in pack.tokens]
 
 
+def test_the_prefix_of_a_long_document_is_repeated_in_samples(tmp_path: Path) -> None:
+    options = {"template": "U:{url.host} ", "packing": "split", "repeat_every": 6}
+    build, _, bodies = dataset_of(tmp_path, **options)
+    dataset = build()
+    prefixes = tokenized([url and url.split("/")[2] for url in URLS], "U:%s ")
+    suffixes = tokenized(TOPICS, "\n%s")
+    repeated = 0
+    for number in range(len(dataset)):
+        documents = dataset.documents_of(number)
+        pieces = [(d["document"], d["body_begin"], d["body_end"]) for d in documents]
+        pack = reference.pieces_to_pack(pieces, bodies, prefixes, BOS, suffixes=suffixes, every=6)
+        expected = pack.arrays(48, EOD)
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert dataset[number][name].tolist() == expected[name], (number, name)
+        repeated += sum(token.kind == "repeated" for token in pack.tokens)
+    assert repeated > 50
+    cooldown = build(phase=COOLDOWN)
+    assert int(cooldown[0]["meco_prefix_tokens"]) == 0
+    names = [path.name for path in (tmp_path / "cache").glob("*-plan.meco")]
+    # The cooldown of a run without repetitions has the same plan.
+    build(phase=COOLDOWN, meco=MeCoConfig(packing="split"))
+    assert [path.name for path in (tmp_path / "cache").glob("*-plan.meco")] == names
+
+
 def test_the_cooldown_has_no_suffixes_and_is_the_baseline(tmp_path: Path) -> None:
     build, _, _ = dataset_of(tmp_path)
     plain, baseline = build(60, phase=COOLDOWN), build(60, meco=MeCoConfig(template=""))
@@ -555,7 +625,9 @@ def test_shuffled_values_are_those_of_other_documents(tmp_path: Path) -> None:
 
 def test_identities_without_suffixes_are_as_before() -> None:
     known = MeCoConfig().unique_identifiers
-    assert not any("suffix" in name for name in known)
+    assert not any("suffix" in name or name == "repeat_every" for name in known)
+    repeated = MeCoConfig(repeat_every=9).unique_identifiers
+    assert repeated == {**known, "repeat_every": 9}
     with_suffix = MeCoConfig(suffix_template="{a}").unique_identifiers
     assert {name for name in with_suffix if name not in known} == {
         *("suffix_template", "suffix_loss")

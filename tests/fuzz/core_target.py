@@ -50,6 +50,7 @@ class CoreTarget(Target):
         )
         num_packs = draw.choice([None, 5, *ODD_INTEGERS])
         alignment = self._odd(draw, draw.choice([1, 1, 8]))
+        repeat_every = self._odd(draw, draw.choice([0, 0, 1, 5]))
         if num_packs is not None and 1000 < num_packs <= 2**32:
             num_packs = 1000  # as many would be made, and take their time
         plan: dict[str, Any] = {
@@ -71,6 +72,7 @@ class CoreTarget(Target):
                 range_end=self._odd(draw, num_documents),
                 seed=draw.choice([0, 5, 2**64 - 1]),
                 repeat_prefix=draw.random() < 0.5,
+                repeat_every=repeat_every,
                 alignment=alignment,
                 num_threads=draw.choice([1, 1, 1, 2, 0, -1, 2**31 - 1]),
             )
@@ -95,6 +97,7 @@ class CoreTarget(Target):
             train_on_suffix=draw.random() < 0.7,
             strategy=draw.choice([*_STRATEGIES, "none"] if draw.random() < 0.1 else _STRATEGIES),
             repeat_prefix=draw.random() < 0.5,
+            repeat_every=repeat_every if draw.random() < 0.8 else self._odd(draw, 2),
             alignment=alignment,
             bin=tokens.view(np.uint8) if has_bin else None,
             sequence_pointers=self._array(draw, pointers.tolist(), np.int64) if has_bin else None,

@@ -36,7 +36,7 @@ def check(corpus: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_good_command_line_passes(check) -> None:
     check("")
-    check("--meco-suffix-template {url.host} --meco-suffix-loss 0")
+    check("--meco-suffix-template {url.host} --meco-suffix-loss 0 --meco-repeat-every 9")
     check("--meco-template= --meco-suffix-template {url.host} --meco-plain-fraction 0.1")
 
 
@@ -90,6 +90,12 @@ def test_a_good_command_line_passes(check) -> None:
         ("--meco-template plain", "names no field"),
         ("--meco-pad-documents-to 0", "--meco-pad-documents-to: 0 is too small"),
         ("--meco-pad-documents-to 7", "--meco-pad-documents-to: 7 does not divide"),
+        ("--meco-repeat-every 0", "--meco-repeat-every: 0 is too small"),
+        ("--meco-repeat-every 9 --meco-template=", "every 9: does not go with an empty"),
+        (
+            "--meco-repeat-every 9 --meco-prefix-once --meco-packing split",
+            "--meco-repeat-every 9: does not go with --meco-prefix-once",
+        ),
         ("--meco-suffix-loss 0", "--meco-suffix-loss 0: has no effect: documents have no suffix"),
         ("--meco-suffix-template plain", "--meco-suffix-template: 'plain'.*the same suffix"),
         ("--meco-suffix-template {url.hots}", "--meco-suffix-template: unknown transform 'hots'"),

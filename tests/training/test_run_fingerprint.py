@@ -129,7 +129,11 @@ def test_suffixes_are_in_the_fingerprint_of_runs_that_have_them(
         return run_fingerprint.fingerprint(args, schedule, blend, None, tokenizer)
 
     plain, baseline = of_run(), of_run("--meco-template=")
-    assert {*FINGERPRINT_KEYS, "packing_rule"} - plain.keys() == {"suffix_template", "suffix_loss"}
+    assert {*FINGERPRINT_KEYS, "packing_rule"} - plain.keys() == {
+        *("suffix_template", "suffix_loss", "repeat_every")
+    }
+    repeated = of_run("--meco-repeat-every", "100")
+    assert differences(plain, repeated) == {"repeat_every": (None, 100)}
     with_suffix = of_run("--meco-suffix-template", "{token:<|end_of_text|>}{url}")
     assert differences(plain, with_suffix).keys() == {"suffix_template", "tokenizer"}
     alone = of_run("--meco-template=", "--meco-suffix-template={url}")
