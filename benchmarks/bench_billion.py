@@ -1,4 +1,4 @@
-"""A plan of 10^9 documents (1.2 * 10^12 tokens by synthetic lengths), written and opened again.
+"""A plan of 10^9 documents (1.2 * 10^12 tokens, synthetic lengths), written and opened again.
 
 The lengths of 10^7 documents are repeated: what is random, and costs, is the order. Prints time,
 peak memory and size on disk as one JSON object.

@@ -39,7 +39,7 @@ def sizes() -> dict[str, Any]:
 
 def write_corpus(folder: Path, num_ids: int) -> None:
     """A byte-level BPE tokenizer, and 6,000 prepared pages of random words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from megatron_meco.corpus.train_tokenizer import train_tokenizer
 
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 9))) for _ in range(4000)]
@@ -49,30 +49,15 @@ def write_corpus(folder: Path, num_ids: int) -> None:
         url = f"https://host{number % 50}.example.org/{number}"
         pages.append({"text": " ".join(draw.choices(words, k=length)), "url": url})
     (folder / "pages.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=num_ids,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((page["text"] for page in pages[:2000]), trainer)
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer/tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= dict(zip(("bos_token", "eos_token"), special, strict=True))
-    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
-    meco = ["meco", "prepare", "pages.jsonl", "--output", "pages"]
+    train_tokenizer([folder / "pages.jsonl"], folder / "tokenizer", num_ids)
+    meco = ["prepare", "pages.jsonl", "--output", "pages"]
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer"]
-    command = [sys.executable, "-m", "megatron_meco", *meco[1:], *flags]
+    command = [sys.executable, "-m", "megatron_meco", *meco, *flags]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment())
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """That of a process of one rank."""
+    """The environment of a process of one rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,7 +68,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 def trainer_flags(size: Any, folder: Path, steps: int) -> list[str]:
-    """The run of `examples/pretrain_gpt.py`."""
+    """The flags of `examples/pretrain_gpt.py`."""
     model = (
         f"--num-layers {size.layers} --hidden-size {size.hidden} --ffn-hidden-size {size.ffn} "
         f"--num-attention-heads {size.heads} --position-embedding-type rope --swiglu "

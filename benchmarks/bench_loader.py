@@ -1,4 +1,4 @@
-"""Micro-batches through Megatron's kind of loader, against what a GPU takes.
+"""Micro-batches through a loader like Megatron's, compared with a GPU's consumption.
 
 A `DataLoader` as Megatron makes it (two persistent workers, micro-batches of one sequence), over
 MeCo's samples as a run hands them over, one vector each, over the same samples with Megatron's
@@ -41,7 +41,7 @@ def loader(dataset: Any, num_batches: int) -> DataLoader[Any]:
 
 
 def batches_per_second(batches: DataLoader[Any], warm_up: int = 20) -> float:
-    """The pace of a consumer that does nothing."""
+    """Batches per second of a consumer that does nothing."""
     for number, _ in enumerate(batches):
         if number == warm_up:
             begin = time.perf_counter()
@@ -49,7 +49,7 @@ def batches_per_second(batches: DataLoader[Any], warm_up: int = 20) -> float:
 
 
 def waits(batches: DataLoader[Any], pause: float, number: int) -> list[float]:
-    """Seconds that each batch is waited for by a consumer that pauses in between."""
+    """Seconds that a consumer that pauses in between waits for each batch."""
     found = []
     stream = iter(batches)
     for _ in range(number):

@@ -1,4 +1,4 @@
-"""Plans against Megatron's index path, a random gather of the lengths, packers, and their check.
+"""Plans against Megatron's index path, a random gather, other packers, and the corpus check.
 
 Plans are those of the default cap on documents. The check is what a run does once for each corpus
 before it plans (`data/corpora.py`), on a file in memory: of its structure, and of its CRC-32 as
@@ -63,7 +63,7 @@ def request_of(lengths: np.ndarray, strategy: str, capacity: int) -> PlanRequest
 
 
 def checker(lengths: np.ndarray, folder: Path, *, is_noted: bool) -> Callable[[], None]:
-    """The check of a corpus of these lengths that no cache remembers."""
+    """The check of a corpus of these lengths, without a cached result."""
     folder.mkdir()
     write_corpus(folder / "corpus", lengths)
     if not is_noted:
@@ -77,7 +77,7 @@ def checker(lengths: np.ndarray, folder: Path, *, is_noted: bool) -> Callable[[]
 
 
 def kept_plan(lengths: np.ndarray, capacity: int, folder: Path) -> None:
-    """A `truncate` plan that is built, written and opened."""
+    """Build, write and open a `truncate` plan."""
     corpus = _core.Corpus(sequence_lengths=lengths)
     load_plan(lambda: corpus, request_of(lengths, "truncate", capacity), 0, folder, "synthetic")
     shutil.rmtree(folder)
@@ -97,12 +97,12 @@ def megatron_index(lengths: np.ndarray, capacity: int) -> None:
 
 
 def gather(lengths: np.ndarray, order: np.ndarray) -> None:
-    """The floor: read every length once, in random order."""
+    """A lower bound: read every length once, in random order."""
     np.take(lengths, order)
 
 
 def lightbinpack_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
-    """Its best-fit-decreasing; it wants a list, and what is longer than a bin cut short."""
+    """Its best-fit-decreasing; it takes a list, and lengths up to that of a bin."""
     import lightbinpack
 
     as_list = np.minimum(lengths, capacity).tolist()
@@ -122,7 +122,7 @@ def trl_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
 
 
 def olmo_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
-    """OLMo-core's best-fit-decreasing packer, on documents cut short."""
+    """OLMo-core's best-fit-decreasing packer, on truncated documents."""
     from olmo_core.data.utils import InstancePacker
 
     ends = np.cumsum(np.minimum(lengths, capacity).astype(np.int64))
@@ -131,7 +131,7 @@ def olmo_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
 
 
 def bridge_call(lengths: np.ndarray, capacity: int) -> Callable[[], Any]:
-    """Megatron-Bridge's first-fit-decreasing; its module alone: the package wants a GPU."""
+    """Megatron-Bridge's first-fit-decreasing, loaded as one module: the package needs a GPU."""
     files = importlib.metadata.files("megatron-bridge") or []  # PackageNotFoundError: ImportError
     found = [f for f in files if str(f).endswith("bridge/data/packing/algorithms.py")]
     if not found:

@@ -1,4 +1,4 @@
-r"""A prefix table of many documents against the bare tokenizer, and the memory that it takes.
+r"""A prefix table of many documents against the bare tokenizer, and its memory.
 
 The metadata is synthetic: `https://` URLs of about 60 characters, all different (or, with
 `--template '{url.host}\n'`, `--hosts` different hosts). In one run, in alternating rounds:
@@ -47,7 +47,7 @@ MOST_BARE = 2_000_000
 
 
 def write_metadata(prefix: Path, num_documents: int, num_hosts: int) -> None:
-    """Write URLs, a stretch at a time."""
+    """Write URLs in batches."""
     draw = np.random.default_rng(0)
     with MetadataWriter(prefix, ["url"]) as writer:
         for begin in range(0, num_documents, ROWS):

@@ -1,9 +1,9 @@
 """`meco prepare` against datatrove's Megatron step and Megatron-LM's recipe, on real text.
 
-The text is what lies on this machine: the documentation and sources in the folders given (default:
-the installed Python packages), one document per file, cut at `--document-bytes` so that documents
-are as long as web pages. All three read the same JSONL, use the same Llama-3 (or other) tokenizer
-and the same number of processes, in alternating rounds:
+The text is documentation and source code from the given folders (default: the installed Python
+packages), one document per file, cut at `--document-bytes` so that documents are as long as web
+pages. All read the same JSONL and use the same Llama-3 (or other) tokenizer and the same number of
+processes, in alternating rounds:
 
 - ours: the tasks of `meco prepare` and the join, from starting the workers to the finished index;
 - running: the same without starting the workers, which a command does while its tokenizer loads;
@@ -13,9 +13,9 @@ and the same number of processes, in alternating rounds:
 - bare: gigatoken's encode_batch alone on the texts in memory, split over as many processes; as in
   "running", loading the tokenizer counts and starting the processes does not.
 
-The slow two run on a part of the text (`--slow-mb`), start of their processes included, which is
-little beside their tokenizer. Prints one line of JSON. Given up: the time that importing Megatron
-takes in the parent, which is left out for all, and cold disks (everything is in the page cache).
+The slow two run on a part of the text (`--slow-mb`). Their times include the start of their
+processes, which is short compared with their tokenizer. The parent's import of Megatron is left out
+for all, and everything is in the page cache. Prints one line of JSON.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ EOD = 2
 
 
 class NumberTokenizer:
-    """Stands for a tokenizer: nothing is tokenised here."""
+    """A placeholder: nothing is tokenised here."""
 
     vocab_size = 60_000
     eod = EOD
@@ -84,7 +84,7 @@ def datasets(prefix: Path, length: int, strategy: str) -> tuple[Any, Any]:
 
 
 def bare_copy(prefix: Path, length: int, num_bounds: int) -> Callable[[int], Any]:
-    """The floor: the same output arrays from contiguous tokens, by numpy alone."""
+    """A lower bound: the same output arrays from contiguous tokens, with numpy."""
     tokens = np.memmap(f"{prefix}.bin", np.uint16, "r")
     ones, count = np.ones(length, np.float32), np.arange(length)
     bounds = np.full(num_bounds, length, np.int32)

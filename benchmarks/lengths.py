@@ -1,4 +1,4 @@
-"""Synthetic web-like document lengths, the ones that all packing figures here are on.
+"""Synthetic web-like document lengths, used by all packing benchmarks.
 
     python benchmarks/lengths.py --documents 1e6 --output web
 

@@ -1,4 +1,4 @@
-"""The largest memory that something takes while a block runs, looked at often."""
+"""The peak of a memory measure while a block runs, by sampling."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 
 class Peak:
-    """Keeps the largest of what `measure` returns inside the block.
+    """Keeps the largest value of `measure` inside the block.
 
     Args:
         measure: Bytes at this moment.
-        seconds: Between two looks.
+        seconds: Between two samples.
 
     Attributes:
-        bytes: The largest so far; the first look is at the beginning of the block.
-        before: What the first look saw.
+        bytes: The largest so far; the first sample is taken at the beginning of the block.
+        before: The first sample.
     """
 
     def __init__(self, measure: Callable[[], int], seconds: float) -> None:
@@ -24,13 +24,13 @@ class Peak:
         self._thread = threading.Thread(target=self._look)
 
     def __enter__(self) -> Peak:
-        """Begin to look."""
+        """Begin sampling."""
         self.before = self.bytes = self._measure()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
+        """End sampling."""
         self._stop.set()
         self._thread.join()
 

@@ -188,12 +188,20 @@ std::vector<Piece> pieces_of_pack(const PlanView& plan, const Documents& documen
     piece.padding = static_cast<int32_t>(size.padding);
     piece.has_bos = size.bos > 0;
     if (layout.shows_prefix(body_begin)) {
-      piece.prefix_id = documents.prefix_id(number);
-      piece.prefix_tokens = static_cast<int32_t>(size.prefix);
+      piece.prefix = {documents.text_id(documents.prefixes, number),
+                      static_cast<int32_t>(size.prefix)};
+    }
+    piece.suffix = {documents.text_id(documents.suffixes, number),
+                    static_cast<int32_t>(size.suffix)};
+    if (size.repeated > 0) {
+      piece.repeat_every = options.repeat_every;
+      const int64_t between =
+          repeats(size.body - piece.behind_suffix(), options.repeat_every) * size.prefix;
+      piece.cut_repeat = static_cast<int32_t>(size.repeated - between);
     }
     pieces.push_back(piece);
   }
-  // Only now: prefixes that a view hides or moves take up their room all the same.
+  // Only now: what a view hides or moves takes up its room all the same.
   show(options.view, options, documents, pack, &pieces);
   return pieces;
 }
@@ -211,24 +219,33 @@ void assemble(const std::vector<Piece>& pieces, const std::vector<const uint8_t*
               SampleArrays* out) {
   SampleWriter writer(options, out);
   *out->prefix_tokens = 0;
+  auto write_text = [&](const TextTable& table, int32_t id, int64_t count, bool trained) {
+    const auto* source = reinterpret_cast<const uint8_t*>(table.first_tokens(id, count));
+    int64_t* target = writer.append(count, trained);
+    check_vocabulary(widen<int32_t>(source, count, target), options);
+    *out->prefix_tokens += count;
+  };
   for (size_t i = 0; i < pieces.size(); ++i) {
     const Piece& piece = pieces[i];
-    for_each_run(piece, [&](TokenKind kind, int64_t count) {
+    const uint8_t* source = sources[i];
+    for_each_run(piece, [&](TokenKind kind, int64_t count) __attribute__((noinline)) {
       switch (kind) {
         case TokenKind::kBos:
           *writer.append(count, false) = options.bos_id;
           break;
-        case TokenKind::kPrefix: {
-          const int32_t* prefix = documents.prefix(piece.prefix_id, count);
-          int64_t* target = writer.append(count, options.train_on_prefix);
-          check_vocabulary(widen<int32_t>(reinterpret_cast<const uint8_t*>(prefix), count, target),
-                           options);
-          *out->prefix_tokens += count;
+        case TokenKind::kPrefix:
+          write_text(documents.prefixes, piece.prefix.id, count, options.train_on_prefix);
           break;
-        }
+        case TokenKind::kRepeated:
+          write_text(documents.prefixes, piece.prefix.id, count, false);
+          break;
         case TokenKind::kBody:
-          check_vocabulary(copy_tokens(sources[i], token_bytes, count, writer.append(count, true)),
+          check_vocabulary(copy_tokens(source, token_bytes, count, writer.append(count, true)),
                            options);
+          source += count * token_bytes;
+          break;
+        case TokenKind::kSuffix:
+          write_text(documents.suffixes, piece.suffix.id, count, options.train_on_suffix);
           break;
       }
     });

@@ -26,9 +26,10 @@ struct PlanView {
 struct AssemblyOptions : PackRules {
   int64_t bos_id = -1;
   int64_t pad_id = 0;
-  int64_t vocab_size = INT64_MAX;  // ids of bodies and prefixes are below
+  int64_t vocab_size = INT64_MAX;  // all ids are below
   View view = View::kConditioned;
   bool train_on_prefix = false;
+  bool train_on_suffix = true;
 };
 
 // Output arrays of one sample; all are written in full. Labels are the tokens one place on, so they
@@ -39,7 +40,7 @@ struct SampleArrays {
   int64_t* position_ids;   // capacity
   int32_t* cu_seqlens;     // num_cu_seqlens(options), the tail repeats `capacity`
   int32_t* max_seqlen;     // one number
-  int64_t* prefix_tokens;  // one number
+  int64_t* prefix_tokens;  // one number: of prefixes and suffixes
 };
 
 // Fixed length of cu_seqlens: a zero, a bound for each piece, one for the padding. Never more than

@@ -192,7 +192,7 @@ void WindowPacker::cut_documents(Window* w) const {
   w->count_of_size.assign(static_cast<size_t>(rules_.capacity) + 1, 0);
   w->tokens = {};
   w->documents = w->documents_cut = w->documents_plain = w->documents_empty = 0;
-  const bool has_table = documents_.prefix_ids != nullptr;
+  const bool has_table = documents_.has_metadata();
   for (size_t i = 0; i < w->chunk.size(); ++i) {
     const DocumentSize document = w->chunk[i];
     if (document.body <= 1) {  // nothing but EOD
@@ -200,7 +200,7 @@ void WindowPacker::cut_documents(Window* w) const {
       continue;
     }
     ++w->documents;
-    w->documents_plain += has_table && document.prefix < 0 ? 1 : 0;
+    w->documents_plain += has_table && document.is_plain() ? 1 : 0;
     for (int64_t begin = 0; begin < document.body;) {
       const PieceSize piece = layout_.fit(document, begin, rules_.capacity);
       if (piece.body <= 0) throw std::out_of_range("damaged prefix table: no room for a body");
@@ -214,6 +214,8 @@ void WindowPacker::cut_documents(Window* w) const {
       ++w->count_of_size[static_cast<size_t>(size)];
       w->tokens.bos += piece.bos;
       w->tokens.prefix += piece.prefix;
+      w->tokens.repeated += piece.repeated;
+      w->tokens.suffix += piece.suffix;
       w->tokens.body += piece.body;
       w->tokens.padding += piece.padding;
       w->documents_cut += begin == 0 && piece.body < document.body ? 1 : 0;

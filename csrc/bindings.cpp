@@ -39,43 +39,60 @@ void require_1d(const Array<T>& array, const char* name) {
   if (array.ndim() != 1) throw std::invalid_argument(std::string(name) + " must be 1-D");
 }
 
+// The texts before or behind documents, with whatever keeps the arrays alive.
+class Texts {
+ public:
+  Texts(std::optional<Array<int32_t>> ids, Array<int32_t> tokens, Array<int64_t> offsets,
+        int64_t num_documents)
+      : ids_(std::move(ids)), tokens_(std::move(tokens)), offsets_(std::move(offsets)) {
+    require_1d(tokens_, "tokens");
+    require_1d(offsets_, "offsets");
+    require(offsets_.size() >= 1, "offsets must not be empty");
+    table_.offsets = offsets_.data();
+    table_.num_texts = offsets_.size() - 1;
+    table_.tokens = tokens_.data();
+    table_.num_tokens = tokens_.size();
+    if (ids_) {
+      require_1d(*ids_, "ids");
+      require(ids_->size() == num_documents, "ids must hold one number for each document");
+      table_.ids = ids_->data();
+    }
+    longest_ = meco::check(table_);
+  }
+
+  const meco::TextTable& table() const { return table_; }
+  int64_t longest() const { return longest_; }
+
+ private:
+  std::optional<Array<int32_t>> ids_;
+  Array<int32_t> tokens_;
+  Array<int64_t> offsets_;
+  meco::TextTable table_;
+  int64_t longest_ = 0;
+};
+
 // The documents of one corpus, with whatever keeps the arrays alive.
 class Corpus {
  public:
   Corpus(Array<int32_t> sequence_lengths, std::optional<Array<int64_t>> document_indices,
          std::optional<Array<int32_t>> prefix_ids, Array<int32_t> prefix_tokens,
-         Array<int64_t> prefix_offsets, int64_t bos_id, uint64_t plain_seed,
-         uint64_t plain_threshold)
+         Array<int64_t> prefix_offsets, std::optional<Array<int32_t>> suffix_ids,
+         Array<int32_t> suffix_tokens, Array<int64_t> suffix_offsets, int64_t bos_id,
+         uint64_t plain_seed, uint64_t plain_threshold)
       : sequence_lengths_(std::move(sequence_lengths)),
         document_indices_(std::move(document_indices)),
-        prefix_ids_(std::move(prefix_ids)),
-        prefix_tokens_(std::move(prefix_tokens)),
-        prefix_offsets_(std::move(prefix_offsets)),
+        prefixes_(std::move(prefix_ids), std::move(prefix_tokens), std::move(prefix_offsets),
+                  num_documents()),
+        suffixes_(std::move(suffix_ids), std::move(suffix_tokens), std::move(suffix_offsets),
+                  num_documents()),
         bos_id_(bos_id) {
-    require_1d(sequence_lengths_, "sequence_lengths");
-    require_1d(prefix_tokens_, "prefix_tokens");
-    require_1d(prefix_offsets_, "prefix_offsets");
+    documents_.num_documents = num_documents();
     documents_.sequence_lengths = sequence_lengths_.data();
     documents_.num_sequences = sequence_lengths_.size();
-    documents_.num_documents = sequence_lengths_.size();
-    if (document_indices_) {
-      require_1d(*document_indices_, "document_indices");
-      require(document_indices_->size() >= 1, "document_indices must not be empty");
-      documents_.document_indices = document_indices_->data();
-      documents_.num_documents = document_indices_->size() - 1;
-    }
-    require(prefix_offsets_.size() >= 1, "prefix_offsets must not be empty");
-    documents_.prefix_offsets = prefix_offsets_.data();
-    documents_.num_prefixes = prefix_offsets_.size() - 1;
-    documents_.prefix_tokens = prefix_tokens_.data();
-    documents_.num_prefix_tokens = prefix_tokens_.size();
-    if (prefix_ids_) {
-      require_1d(*prefix_ids_, "prefix_ids");
-      require(prefix_ids_->size() == documents_.num_documents,
-              "prefix_ids must hold one number for each document");
-      documents_.prefix_ids = prefix_ids_->data();
-    }
-    longest_prefix_ = meco::check(documents_);
+    if (document_indices_) documents_.document_indices = document_indices_->data();
+    documents_.prefixes = prefixes_.table();
+    documents_.suffixes = suffixes_.table();
+    meco::check(documents_);
     documents_.has_bos = bos_id >= 0;
     documents_.plain_seed = plain_seed;
     documents_.plain_threshold = plain_threshold;
@@ -84,23 +101,40 @@ class Corpus {
   const meco::Documents& documents() const { return documents_; }
   int64_t bos_id() const { return bos_id_; }
   bool one_sequence_each() const { return documents_.document_indices == nullptr; }
-  int64_t longest_head() const { return longest_prefix_ + (documents_.has_bos ? 1 : 0); }
+  int64_t longest_head() const { return prefixes_.longest() + (documents_.has_bos ? 1 : 0); }
+
+  // Tokens of BOS, prefix and suffix of the document with a suffix that has most of them; 0 if none
+  // has a suffix. May be more if that is no more than `enough`: then not all documents are read.
+  int64_t longest_metadata(int64_t enough) const {
+    if (suffixes_.longest() == 0 || suffixes_.table().ids == nullptr) return 0;
+    const int64_t bound = longest_head() + suffixes_.longest();
+    if (bound <= enough) return bound;
+    py::gil_scoped_release release;
+    const int64_t longest = meco::longest_prefix_and_suffix(documents_);
+    return longest == 0 ? 0 : longest + (documents_.has_bos ? 1 : 0);
+  }
 
  private:
+  int64_t num_documents() const {
+    require_1d(sequence_lengths_, "sequence_lengths");
+    if (!document_indices_) return sequence_lengths_.size();
+    require_1d(*document_indices_, "document_indices");
+    require(document_indices_->size() >= 1, "document_indices must not be empty");
+    return document_indices_->size() - 1;
+  }
+
   Array<int32_t> sequence_lengths_;
   std::optional<Array<int64_t>> document_indices_;
-  std::optional<Array<int32_t>> prefix_ids_;
-  Array<int32_t> prefix_tokens_;
-  Array<int64_t> prefix_offsets_;
+  Texts prefixes_;
+  Texts suffixes_;
   int64_t bos_id_;
-  int64_t longest_prefix_ = 0;
   meco::Documents documents_;
 };
 
 py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t capacity,
                     int64_t max_documents, std::optional<int64_t> num_packs, int64_t first_document,
                     int64_t num_documents, int64_t range_begin, int64_t range_end, uint64_t seed,
-                    bool repeat_prefix, int64_t alignment, int num_threads,
+                    bool repeat_prefix, int64_t repeat_every, int64_t alignment, int num_threads,
                     const py::object& progress) {
   meco::Order order{first_document, num_documents, range_begin, range_end, seed};
   meco::PackingOptions options;
@@ -110,6 +144,7 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   options.num_packs = num_packs.value_or(-1);
   options.max_documents = max_documents;
   options.repeat_prefix = repeat_prefix;
+  options.repeat_every = repeat_every;
   options.alignment = alignment;
   options.num_threads = num_threads;
   options.progress = [&progress](double share) {
@@ -131,6 +166,7 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   counts["documents_empty"] = c.documents_empty;
   counts["body_tokens"] = c.body_tokens;
   counts["prefix_tokens"] = c.prefix_tokens;
+  counts["suffix_tokens"] = c.suffix_tokens;
   counts["bos_tokens"] = c.bos_tokens;
   counts["padding_tokens"] = c.padding_tokens;
   counts["alignment_tokens"] = c.alignment_tokens;
@@ -145,15 +181,26 @@ py::dict build_plan(const Corpus& corpus, const std::string& strategy, int64_t c
   return result;
 }
 
+// (kind, tokens) of each run of a piece, from left to right, its padding among them.
+std::vector<std::pair<std::string, int64_t>> runs_of(const meco::Piece& piece) {
+  std::vector<std::pair<std::string, int64_t>> runs;
+  meco::for_each_run(piece, [&](meco::TokenKind kind, int64_t count) {
+    if (count > 0) runs.emplace_back(meco::name_of(kind), count);
+  });
+  if (piece.padding > 0) runs.emplace_back("padding", piece.padding);
+  return runs;
+}
+
 // Makes samples of one plan over one corpus.
 class Assembler {
  public:
   Assembler(py::object corpus, Array<int64_t> pack_offsets, Array<int32_t> piece_document,
             Array<int64_t> continued_piece, Array<int64_t> continued_begin, int64_t capacity,
             int64_t max_documents, int64_t pad_id, const std::string& view, bool train_on_prefix,
-            const std::string& strategy, bool repeat_prefix, int64_t alignment,
-            std::optional<Array<uint8_t>> bin, std::optional<Array<int64_t>> sequence_pointers,
-            int token_bytes, std::optional<int64_t> vocab_size)
+            bool train_on_suffix, const std::string& strategy, bool repeat_prefix,
+            int64_t repeat_every, int64_t alignment, std::optional<Array<uint8_t>> bin,
+            std::optional<Array<int64_t>> sequence_pointers, int token_bytes,
+            std::optional<int64_t> vocab_size)
       : corpus_object_(std::move(corpus)),
         corpus_(corpus_object_.cast<const Corpus&>()),
         pack_offsets_(std::move(pack_offsets)),
@@ -191,6 +238,7 @@ class Assembler {
     meco::AssemblyOptions options;
     options.strategy = meco::parse_strategy(strategy);
     options.repeat_prefix = repeat_prefix;
+    options.repeat_every = repeat_every;
     options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = max_documents;
@@ -199,6 +247,7 @@ class Assembler {
     options.vocab_size = vocab_size.value_or(INT64_MAX);
     options.view = meco::parse_view(view);
     options.train_on_prefix = train_on_prefix;
+    options.train_on_suffix = train_on_suffix;
     options_ = meco::check(options);
   }
 
@@ -393,33 +442,44 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("document", &meco::Piece::document)
       .def_readonly("body_begin", &meco::Piece::body_begin)
       .def_readonly("body_end", &meco::Piece::body_end)
-      .def_readonly("prefix_id", &meco::Piece::prefix_id)
-      .def_readonly("prefix_tokens", &meco::Piece::prefix_tokens)
+      .def_property_readonly("prefix_id", [](const meco::Piece& piece) { return piece.prefix.id; })
+      .def_property_readonly("prefix_tokens",
+                             [](const meco::Piece& piece) { return piece.prefix.tokens; })
+      .def_property_readonly("suffix_id", [](const meco::Piece& piece) { return piece.suffix.id; })
+      .def_property_readonly("suffix_tokens",
+                             [](const meco::Piece& piece) { return piece.suffix.tokens; })
+      .def_property_readonly("runs", &runs_of)
       .def_readonly("padding", &meco::Piece::padding)
       .def_readonly("has_bos", &meco::Piece::has_bos);
 
   py::class_<Corpus>(m, "Corpus")
       .def(py::init<Array<int32_t>, std::optional<Array<int64_t>>, std::optional<Array<int32_t>>,
-                    Array<int32_t>, Array<int64_t>, int64_t, uint64_t, uint64_t>(),
+                    Array<int32_t>, Array<int64_t>, std::optional<Array<int32_t>>, Array<int32_t>,
+                    Array<int64_t>, int64_t, uint64_t, uint64_t>(),
            py::kw_only(), py::arg("sequence_lengths").noconvert(),
            py::arg("document_indices").noconvert() = py::none(),
            py::arg("prefix_ids").noconvert() = py::none(),
            py::arg("prefix_tokens").noconvert() = to_array(std::vector<int32_t>{}),
            py::arg("prefix_offsets").noconvert() = to_array(std::vector<int64_t>{0}),
+           py::arg("suffix_ids").noconvert() = py::none(),
+           py::arg("suffix_tokens").noconvert() = to_array(std::vector<int32_t>{}),
+           py::arg("suffix_offsets").noconvert() = to_array(std::vector<int64_t>{0}),
            py::arg("bos_id") = -1, py::arg("plain_seed") = 0, py::arg("plain_threshold") = 0)
       .def_property_readonly("one_sequence_each", &Corpus::one_sequence_each)
-      .def_property_readonly("longest_head", &Corpus::longest_head);
+      .def_property_readonly("longest_head", &Corpus::longest_head)
+      .def("longest_metadata", &Corpus::longest_metadata, py::arg("enough"));
 
   py::class_<Assembler>(m, "Assembler")
       .def(py::init<py::object, Array<int64_t>, Array<int32_t>, Array<int64_t>, Array<int64_t>,
-                    int64_t, int64_t, int64_t, const std::string&, bool, const std::string&, bool,
-                    int64_t, std::optional<Array<uint8_t>>, std::optional<Array<int64_t>>, int,
-                    std::optional<int64_t>>(),
+                    int64_t, int64_t, int64_t, const std::string&, bool, bool, const std::string&,
+                    bool, int64_t, int64_t, std::optional<Array<uint8_t>>,
+                    std::optional<Array<int64_t>>, int, std::optional<int64_t>>(),
            py::kw_only(), py::arg("corpus"), py::arg("pack_offsets").noconvert(),
            py::arg("piece_document").noconvert(), py::arg("continued_piece").noconvert(),
            py::arg("continued_begin").noconvert(), py::arg("capacity"), py::arg("max_documents"),
-           py::arg("pad_id"), py::arg("view"), py::arg("train_on_prefix"), py::arg("strategy"),
-           py::arg("repeat_prefix"), py::arg("alignment") = 1,
+           py::arg("pad_id"), py::arg("view"), py::arg("train_on_prefix"),
+           py::arg("train_on_suffix") = true, py::arg("strategy"), py::arg("repeat_prefix"),
+           py::arg("repeat_every") = 0, py::arg("alignment") = 1,
            py::arg("bin").noconvert() = py::none(),
            py::arg("sequence_pointers").noconvert() = py::none(), py::arg("token_bytes") = 8,
            py::arg("vocab_size") = py::none())
@@ -432,8 +492,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_plan", &build_plan, py::arg("corpus"), py::kw_only(), py::arg("strategy"),
         py::arg("capacity"), py::arg("max_documents"), py::arg("num_packs"),
         py::arg("first_document"), py::arg("num_documents"), py::arg("range_begin"),
-        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"), py::arg("alignment") = 1,
-        py::arg("num_threads"), py::arg("progress") = py::none());
+        py::arg("range_end"), py::arg("seed"), py::arg("repeat_prefix"),
+        py::arg("repeat_every") = 0, py::arg("alignment") = 1, py::arg("num_threads"),
+        py::arg("progress") = py::none());
   m.def("permutation", &permutation, py::arg("size"), py::arg("seed"), py::arg("stream"),
         py::arg("begin"), py::arg("end"));
   m.def("scan_index", &scan_index, py::arg("lengths").noconvert(), py::arg("pointers").noconvert(),

@@ -30,10 +30,10 @@ int64_t Documents::body_length(int64_t document) const {
   return length;
 }
 
-int32_t Documents::prefix_id(int64_t document) const {
-  if (prefix_ids == nullptr) return -1;
-  const int32_t id = load(prefix_ids, document);
-  if (id < -1 || id >= num_prefixes) throw std::out_of_range("prefix number out of range");
+int32_t Documents::text_id(const TextTable& table, int64_t document) const {
+  if (table.ids == nullptr) return -1;
+  const int32_t id = load(table.ids, document);
+  if (id < -1 || id >= table.num_texts) throw std::out_of_range("prefix number out of range");
   if (plain_threshold != 0 &&
       hash_pair(plain_seed, static_cast<uint64_t>(document)) < plain_threshold) {
     return -1;
@@ -41,31 +41,31 @@ int32_t Documents::prefix_id(int64_t document) const {
   return id;
 }
 
-std::pair<int64_t, int64_t> Documents::prefix_range(int32_t prefix_id) const {
-  const int64_t begin = load(prefix_offsets, prefix_id);
-  const int64_t end = load(prefix_offsets, int64_t{prefix_id} + 1);
-  if (begin < 0 || begin > end || end > num_prefix_tokens || end - begin > INT32_MAX) {
+std::pair<int64_t, int64_t> TextTable::range(int32_t id) const {
+  if (id < 0 || id >= num_texts) throw std::out_of_range("prefix number out of range");
+  const int64_t begin = load(offsets, id);
+  const int64_t end = load(offsets, int64_t{id} + 1);
+  if (begin < 0 || begin > end || end > num_tokens || end - begin > INT32_MAX) {
     throw std::out_of_range("damaged prefix table: offsets");
   }
   return {begin, end};
 }
 
-int64_t Documents::prefix_length(int32_t prefix_id) const {
-  if (prefix_id < 0) return 0;
-  const auto [begin, end] = prefix_range(prefix_id);
+int64_t TextTable::length(int32_t id) const {
+  if (id < 0) return 0;
+  const auto [begin, end] = range(id);
   return end - begin;
 }
 
-const int32_t* Documents::prefix(int32_t prefix_id, int64_t count) const {
-  const auto [begin, end] = prefix_range(prefix_id);
+const int32_t* TextTable::first_tokens(int32_t id, int64_t count) const {
+  const auto [begin, end] = range(id);
   if (count > end - begin) throw std::out_of_range("damaged prefix table: offsets");
-  return prefix_tokens + begin;
+  return tokens + begin;
 }
 
 DocumentSize Documents::size_of(int64_t document) const {
-  const int64_t body = body_length(document);
-  const int32_t id = prefix_id(document);
-  return {document, body, id < 0 ? -1 : static_cast<int32_t>(prefix_length(id))};
+  return {document, body_length(document), text_length(prefixes, document),
+          text_length(suffixes, document)};
 }
 
 int64_t Documents::cut(int64_t document, int64_t begin, int64_t room, bool must) const {
@@ -82,31 +82,49 @@ int64_t Documents::cut(int64_t document, int64_t begin, int64_t room, bool must)
   return must ? room : 0;
 }
 
-int64_t check(const Documents& documents) {
-  auto require = [](bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-  };
-  if (documents.document_indices != nullptr) {
-    int64_t last = 0;
-    for (int64_t i = 0; i <= documents.num_documents; ++i) {
-      const int64_t index = load(documents.document_indices, i);
-      require(index >= last && index <= documents.num_sequences,
-              "document_indices must rise and stay within the sequences");
-      last = index;
-    }
+namespace {
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+void check(const Documents& documents) {
+  if (documents.document_indices == nullptr) return;
+  int64_t last = 0;
+  for (int64_t i = 0; i <= documents.num_documents; ++i) {
+    const int64_t index = load(documents.document_indices, i);
+    require(index >= last && index <= documents.num_sequences,
+            "document_indices must rise and stay within the sequences");
+    last = index;
   }
-  if (documents.prefix_offsets == nullptr) return 0;
+}
+
+int64_t check(const TextTable& table) {
+  if (table.offsets == nullptr) return 0;
   int64_t longest = 0;
   int64_t last = 0;
-  for (int64_t i = 0; i <= documents.num_prefixes; ++i) {
-    const int64_t offset = load(documents.prefix_offsets, i);
-    require(offset >= last && offset <= documents.num_prefix_tokens,
-            "prefix_offsets must rise and stay within prefix_tokens");
+  for (int64_t i = 0; i <= table.num_texts; ++i) {
+    const int64_t offset = load(table.offsets, i);
+    require(offset >= last && offset <= table.num_tokens,
+            "offsets must rise and stay within the tokens");
     if (i > 0) longest = std::max(longest, offset - last);
     last = offset;
   }
   require(longest <= INT32_MAX, "a prefix is longer than 2^31 - 1 tokens");
-  require(documents.num_prefixes <= INT32_MAX, "prefixes are numbered with 31 bits");
+  require(table.num_texts <= INT32_MAX, "prefixes are numbered with 31 bits");
+  return longest;
+}
+
+int64_t longest_prefix_and_suffix(const Documents& documents) {
+  int64_t longest = 0;
+  for (int64_t document = 0; document < documents.num_documents; ++document) {
+    const int64_t suffix = documents.text_length(documents.suffixes, document);
+    if (suffix <= 0) continue;
+    const int64_t prefix = documents.text_length(documents.prefixes, document);
+    longest = std::max(longest, std::max<int64_t>(prefix, 0) + suffix);
+  }
   return longest;
 }
 

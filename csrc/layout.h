@@ -4,6 +4,14 @@
 // kind:
 //
 //     [BOS] [prefix] body [padding]
+//     [BOS] [prefix] body without EOD, suffix, EOD [padding]
+//
+// With `repeat_every` the prefix stands once more after every so many tokens of a piece's body, as
+// long as others follow; the EOD behind a suffix does not count.
+//
+// A suffix stands on the piece that ends its document. `truncate` may cut the piece inside the
+// suffix or a repeated prefix. The other strategies keep the suffix and EOD whole, behind at least
+// one token of the body: a document is cut earlier for that.
 //
 // Padding makes it a multiple of the plan's alignment. It belongs to the piece: attention sees one
 // segment, positions run on, nothing of it is in the loss. Since packs are multiples of the
@@ -37,6 +45,7 @@ struct PackRules {
   int64_t capacity = 0;       // tokens in a pack, 2 to kMaxCapacity
   int64_t max_documents = 0;  // pieces in a pack, at least 1
   bool repeat_prefix = true;  // on every piece that continues a document
+  int64_t repeat_every = 0;   // tokens of the body; 0: no repetition within a piece
   int64_t alignment = 1;      // every segment is a multiple of it; divides the capacity
 
   // Tokens of padding behind `tokens`.
@@ -47,8 +56,13 @@ struct PackRules {
   }
 };
 
-// Throws std::invalid_argument for rules out of range. Lowers `max_documents` to the capacity at
-// most, since every piece holds a token.
+// How often a prefix is repeated among `tokens` of a body.
+inline int64_t repeats(int64_t tokens, int64_t every) {
+  return every > 0 && tokens > 0 ? (tokens - 1) / every : 0;
+}
+
+// Throws std::invalid_argument for rules out of range. Lowers `max_documents` and `repeat_every` to
+// the capacity at most, since every piece holds a token, and no more than that.
 void check(PackRules* rules);
 
 // Tokens of each kind in a piece.
@@ -56,9 +70,11 @@ struct PieceSize {
   int64_t bos = 0;
   int64_t prefix = 0;
   int64_t body = 0;
+  int64_t repeated = 0;  // of prefixes within the body
+  int64_t suffix = 0;
   int64_t padding = 0;
 
-  int64_t total() const { return bos + prefix + body + padding; }
+  int64_t total() const { return bos + prefix + body + repeated + suffix + padding; }
 };
 
 class Layout {
@@ -101,7 +117,30 @@ class Layout {
       left -= piece.prefix;
     }
     const int64_t rest = document.body - begin;
-    piece.body = std::min(rest, left);
+    const int64_t suffix = document.suffix;
+    if (rules_.repeat_every > 0 && piece.prefix > 0) {
+      const BodySize fitted =
+          fit_repeated<kStrategy>(document, begin, left, room == rules_.capacity);
+      piece.body = fitted.body;
+      piece.repeated = fitted.repeated;
+      piece.suffix = fitted.suffix;
+      piece.padding = rules_.padding_after(piece.total());
+      return piece;
+    }
+    if (suffix <= 0) {
+      piece.body = std::min(rest, left);
+    } else if (kStrategy == Strategy::kTruncate) {
+      piece.body = std::min(rest - 1, left);
+      left -= piece.body;
+      piece.suffix = std::min(suffix, left);
+      if (left > piece.suffix) ++piece.body;  // EOD
+    } else if (rest + suffix <= left) {
+      piece.body = rest;
+      piece.suffix = suffix;
+    } else {
+      // The piece that ends the document needs a token of the body and EOD beside the suffix.
+      piece.body = std::min(std::max<int64_t>(rest - 2, 0), left);
+    }
     if (kStrategy != Strategy::kTruncate && piece.body < rest) {
       piece.body = documents_.cut(document.number, begin, piece.body, room == rules_.capacity);
     }
@@ -110,9 +149,58 @@ class Layout {
   }
 
  private:
+  struct BodySize {
+    int64_t body = 0;
+    int64_t repeated = 0;
+    int64_t suffix = 0;
+  };
+
+  // What fits of the body and the suffix of a piece whose prefix is repeated; `left` is the room
+  // behind the first one. Not inlined: plans without repetitions would be slower.
+  template <Strategy kStrategy>
+  __attribute__((noinline)) BodySize fit_repeated(const DocumentSize& document, int64_t begin,
+                                                  int64_t left, bool must) const {
+    BodySize piece;
+    const int64_t every = rules_.repeat_every;
+    const int64_t prefix = document.prefix;
+    const int64_t rest = document.body - begin;
+    const int64_t suffix = std::max(document.suffix, 0);
+    const int64_t eod = suffix > 0 ? 1 : 0;  // behind the suffix
+    // The most tokens of a body that fit `left` with the prefixes between them.
+    const int64_t step = every + prefix;
+    const int64_t fitting = left / step * every + std::min(left % step, every);
+    const int64_t before = rest - eod;  // the suffix
+    if (before <= fitting) {
+      const int64_t repeated = repeats(before, every) * prefix;
+      left -= before + repeated;
+      if (kStrategy == Strategy::kTruncate || suffix + eod <= left) {
+        piece.repeated = repeated;
+        piece.suffix = std::min(suffix, left);
+        piece.body = left > piece.suffix ? rest : before;
+        return piece;
+      }
+    } else if (kStrategy == Strategy::kTruncate) {
+      piece.body = fitting;
+      piece.repeated = left - fitting;
+      return piece;
+    }
+    piece.body = std::min(std::max<int64_t>(rest - 2 * eod, 0), fitting);
+    if (piece.body < rest) {
+      piece.body = documents_.cut(document.number, begin, piece.body, must);
+    }
+    piece.repeated = repeats(piece.body, every) * prefix;
+    return piece;
+  }
+
   const Documents& documents_;
   const PackRules rules_;
   const int64_t bos_;
+};
+
+// A prefix or suffix that a piece shows.
+struct ShownText {
+  int32_t id = -1;
+  int32_t tokens = 0;  // fewer than the text has where the pack ends inside it
 };
 
 // A piece with what is needed to write its tokens.
@@ -121,24 +209,46 @@ struct Piece {
   int64_t body = 0;  // tokens of the whole body
   int64_t body_begin = 0;
   int64_t body_end = 0;
-  int32_t prefix_id = -1;
-  int32_t prefix_tokens = 0;  // fewer than the prefix has where the pack ends inside it
+  ShownText prefix;
+  ShownText suffix;
+  int64_t repeat_every = 0;  // of the prefix
+  int32_t cut_repeat = 0;    // tokens of a repeated prefix that ends the pack
   int32_t padding = 0;
   bool has_bos = false;
 
+  // Tokens of the body behind the suffix: its EOD.
+  int64_t behind_suffix() const { return suffix.tokens > 0 && body_end == body ? 1 : 0; }
   // Tokens without padding.
-  int64_t content() const { return (has_bos ? 1 : 0) + prefix_tokens + body_end - body_begin; }
+  int64_t content() const {
+    const int64_t tokens = body_end - body_begin;
+    return (has_bos ? 1 : 0) + prefix.tokens + tokens + suffix.tokens + cut_repeat +
+           repeats(tokens - behind_suffix(), repeat_every) * prefix.tokens;
+  }
 };
 
-enum class TokenKind { kBos, kPrefix, kBody };
+// A repeated prefix is never in the loss.
+enum class TokenKind { kBos, kPrefix, kRepeated, kBody, kSuffix };
+const char* name_of(TokenKind kind);
 
 // Calls visit(kind, count) for each run of tokens of one kind in a piece, from left to right; the
-// padding is not among them.
+// padding is not among them. The runs of the body may be empty.
 template <typename Visit>
 void for_each_run(const Piece& piece, Visit&& visit) {
   if (piece.has_bos) visit(TokenKind::kBos, 1);
-  if (piece.prefix_tokens > 0) visit(TokenKind::kPrefix, int64_t{piece.prefix_tokens});
-  visit(TokenKind::kBody, piece.body_end - piece.body_begin);
+  if (piece.prefix.tokens > 0) visit(TokenKind::kPrefix, int64_t{piece.prefix.tokens});
+  const int64_t eod = piece.behind_suffix();
+  int64_t body = piece.body_end - piece.body_begin - eod;
+  if (piece.repeat_every > 0 && piece.prefix.tokens > 0) {
+    for (; body > piece.repeat_every; body -= piece.repeat_every) {
+      visit(TokenKind::kBody, piece.repeat_every);
+      visit(TokenKind::kRepeated, int64_t{piece.prefix.tokens});
+    }
+  }
+  visit(TokenKind::kBody, body);
+  if (piece.cut_repeat > 0) visit(TokenKind::kRepeated, int64_t{piece.cut_repeat});
+  if (piece.suffix.tokens == 0) return;
+  visit(TokenKind::kSuffix, int64_t{piece.suffix.tokens});
+  visit(TokenKind::kBody, eod);
 }
 
 }  // namespace meco

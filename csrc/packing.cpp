@@ -35,7 +35,7 @@ class Builder {
       : documents_(documents),
         options_(options),
         layout_(documents, options),
-        has_table_(documents.prefix_ids != nullptr),
+        has_table_(documents.has_metadata()),
         room_(options.capacity) {
     plan_.pack_offsets.push_back(0);
     // Memory that is never touched costs nothing, moving a grown array does.
@@ -62,11 +62,12 @@ class Builder {
     } else {
       ++c.documents;
       c.documents_cut += piece.body < document.body ? 1 : 0;
-      c.documents_plain += has_table_ && document.prefix < 0 ? 1 : 0;
+      c.documents_plain += has_table_ && document.is_plain() ? 1 : 0;
     }
     plan_.piece_document.push_back(static_cast<int32_t>(document.number));
     c.body_tokens += piece.body;
-    c.prefix_tokens += piece.prefix;
+    c.prefix_tokens += piece.prefix + piece.repeated;
+    c.suffix_tokens += piece.suffix;
     c.bos_tokens += piece.bos;
     c.padding_tokens += piece.padding;
     c.alignment_tokens += piece.padding;
@@ -195,7 +196,8 @@ class BestFit : public Builder {
     c.documents_cut += w.documents_cut;
     c.documents_plain += w.documents_plain;
     c.body_tokens += w.tokens.body;
-    c.prefix_tokens += w.tokens.prefix;
+    c.prefix_tokens += w.tokens.prefix + w.tokens.repeated;
+    c.suffix_tokens += w.tokens.suffix;
     c.bos_tokens += w.tokens.bos;
     c.padding_tokens += options_.capacity * w.num_packs() - w.tokens.total() + w.tokens.padding;
     c.alignment_tokens += w.tokens.padding;
@@ -236,9 +238,9 @@ void check(const Documents& documents, const Order& order, const PackingOptions&
     throw std::length_error("the plan takes more than a third of this machine's memory");
   }
   const Layout layout(documents, options);
-  if (layout.drops_rest() || documents.prefix_ids == nullptr) return;
-  for (int64_t p = 0; p < documents.num_prefixes; ++p) {
-    const int64_t prefix = documents.prefix_length(static_cast<int32_t>(p));
+  if (layout.drops_rest() || documents.prefixes.ids == nullptr) return;
+  for (int64_t p = 0; p < documents.prefixes.num_texts; ++p) {
+    const int64_t prefix = documents.prefixes.length(static_cast<int32_t>(p));
     require(layout.head(prefix) < options.capacity, "a prefix leaves no room for its document");
   }
 }

@@ -24,16 +24,17 @@ struct PackingOptions : PackRules {
 };
 
 struct PlanCounts {
-  int64_t num_epochs = 0;   // epochs begun
-  int64_t body_tokens = 0;  // EOD counted
-  int64_t prefix_tokens = 0;
+  int64_t num_epochs = 0;     // epochs begun
+  int64_t body_tokens = 0;    // EOD counted
+  int64_t prefix_tokens = 0;  // repeated ones among them
+  int64_t suffix_tokens = 0;
   int64_t bos_tokens = 0;
   int64_t padding_tokens = 0;
   int64_t alignment_tokens = 0;  // those of the padding that belong to a piece
   int64_t discarded_tokens = 0;  // body tokens of documents in the plan that no pack holds
   int64_t documents = 0;         // document visits
   int64_t documents_cut = 0;
-  int64_t documents_plain = 0;  // visits without prefix although a table is given
+  int64_t documents_plain = 0;  // visits without prefix and suffix although a table is given
   int64_t documents_empty = 0;  // skipped: nothing but EOD
 };
 

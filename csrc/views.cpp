@@ -12,25 +12,37 @@ namespace {
 
 int64_t body_of(const Piece& piece) { return piece.body_end - piece.body_begin; }
 
-const int32_t* prefix_tokens_of(const Piece& piece, const Documents& documents) {
-  return documents.prefix(piece.prefix_id, piece.prefix_tokens);
+const int32_t* tokens_of(const ShownText& text, const TextTable& table) {
+  return table.first_tokens(text.id, text.tokens);
 }
 
 // By their tokens: two texts may have the same.
-bool same_prefix(const Piece& a, const Piece& b, const Documents& documents) {
-  if (a.prefix_tokens != b.prefix_tokens) return false;
-  if (a.prefix_id == b.prefix_id) return true;
-  const int32_t* tokens = prefix_tokens_of(a, documents);
-  return std::equal(tokens, tokens + a.prefix_tokens, prefix_tokens_of(b, documents));
+bool is_same(const ShownText& a, const ShownText& b, const TextTable& table) {
+  if (a.tokens != b.tokens) return false;
+  if (a.id == b.id) return true;
+  const int32_t* tokens = tokens_of(a, table);
+  return std::equal(tokens, tokens + a.tokens, tokens_of(b, table));
 }
 
-uint64_t hash_of_prefix(const Piece& piece, const Documents& documents, int64_t pack) {
+uint64_t hash_of(const ShownText& text, const TextTable& table, int64_t pack) {
   auto hash = static_cast<uint64_t>(pack);
-  const int32_t* tokens = prefix_tokens_of(piece, documents);
-  for (int32_t t = 0; t < piece.prefix_tokens; ++t) {
+  const int32_t* tokens = tokens_of(text, table);
+  for (int32_t t = 0; t < text.tokens; ++t) {
     hash = hash_pair(hash, static_cast<uint64_t>(load(tokens, t)));
   }
   return hash;
+}
+
+void shuffle(TextOfPiece text, const TextTable& table, const PackRules& rules, int64_t pack,
+             std::vector<Piece>* pieces) {
+  if (table.ids == nullptr) return;
+  const std::vector<Piece> own = *pieces;
+  const std::vector<size_t> donors = shuffled_texts(own, text, table, rules, pack);
+  for (size_t i = 0; i < own.size(); ++i) {
+    Piece& piece = (*pieces)[i];
+    piece.*text = own[donors[i]].*text;
+    piece.padding = static_cast<int32_t>(rules.padding_after(piece.content()));
+  }
 }
 
 }  // namespace
@@ -42,18 +54,19 @@ View parse_view(const std::string& name) {
   throw std::invalid_argument("unknown view: " + name);
 }
 
-std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const PackRules& rules,
-                                      const Documents& documents, int64_t pack) {
+std::vector<size_t> shuffled_texts(const std::vector<Piece>& pieces, TextOfPiece text,
+                                   const TextTable& table, const PackRules& rules, int64_t pack) {
   std::vector<size_t> donors(pieces.size());
-  std::vector<std::pair<uint64_t, size_t>> order;  // equal prefixes side by side
+  std::vector<std::pair<uint64_t, size_t>> order;  // equal texts side by side
   int64_t room = rules.capacity;                   // that the sorted pieces share
   for (size_t i = 0; i < pieces.size(); ++i) {
     donors[i] = i;
     const Piece& piece = pieces[i];
+    const ShownText& own = piece.*text;
     const bool is_whole =
-        piece.prefix_tokens > 0 && piece.prefix_tokens == documents.prefix_length(piece.prefix_id);
+        own.tokens > 0 && own.tokens == table.length(own.id) && piece.cut_repeat == 0;
     if (is_whole && body_of(piece) > 0) {
-      order.emplace_back(hash_of_prefix(piece, documents, pack), i);
+      order.emplace_back(hash_of(own, table, pack), i);
     } else {
       room -= piece.content() + piece.padding;
     }
@@ -67,13 +80,12 @@ std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const Pa
   const size_t count = order.size();
   auto donor = [&](size_t i, size_t places) { return order[(i + places) % count].second; };
   auto fits = [&](size_t places) {
-    if (rules.alignment == 1) return true;
+    if (rules.alignment == 1 && rules.repeat_every == 0) return true;
     int64_t tokens = 0;
     for (size_t i = 0; i < count; ++i) {
-      const Piece& piece = pieces[order[i].second];
-      const int64_t content =
-          piece.content() - piece.prefix_tokens + pieces[donor(i, places)].prefix_tokens;
-      tokens += content + rules.padding_after(content);
+      Piece piece = pieces[order[i].second];
+      piece.*text = pieces[donor(i, places)].*text;
+      tokens += piece.content() + rules.padding_after(piece.content());
     }
     return tokens <= room;
   };
@@ -90,36 +102,44 @@ std::vector<size_t> shuffled_prefixes(const std::vector<Piece>& pieces, const Pa
 
 void show(View view, const PackRules& rules, const Documents& documents, int64_t pack,
           std::vector<Piece>* pieces) {
-  if (view == View::kConditioned) return;
-  const std::vector<Piece> own = *pieces;
-  std::vector<size_t> donors;
-  if (view == View::kShuffled) donors = shuffled_prefixes(own, rules, documents, pack);
-  for (size_t i = 0; i < own.size(); ++i) {
-    Piece& piece = (*pieces)[i];
-    piece.prefix_id = donors.empty() ? -1 : own[donors[i]].prefix_id;
-    piece.prefix_tokens = donors.empty() ? 0 : own[donors[i]].prefix_tokens;
-    piece.padding = static_cast<int32_t>(rules.padding_after(piece.content()));
+  if (view == View::kPlain) {
+    for (Piece& piece : *pieces) {
+      piece.prefix = piece.suffix = {};
+      piece.repeat_every = piece.cut_repeat = 0;
+      piece.padding = static_cast<int32_t>(rules.padding_after(piece.content()));
+    }
+  } else if (view == View::kShuffled) {
+    shuffle(&Piece::prefix, documents.prefixes, rules, pack, pieces);
+    shuffle(&Piece::suffix, documents.suffixes, rules, pack, pieces);
   }
 }
 
 void mark_compared(View view, const PackRules& rules, const Documents& documents, int64_t pack,
                    const std::vector<Piece>& pieces, float* compared) {
-  const std::vector<size_t> donors = shuffled_prefixes(pieces, rules, documents, pack);
+  std::vector<Piece> shuffled = pieces;
+  show(View::kShuffled, rules, documents, pack, &shuffled);
   std::vector<Piece> shown = pieces;
   show(view, rules, documents, pack, &shown);
   std::fill(compared, compared + rules.capacity, 0.0f);
-  int64_t cursor = 0;
+  int64_t begin = 0;  // of the piece
   for (size_t i = 0; i < shown.size(); ++i) {
     const Piece& piece = shown[i];
-    const int64_t end = cursor + piece.content();  // of the body
-    if (end + piece.padding > rules.capacity) {
-      throw std::out_of_range("damaged plan: pack overfull");
+    int64_t cursor = begin;
+    begin += piece.content() + piece.padding;
+    if (begin > rules.capacity) throw std::out_of_range("damaged plan: pack overfull");
+    if (is_same(pieces[i].prefix, shuffled[i].prefix, documents.prefixes) &&
+        is_same(pieces[i].suffix, shuffled[i].suffix, documents.suffixes)) {
+      continue;
     }
-    cursor = end + piece.padding;
-    if (same_prefix(pieces[i], pieces[donors[i]], documents)) continue;
-    // compared[t] governs the prediction of token t + 1, as loss_mask does.
-    const int64_t begin = end - body_of(piece) + (piece.has_bos ? 0 : 1);
-    std::fill(compared + begin - 1, compared + end - 1, 1.0f);
+    bool leave_out = !piece.has_bos;
+    for_each_run(piece, [&](TokenKind kind, int64_t count) {
+      if (kind == TokenKind::kBody && count > 0) {
+        // compared[t] governs the prediction of token t + 1, as loss_mask does.
+        std::fill(compared + cursor - (leave_out ? 0 : 1), compared + cursor + count - 1, 1.0f);
+        leave_out = false;
+      }
+      cursor += count;
+    });
   }
 }
 

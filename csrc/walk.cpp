@@ -25,7 +25,10 @@ void Walk::read(const Task& task, Chunk* chunk) const {
   chunk->prefix.resize(static_cast<size_t>(count));
   read_numbers(task, chunk->number.data());
   read_lengths(chunk->number.data(), count, chunk->body.data());
-  read_prefixes(chunk->number.data(), count, chunk->prefix.data());
+  read_texts(documents_.prefixes, chunk->number.data(), count, chunk->prefix.data());
+  if (documents_.suffixes.ids == nullptr) return;
+  chunk->suffix.resize(static_cast<size_t>(count));
+  read_texts(documents_.suffixes, chunk->number.data(), count, chunk->suffix.data());
 }
 
 void Walk::read_numbers(const Task& task, int64_t* number) const {
@@ -60,15 +63,15 @@ void Walk::read_lengths(const int64_t* number, int64_t count, int64_t* body) con
   if (all < 0) throw std::out_of_range("damaged index: a length below zero");
 }
 
-void Walk::read_prefixes(const int64_t* number, int64_t count, int32_t* prefix) const {
-  if (documents_.prefix_ids == nullptr) {
-    std::fill(prefix, prefix + count, -1);
+void Walk::read_texts(const TextTable& table, const int64_t* number, int64_t count,
+                      int32_t* length) const {
+  if (table.ids == nullptr) {
+    std::fill(length, length + count, -1);
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    __builtin_prefetch(documents_.prefix_ids + number[std::min(i + kPrefetch, count - 1)]);
-    const int32_t id = documents_.prefix_id(number[i]);
-    prefix[i] = id < 0 ? -1 : static_cast<int32_t>(documents_.prefix_length(id));
+    __builtin_prefetch(table.ids + number[std::min(i + kPrefetch, count - 1)]);
+    length[i] = documents_.text_length(table, number[i]);
   }
 }
 

@@ -31,9 +31,12 @@ struct Chunk {
   std::vector<int64_t> number;
   std::vector<int64_t> body;
   std::vector<int32_t> prefix;
+  std::vector<int32_t> suffix;  // empty where no document has one
 
   size_t size() const { return number.size(); }
-  DocumentSize operator[](size_t i) const { return {number[i], body[i], prefix[i]}; }
+  DocumentSize operator[](size_t i) const {
+    return {number[i], body[i], prefix[i], suffix.empty() ? -1 : suffix[i]};
+  }
 };
 
 class Walk {
@@ -47,7 +50,8 @@ class Walk {
  private:
   void read_numbers(const Task& task, int64_t* number) const;
   void read_lengths(const int64_t* number, int64_t count, int64_t* body) const;
-  void read_prefixes(const int64_t* number, int64_t count, int32_t* prefix) const;
+  void read_texts(const TextTable& table, const int64_t* number, int64_t count,
+                  int32_t* length) const;
 
   const Documents& documents_;
   Order order_;

@@ -23,6 +23,9 @@ class Piece:
     body_end: int
     prefix_id: int
     prefix_tokens: int
+    suffix_id: int
+    suffix_tokens: int
+    runs: list[tuple[str, int]]
     padding: int
     has_bos: bool
 
@@ -37,10 +40,14 @@ class Corpus:
         prefix_ids: NDArray[np.int32] | None = None,
         prefix_tokens: NDArray[np.int32] = ...,
         prefix_offsets: NDArray[np.int64] = ...,
+        suffix_ids: NDArray[np.int32] | None = None,
+        suffix_tokens: NDArray[np.int32] = ...,
+        suffix_offsets: NDArray[np.int64] = ...,
         bos_id: int = -1,
         plain_seed: int = 0,
         plain_threshold: int = 0,
     ) -> None: ...
+    def longest_metadata(self, enough: int) -> int: ...
 
 class Assembler:
     def __init__(
@@ -56,8 +63,10 @@ class Assembler:
         pad_id: int,
         view: str,
         train_on_prefix: bool,
+        train_on_suffix: bool = True,
         strategy: str,
         repeat_prefix: bool,
+        repeat_every: int = 0,
         alignment: int = 1,
         bin: NDArray[np.uint8] | None = None,
         sequence_pointers: NDArray[np.int64] | None = None,
@@ -82,6 +91,7 @@ def build_plan(
     range_end: int,
     seed: int,
     repeat_prefix: bool,
+    repeat_every: int = 0,
     alignment: int = 1,
     num_threads: int,
     progress: Callable[[float], None] | None = None,

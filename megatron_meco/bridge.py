@@ -216,7 +216,7 @@ class MeCoDatasetProvider(DatasetProvider):  # type: ignore[misc]
             meco=self.meco,
         )
         sizes = (context.train_samples, context.valid_samples, context.test_samples)
-        if self.separate_views and self.meco.template:
+        if self.separate_views and self.meco.has_metadata:
             # Each view is a dataset of that many samples.
             sizes = (sizes[0], len(EVALUATION_VIEWS) * sizes[1], sizes[2])
         cooldown = get_blend_from_list(list(self.meco.cooldown_data_path) or None)

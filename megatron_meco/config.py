@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -32,7 +33,7 @@ class View(IntEnum):
     PLAIN = 0
     CONDITIONED = 1
     SHUFFLED = 2
-    """Each document under the prefix of another one of the pack."""
+    """Each document with the prefix and the suffix of other ones of the pack."""
 
 
 FINGERPRINT_KEYS = (
@@ -45,6 +46,9 @@ FINGERPRINT_KEYS = (
     "max_documents_per_pack",
     "pad_documents_to",
     "train_on_prefix",
+    "suffix_template",
+    "suffix_loss",
+    "repeat_every",
     "seq_length",
     "seed",
     "split",
@@ -54,6 +58,14 @@ FINGERPRINT_KEYS = (
     "schedule",
 )
 """What determines the samples of a run; see `megatron_meco.training.run_fingerprint`."""
+
+FINGERPRINT_DEFAULTS: Mapping[str, Any] = {
+    "pad_documents_to": 1,
+    "suffix_template": "",
+    "suffix_loss": True,
+    "repeat_every": None,
+}
+"""Values of fingerprints that lack a key, because they were made before it or do without it."""
 
 DEFAULT_TEMPLATE = r"URL: {url.host}\n\n"
 """The paper's template (section 2), as typed in a shell: backslash escapes are interpreted."""
@@ -71,7 +83,15 @@ class MeCoConfig:
     """
 
     template: str = DEFAULT_TEMPLATE
-    """Prefix of each document in the conditioned phase. Empty: the matched baseline."""
+    """Prefix of each document in the conditioned phase. Empty: none; without a `suffix_template`
+    either, the matched baseline."""
+
+    suffix_template: str = ""
+    """Suffix of each document in the conditioned phase, between its last token and EOD. Empty:
+    none."""
+
+    suffix_loss: bool = True
+    """Whether suffix tokens are in the training loss."""
 
     packing: str = "truncate"
     """How documents become packs, one of `PACKING_STRATEGIES`."""
@@ -106,6 +126,10 @@ class MeCoConfig:
     repeat_prefix: bool = True
     """Whether the prefix is repeated in a piece that continues a document."""
 
+    repeat_every: int | None = None
+    """Tokens of a document after which its prefix is repeated within a piece, never in the loss;
+    None: no such repetition."""
+
     max_documents_per_pack: int | None = None
     """Cap on documents in a pack; None: `max(127, sequence_length // 64 - 1)`; 0: no cap.
 
@@ -116,7 +140,8 @@ class MeCoConfig:
     padding behind it, and the padding at the end of the pack. Divides the sequence length."""
 
     max_prefix_tokens: int | None = None
-    """Longest prefix in tokens; None: half the sequence. With a longer one a document is plain."""
+    """Longest prefix in tokens, and longest suffix; None: half the sequence. A document has none
+    that is longer."""
 
     train_on_prefix: bool = False
     """Whether prefix tokens are in the loss (the paper found that this hurts slightly)."""
@@ -143,11 +168,18 @@ class MeCoConfig:
         _check_at_least(self.max_documents_per_pack, 0, "--meco-max-documents-per-pack")
         _check_at_least(self.max_prefix_tokens, 1, "--meco-max-prefix-tokens")
         _check_at_least(self.pad_documents_to, 1, "--meco-pad-documents-to")
+        _check_at_least(self.repeat_every, 1, "--meco-repeat-every")
         if self.train_on_prefix and not self.template:
             raise FlagError(
                 "there is no prefix to train on, the template is empty",
                 where="--meco-train-on-prefix",
                 remedy="Give a --meco-template, or drop the flag.",
+            )
+        if not self.suffix_loss and not self.suffix_template:
+            raise FlagError(
+                "has no effect: documents have no suffix",
+                where="--meco-suffix-loss 0",
+                remedy="Give a --meco-suffix-template, or drop the flag.",
             )
         if not self.repeat_prefix and (not self.template or self.packing == "truncate"):
             raise FlagError(
@@ -155,7 +187,14 @@ class MeCoConfig:
                 where="--meco-prefix-once",
                 remedy="Use it with a --meco-template and --meco-packing split or best-fit.",
             )
-        if self.plain_fraction and not self.template:
+        if self.repeat_every is not None and not (self.template and self.repeat_prefix):
+            what = "--meco-prefix-once" if self.template else "an empty --meco-template"
+            raise FlagError(
+                f"does not go with {what}",
+                where=f"--meco-repeat-every {self.repeat_every}",
+                remedy="Drop one of the two.",
+            )
+        if self.plain_fraction and not self.has_metadata:
             raise FlagError(
                 "has no effect on an empty template: every document is plain already",
                 where="--meco-plain-fraction",
@@ -181,6 +220,11 @@ class MeCoConfig:
                 )
 
     @property
+    def has_metadata(self) -> bool:
+        """Whether documents of the conditioned phase have prefixes or suffixes."""
+        return bool(self.template or self.suffix_template)
+
+    @property
     def unique_identifiers(self) -> dict[str, Any]:
         """Everything that determines a sample, for Megatron's cache keys (JSON-serializable)."""
         values = asdict(self)
@@ -189,6 +233,10 @@ class MeCoConfig:
         for name in ("start_fraction", "start_iteration", "start_documents"):
             if not values[name]:
                 del values[name]  # likewise; 0 has no plain phase either
+        if not self.suffix_template:
+            del values["suffix_template"], values["suffix_loss"]  # likewise
+        if self.repeat_every is None:
+            del values["repeat_every"]
         return values
 
     def check_sequence_length(self, sequence_length: int) -> None:
@@ -205,7 +253,7 @@ class MeCoConfig:
             )
 
     def prefix_cap(self, sequence_length: int) -> int:
-        """Longest prefix in tokens at this sequence length."""
+        """Longest prefix and longest suffix in tokens at this sequence length."""
         return self.max_prefix_tokens or max(1, sequence_length // 2)
 
     def documents_cap(self, sequence_length: int) -> int:
@@ -220,6 +268,8 @@ class MeCoConfig:
         """Read the `--meco-*` flags of a parsed command line."""
         return cls(
             template=args.meco_template,
+            suffix_template=args.meco_suffix_template,
+            suffix_loss=bool(args.meco_suffix_loss),
             packing=args.meco_packing,
             cooldown_fraction=args.meco_cooldown_fraction,
             cooldown_start_iteration=args.meco_cooldown_start_iteration,
@@ -230,6 +280,7 @@ class MeCoConfig:
             start_documents=args.meco_start_documents,
             plain_fraction=args.meco_plain_fraction,
             repeat_prefix=not args.meco_prefix_once,
+            repeat_every=args.meco_repeat_every,
             max_documents_per_pack=args.meco_max_documents_per_pack,
             pad_documents_to=alignment_from_args(args),
             max_prefix_tokens=args.meco_max_prefix_tokens,
@@ -285,8 +336,25 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "{url.host|min_documents=100} keep the frequent values and write 'unknown' for the rest, "
         "{topic|default=none} replaces a missing value; [[...{topic}...]] is left out where the "
         "topic is missing; {token:NAME} is a special token. docs/data.md lists all filters. "
-        "Empty: the matched baseline, no metadata. "
+        "Empty: no prefixes; without a suffix either, the matched baseline. "
         "Default: %(default)r.",
+    )
+    group.add_argument(
+        "--meco-suffix-template",
+        default=defaults.suffix_template,
+        metavar="T",
+        help="Suffix of each document in the conditioned phase, between its last token and EOD. "
+        "Written like --meco-template, as in '\\nTopic: {topic}'. A document that is cut has it at "
+        "its end alone. For suffixes without prefixes give --meco-template '', too. Default: no "
+        "suffixes.",
+    )
+    group.add_argument(
+        "--meco-suffix-loss",
+        type=int,
+        choices=(0, 1),
+        default=int(defaults.suffix_loss),
+        help="Whether suffix tokens are in the training loss; EOD behind them always is. "
+        "Default: %(default)s.",
     )
     group.add_argument(
         "--meco-packing",
@@ -358,6 +426,13 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Give a split document its prefix only at its beginning. Default: on every piece.",
     )
     group.add_argument(
+        "--meco-repeat-every",
+        type=int,
+        metavar="N",
+        help="Repeat the prefix after every N tokens of a document within a piece, never in the "
+        "loss. Default: no such repetition.",
+    )
+    group.add_argument(
         "--meco-max-documents-per-pack",
         type=int,
         metavar="N",
@@ -376,8 +451,8 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--meco-max-prefix-tokens",
         type=int,
         metavar="N",
-        help="Documents with a longer prefix train plain and are counted. Default: half the "
-        "sequence.",
+        help="Documents with a longer prefix train plain, those with a longer suffix without it; "
+        "both are counted. Default: half the sequence.",
     )
     group.add_argument(
         "--meco-train-on-prefix",

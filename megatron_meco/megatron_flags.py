@@ -77,38 +77,39 @@ HONOURED = names_in(
     main_params_dtype make_vocab_size_divisible_by manual_gc manual_gc_eval manual_gc_interval
     masked_softmax_fusion max_position_embeddings memory_snapshot_path merge_file metadata_path
     micro_batch_size microbatch_group_size_per_vp_stage mid_level_dataset_surplus min_loss_scale
-    min_lr mmap_bin_files model_parallel_size moe_router_load_balancing_type mtp_num_layers
-    muon_coefficient_type muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov
-    muon_num_ns_steps muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode
-    muon_use_syrk nccl_communicator_config_path nccl_ub no_load_optim no_load_rng
-    no_persist_layer_norm no_rope_freq no_save_optim no_save_rng no_weight_decay_cond_type
-    non_persistent_ckpt_type non_persistent_global_ckpt_dir non_persistent_local_ckpt_algo
-    non_persistent_local_ckpt_dir non_persistent_save_interval normalization null_tokenizer_eod_id
-    null_tokenizer_pad_id num_attention_heads num_dataset_builder_threads
-    num_distributed_optimizer_instances num_experts num_layers num_layers_at_end_in_bf16
-    num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage num_query_groups
-    num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges object_storage_cache_path
-    one_logger_async one_logger_project one_logger_run_name openai_gelu optimizer
-    optimizer_cpu_offload optimizer_offload_fraction otel_enabled otel_service_name otel_span_groups
-    overlap_cpu_optimizer_d2h_h2d overlap_grad_reduce overlap_p2p_comm overlap_p2p_comm_warmup_flush
-    overlap_param_gather overlap_param_gather_with_optimizer_step override_opt_param_scheduler
-    pad_vocab_size padded_vocab_size per_split_data_args_path perform_initialization pin_cpu_grads
-    pin_cpu_params pipeline_model_parallel_comm_backend pipeline_model_parallel_layout
-    pipeline_model_parallel_size position_embedding_type pretrained_checkpoint profile profile_ranks
-    profile_step_end profile_step_start pytorch_profiler_collect_callstack
-    pytorch_profiler_collect_chakra pytorch_profiler_collect_shapes qk_clip qk_clip_alpha
-    qk_clip_threshold qk_l2_norm qk_layernorm quick_geglu recompute_activations
-    recompute_granularity recompute_method recompute_modules recompute_num_layers
-    record_memory_history record_shapes rerun_mode result_rejected_tracker_filename
-    reuse_grad_buf_for_mxfp8_param_ag rope_scaling_factor rotary_base rotary_interleaved
-    rotary_percent rotary_seq_len_interpolation_factor run_workload_inspector_server save
-    save_activations_interval save_dgrads_interval save_interval save_params_interval
-    save_retain_interval save_tokenizer_assets save_wgrads_interval seed seq_length
-    sequence_parallel sgd_momentum sharp_enabled_group skip_train softmax_type spec special_tokens
-    split squared_relu start_eval_at_iter start_weight_decay step_batch_size_schedule
-    straggler_ctrlr_port straggler_minmax_count stream_ckpt_dequant swiglu te_rng_tracker
-    tensor_model_parallel_size tensorboard_dir tensorboard_log_interval tensorboard_queue_size
-    test_data_path tiktoken_num_special_tokens tiktoken_pattern timing_log_level timing_log_option
+    min_lr mmap_bin_files model_parallel_size moe_router_load_balancing_type mscale mscale_all_dim
+    mtp_num_layers multi_latent_attention muon_coefficient_type muon_extra_scale_factor
+    muon_fp32_matmul_prec muon_momentum muon_nesterov muon_num_ns_steps muon_scalar_optimizer
+    muon_scale_mode muon_split_qkv muon_tp_mode muon_use_syrk nccl_communicator_config_path nccl_ub
+    no_load_optim no_load_rng no_persist_layer_norm no_rope_freq no_save_optim no_save_rng
+    no_weight_decay_cond_type non_persistent_ckpt_type non_persistent_global_ckpt_dir
+    non_persistent_local_ckpt_algo non_persistent_local_ckpt_dir non_persistent_save_interval
+    normalization null_tokenizer_eod_id null_tokenizer_pad_id num_attention_heads
+    num_dataset_builder_threads num_distributed_optimizer_instances num_experts num_layers
+    num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage
+    num_query_groups num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges
+    object_storage_cache_path one_logger_async one_logger_project one_logger_run_name openai_gelu
+    optimizer optimizer_cpu_offload optimizer_offload_fraction otel_enabled otel_service_name
+    otel_span_groups overlap_cpu_optimizer_d2h_h2d overlap_grad_reduce overlap_p2p_comm
+    overlap_p2p_comm_warmup_flush overlap_param_gather overlap_param_gather_with_optimizer_step
+    override_opt_param_scheduler pad_vocab_size padded_vocab_size per_split_data_args_path
+    perform_initialization pin_cpu_grads pin_cpu_params pipeline_model_parallel_comm_backend
+    pipeline_model_parallel_layout pipeline_model_parallel_size position_embedding_type
+    pretrained_checkpoint profile profile_ranks profile_step_end profile_step_start
+    pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra
+    pytorch_profiler_collect_shapes qk_clip qk_clip_alpha qk_clip_threshold qk_l2_norm qk_layernorm
+    quick_geglu recompute_activations recompute_granularity recompute_method recompute_modules
+    recompute_num_layers record_memory_history record_shapes rerun_mode
+    result_rejected_tracker_filename reuse_grad_buf_for_mxfp8_param_ag rope_scaling_factor
+    rotary_base rotary_interleaved rotary_percent rotary_scaling_factor
+    rotary_seq_len_interpolation_factor run_workload_inspector_server save save_activations_interval
+    save_dgrads_interval save_interval save_params_interval save_retain_interval
+    save_tokenizer_assets save_wgrads_interval seed seq_length sequence_parallel sgd_momentum
+    sharp_enabled_group skip_train softmax_type spec special_tokens split squared_relu
+    start_eval_at_iter start_weight_decay step_batch_size_schedule straggler_ctrlr_port
+    straggler_minmax_count stream_ckpt_dequant swiglu te_rng_tracker tensor_model_parallel_size
+    tensorboard_dir tensorboard_log_interval tensorboard_queue_size test_data_path
+    tiktoken_num_special_tokens tiktoken_pattern timing_log_level timing_log_option
     tokenizer_hf_no_include_special_tokens tokenizer_hf_no_use_fast tokenizer_model
     tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_sentencepiece_legacy tokenizer_type
     tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap
@@ -190,7 +191,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "moe_token_drop_policy": _FULL_EXPERTS,
     "mrope_section": ("it sets rotary positions of images, and MeCo trains on text",),
-    "multi_latent_attention": ("latent attention over packed documents is not tested",),
     "non_persistent_ckpt_type": (
         "on a restart the samples cannot be compared with those of a local checkpoint",
         "Use --non-persistent-ckpt-type global.",
@@ -385,14 +385,14 @@ COMPANIONS = {
         dsa_indexer_loss_coeff dsa_indexer_n_heads dsa_indexer_rope_interleaved
         dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset
         dsa_indexer_topk dsa_indexer_topk_freq dsa_indexer_use_sparse_loss dsa_kernel_backend
-        linear_attention_freq linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads
-        linear_num_value_heads linear_value_head_dim
+        linear_attention_freq
         """
     ),
     "hybrid_layer_pattern": names_in(
         """
         gdp_cutedsl_kernel gdp_num_chunk_states_to_recompute gdp_num_householder is_hybrid_model
-        mamba_head_dim mamba_num_groups mamba_num_heads mamba_state_dim
+        linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads
+        linear_value_head_dim mamba_head_dim mamba_num_groups mamba_num_heads mamba_state_dim
         mamba_training_ssm_states_dtype use_mamba_mem_eff_path
         """
     ),
@@ -404,8 +404,8 @@ COMPANIONS = {
     ),
     "multi_latent_attention": names_in(
         """
-        kv_lora_rank mla_down_proj_fusion mscale mscale_all_dim q_lora_rank qk_head_dim
-        qk_pos_emb_head_dim rope_type rotary_scaling_factor v_head_dim
+        kv_lora_rank mla_down_proj_fusion q_lora_rank qk_head_dim qk_pos_emb_head_dim rope_type
+        v_head_dim
         """
     ),
     "use_megatron_fsdp": names_in(

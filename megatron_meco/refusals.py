@@ -257,10 +257,10 @@ _VALUES_LOCAL: dict[str, Callable[[Any], bool]] = {
 _NOT_ON_LOCAL_LAYERS = names_in(
     """
     attention_backend cross_entropy_fusion_impl flash_attention_version fp8 fp8_output_proj
-    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit moe_enable_deepep
-    moe_grouped_gemm moe_permute_fusion moe_token_dispatcher_type mtp_num_layers normalization
+    fp8_param_gather layernorm_zero_centered_gamma log_max_attention_logit mla_down_proj_fusion
+    moe_enable_deepep
+    moe_grouped_gemm moe_permute_fusion moe_token_dispatcher_type normalization
     qk_clip softmax_type tp_comm_overlap use_flash_attn use_grouped_gemm_for_shared_expert
-    window_attn_skip_freq window_size
     """
 )
 
@@ -378,10 +378,13 @@ def check_run(args: argparse.Namespace) -> None:
     layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     layout *= args.context_parallel_size
     if ranks % layout:
+        kinds = ("tensor_model", "pipeline_model", "context")
+        sizes = {kind: getattr(args, f"{kind}_parallel_size") for kind in kinds}
+        kind = next(kind for kind, size in sizes.items() if size > 1)
         raise FlagError(
             f"tensor x pipeline x context parallel sizes are {layout}, which does not divide the "
             f"{ranks} ranks",
-            where=f"--tensor-model-parallel-size {args.tensor_model_parallel_size}",
+            where=f"--{kind.replace('_', '-')}-parallel-size {sizes[kind]}",
             remedy=f"Start a multiple of {layout} ranks, or change the layout.",
         )
     _check_expert_layout(args)
@@ -484,31 +487,25 @@ def _check_micro_batch(args: argparse.Namespace) -> None:
             )
 
 
-# Layers of a hybrid pattern: why they are refused, everywhere or without Transformer Engine.
+# Layers of a hybrid pattern: why they are refused.
 _HYBRID_LAYERS = {
     "D": REFUSED["experimental_attention_variant"][0],
-    "+": REFUSED["multi_latent_attention"][0],
+    "+": "latent attention in a hybrid model is not tested over packed documents",
     "/": "nobody has shown that further heads of these layers keep packed documents apart",
-}
-_HYBRID_LAYERS_OF_ENGINE = {
-    "G": "the layers for hosts without Transformer Engine have no gated delta net",
 }
 
 
 def _check_hybrid_pattern(args: argparse.Namespace) -> None:
     """Refuse layers that a letter of the pattern brings in, and that their own flag would not."""
-    refused = dict(_HYBRID_LAYERS)
-    if args.transformer_impl == "local":
-        refused |= _HYBRID_LAYERS_OF_ENGINE
     for flag in ("hybrid_layer_pattern", "hybrid_override_pattern"):
         pattern = getattr(args, flag, None) or ""
         for letter in pattern:
-            if letter in refused:
+            if letter in _HYBRID_LAYERS:
                 raise FlagError(
-                    f"layer {letter!r}: {refused[letter]}",
+                    f"layer {letter!r}: {_HYBRID_LAYERS[letter]}",
                     where=shown(f"--{flag.replace('_', '-')}", pattern),
-                    remedy="Build the model of M (Mamba), * (attention), - (MLP), E (experts) and, "
-                    "with Transformer Engine, G (gated delta net).",
+                    remedy="Build the model of M (Mamba), * (attention), - (MLP), E (experts) and "
+                    "G (gated delta net).",
                 )
         if "E" in pattern and not args.num_experts:
             raise FlagError(
@@ -527,6 +524,7 @@ def _check_further_heads(args: argparse.Namespace) -> None:
         "mtp_hybrid_override_pattern": _HYBRID_LAYERS["/"],
         "hybrid_layer_pattern": _HYBRID_LAYERS["/"],
         "mtp_hsm": "nobody has shown that it keeps packed documents apart",
+        "pipeline_model_parallel_layout": "only the last stage is known to get what the heads need",
     }
     for name, reason in others.items():
         if getattr(args, name, None):
@@ -535,11 +533,16 @@ def _check_further_heads(args: argparse.Namespace) -> None:
                 where=shown(f"--{name.replace('_', '-')}", getattr(args, name)),
                 remedy="Drop one of the two.",
             )
-    if args.pipeline_model_parallel_size > 1:
+
+
+def _check_query_groups(args: argparse.Namespace) -> None:
+    """Megatron looks at it when it builds the model."""
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.group_query_attention and heads and groups and heads % groups:
         raise FlagError(
-            "multi-token prediction is not tested with --meco in pipeline stages",
-            where=f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
-            remedy="Drop --mtp-num-layers, or use one stage.",
+            f"does not divide the {heads} attention heads",
+            where=f"--num-query-groups {groups}",
+            remedy=f"Give a number by which {heads} can be divided.",
         )
 
 
@@ -579,11 +582,13 @@ def _check_rotary(args: argparse.Namespace) -> None:
     heads, width = args.num_attention_heads, args.hidden_size
     if args.position_embedding_type not in ("rope", "yarn") or not heads or not width:
         return
-    rotary = int((args.kv_channels or width // heads) * args.rotary_percent)
+    latent = getattr(args, "multi_latent_attention", False)
+    size = args.qk_pos_emb_head_dim if latent else args.kv_channels or width // heads
+    rotary = int(size * args.rotary_percent)
     if rotary % 2 or not rotary:
         raise FlagError(
             f"{rotary} rotary dimensions in a head; RoPE needs an even number",
-            where="--kv-channels / --rotary-percent",
+            where=f"--{'qk-pos-emb-head-dim' if latent else 'kv-channels'} / --rotary-percent",
             remedy="Choose heads whose size times --rotary-percent is even.",
         )
 
@@ -704,6 +709,7 @@ _RULES = (
     _check_hybrid_pattern,
     _check_experts,
     _check_context_parallelism,
+    _check_query_groups,
     _check_rotary,
     _check_background_saves,
     _check_batch_schedule,

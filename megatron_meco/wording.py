@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -39,6 +40,12 @@ def one_line(error: BaseException, longest: int = 200) -> str:
     # The message of a KeyError is the key alone.
     text = f"{kind}: {error}" if isinstance(error, KeyError) else str(error)
     return shown(" ".join(text.split()) or kind, longest)
+
+
+def print_progress(done: int, total: int, noun: str) -> None:
+    """Print a count of finished things on stderr, on a line that the next call overwrites."""
+    end = "" if done < total else "\n"
+    print(f"\r{done:,} of {counted(total, noun)}", end=end, file=sys.stderr)
 
 
 def aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:

@@ -92,7 +92,7 @@ def documents_by_phase(
 
 @dataclass
 class Token:
-    """One token and what it is: bos, prefix, body (EOD among it) or pad.
+    """One token and what it is: bos, prefix, repeated (prefix), body (with EOD), suffix or pad.
 
     Padding that aligns a piece has the piece's visit, that at the end of a pack has none.
     """
@@ -110,10 +110,20 @@ class Pack:
 
     tokens: list[Token] = field(default_factory=list)
 
-    def arrays(self, length: int, pad: int, train_on_prefix: bool = False) -> dict[str, list]:
+    def arrays(
+        self,
+        length: int,
+        pad: int,
+        train_on_prefix: bool = False,
+        train_on_suffix: bool = True,
+    ) -> dict[str, list]:
         """tokens, labels, loss_mask, position_ids, cu_seqlens of this pack, token by token."""
         padded = self.tokens + [Token(pad, "pad", -1, -1)] * (length - len(self.tokens))
-        trained = {"body", "prefix"} if train_on_prefix else {"body"}
+        trained = {"body"}
+        if train_on_prefix:
+            trained.add("prefix")
+        if train_on_suffix:
+            trained.add("suffix")
         labels, mask, positions, bounds = [], [], [], [0]
         for t, token in enumerate(padded):
             following = padded[t + 1] if t + 1 < length else None
@@ -146,6 +156,10 @@ def aligned(size: int, align: int) -> int:
     return size
 
 
+Piece = dict[str, list[Token]]
+"""The tokens of a piece by kind; "eod" are those of the body behind a suffix."""
+
+
 def in_view(
     pack: Pack,
     prefixes: list[list[int] | None],
@@ -153,61 +167,97 @@ def in_view(
     number: int,
     align: int = 1,
     length: int | None = None,
+    suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> Pack:
     """Pack `number` as validation shows it: "conditioned", "plain" or "shuffled".
 
     Pieces with their whole prefix and a body are sorted by a hash of the prefix, and the prefixes
-    are moved on by as many places as the most frequent of them occurs. The body tokens of pieces
-    that get another prefix are compared; not the first of a piece that has no BOS. Padding of
-    aligned pieces may not fit a pack of `length` any more: then other numbers of places are tried.
+    are moved on by as many places as the most frequent of them occurs. Padding of aligned pieces
+    may not fit a pack of `length` any more, nor may prefixes that are repeated: then other numbers
+    of places are tried. Pieces that end within a repeated prefix do not take part. Then the
+    suffixes are moved in the same way. The body tokens of pieces that get another prefix or suffix
+    are compared; not the first of a piece that has no BOS.
     """
-    pieces: dict[int, dict[str, list[Token]]] = {}
+    pieces: dict[int, Piece] = {}
     for token in pack.tokens:
-        piece = pieces.setdefault(token.visit, {"bos": [], "prefix": [], "body": [], "pad": []})
-        piece[token.kind].append(token)
+        kinds = ("bos", "prefix", "repeated", "body", "suffix", "eod", "cut", "pad")
+        piece = pieces.setdefault(token.visit, {kind: [] for kind in kinds})
+        is_behind = token.kind == "body" and piece["suffix"]
+        piece["eod" if is_behind else token.kind].append(token)
+    for piece in pieces.values():
+        between = max(0, len(piece["body"]) - 1) // every if every else 0
+        piece["cut"] = piece["repeated"][between * len(piece["prefix"]) :]
 
-    def ids(piece: dict[str, list[Token]]) -> list[int]:
-        return [token.id for token in piece["prefix"]]
+    def ids(tokens: list[Token]) -> list[int]:
+        return [token.id for token in tokens]
 
-    def key(piece: dict[str, list[Token]]) -> int:
-        value = number
-        for token_id in ids(piece):
-            value = hash_pair(value, token_id)
-        return value
-
-    moving = [
-        piece
-        for piece in pieces.values()
-        if piece["body"] and piece["prefix"] and ids(piece) == prefixes[piece["body"][0].document]
-    ]
-    moving.sort(key=key)
-    most = max((sum(ids(a) == ids(b) for b in moving) for a in moving), default=0)
-    others = len(moving) - most
-    choices = range(most, others + 1) if most <= others else range(most, others - 1, -1)
-    shown = Pack()
-    for places in [*choices, 0]:
-        given = {id(piece): moving[(i + places) % len(moving)] for i, piece in enumerate(moving)}
-        sizes = [
-            aligned(
-                len(piece["bos"] + piece["body"] + given.get(id(piece), piece)["prefix"]), align
-            )
-            for piece in pieces.values()
+    own = {kind: {v: ids(p[kind]) for v, p in pieces.items()} for kind in ("prefix", "suffix")}
+    other = {kind: dict(texts) for kind, texts in own.items()}
+    for kind, table in (("prefix", prefixes), ("suffix", suffixes)):
+        moving = [
+            visit
+            for visit, piece in pieces.items()
+            if piece["body"] + piece["eod"]
+            and own[kind][visit]
+            and not piece["cut"]
+            and own[kind][visit] == table[(piece["body"] + piece["eod"])[0].document]
         ]
-        if length is None or sum(sizes) <= length:
-            break
+
+        def key(visit: int, kind: str = kind) -> int:
+            value = number
+            for token_id in own[kind][visit]:
+                value = hash_pair(value, token_id)
+            return value
+
+        moving.sort(key=key)
+        texts = [own[kind][visit] for visit in moving]
+        most = max((texts.count(text) for text in texts), default=0)
+        others = len(moving) - most
+        choices = range(most, others + 1) if most <= others else range(most, others - 1, -1)
+        for places in [*choices, 0]:
+            for i, visit in enumerate(moving):
+                other[kind][visit] = texts[(i + places) % len(moving)]
+            sizes = [
+                len(piece["bos"] + piece["eod"] + piece["cut"])
+                + len(other["prefix"][visit] + other["suffix"][visit])
+                + len(repeating(piece["body"], other["prefix"][visit], every))
+                for visit, piece in pieces.items()
+            ]
+            if length is None or sum(aligned(size, align) for size in sizes) <= length:
+                break
+    shown = Pack()
     for visit, piece in pieces.items():
-        donor = given.get(id(piece), piece)
-        compared = ids(donor) != ids(piece)
-        prefix = {"conditioned": ids(piece), "plain": [], "shuffled": ids(donor)}[view]
-        document = [*piece["bos"], *piece["prefix"], *piece["body"]][0].document
+        compared = any(own[kind][visit] != other[kind][visit] for kind in own)
+        texts_of = {"conditioned": own, "shuffled": other}.get(view)
+        prefix, suffix = (
+            (texts_of["prefix"][visit], texts_of["suffix"][visit]) if texts_of else ([], [])
+        )
+        body = piece["body"] + piece["eod"]
+        document = [*piece["bos"], *piece["prefix"], *body][0].document
+        marked = [
+            Token(t.id, "body", document, visit, compared and (place > 0 or bool(piece["bos"])))
+            for place, t in enumerate(body)
+        ]
+        num_before = len(piece["body"])
         shown.tokens += piece["bos"]
         shown.tokens += [Token(i, "prefix", document, visit) for i in prefix]
-        shown.tokens += [
-            Token(t.id, "body", document, visit, compared and (place > 0 or bool(piece["bos"])))
-            for place, t in enumerate(piece["body"])
-        ]
+        shown.tokens += repeating(marked[:num_before], prefix, every)
+        shown.tokens += piece["cut"] if view != "plain" else []
+        shown.tokens += [Token(i, "suffix", document, visit) for i in suffix]
+        shown.tokens += marked[num_before:]
         align_piece(shown, visit, align)
     return shown
+
+
+def repeating(body: list[Token], prefix: list[int], every: int) -> list[Token]:
+    """Put the prefix after every so many tokens of a piece's body that are not its last ones."""
+    tokens: list[Token] = []
+    for place, token in enumerate(body):
+        if every and place and place % every == 0:
+            tokens += [Token(i, "repeated", token.document, token.visit) for i in prefix]
+        tokens.append(token)
+    return tokens
 
 
 def align_piece(pack: Pack, visit: int, align: int, pad: int = 1) -> None:
@@ -225,6 +275,8 @@ def truncate_packs(
     num_packs: int | None,
     max_documents: int | None = None,
     align: int = 1,
+    suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> tuple[list[Pack], int]:
     """The paper's packing, and the number of body tokens that it discards.
 
@@ -240,6 +292,8 @@ def truncate_packs(
         num_packs: Stop after so many; None: use all visits, the last pack may be short.
         max_documents: Cap on documents in a pack.
         align: Every piece is padded to a multiple of it.
+        suffixes: Suffix tokens of each document; they stand before its EOD.
+        every: After so many tokens of the body the prefix is repeated; 0: never.
     """
     packs: list[Pack] = []
     discarded = 0
@@ -251,8 +305,16 @@ def truncate_packs(
         if len(body) <= 1:
             continue
         whole = [] if bos is None else [Token(bos, "bos", document, visit)]
-        whole += [Token(i, "prefix", document, visit) for i in prefixes[document] or []]
-        whole += [Token(i, "body", document, visit) for i in body]
+        prefix = prefixes[document] or []
+        suffix = (suffixes[document] if suffixes else None) or []
+        whole += [Token(i, "prefix", document, visit) for i in prefix]
+        text = [Token(i, "body", document, visit) for i in body]
+        if suffix:
+            whole += repeating(text[:-1], prefix, every)
+            whole += [Token(i, "suffix", document, visit) for i in suffix]
+            whole += text[-1:]
+        else:
+            whole += repeating(text, prefix, every)
         room = length - len(pack.tokens)
         pack.tokens += whole[:room]
         align_piece(pack, visit, align)
@@ -273,14 +335,27 @@ def pieces_to_pack(
     bos: int | None,
     repeat_prefix: bool = True,
     align: int = 1,
+    suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> Pack:
-    """The pack that holds these pieces: (document, body_begin, body_end) each."""
+    """The pack that holds these pieces: (document, body_begin, body_end) each.
+
+    A piece that ends its document, or lacks nothing but its EOD, has the whole suffix: `truncate`
+    may end a pack inside it.
+    """
     pack = Pack()
     for visit, (document, begin, end) in enumerate(pieces):
         shown = prefixes[document] or [] if begin == 0 or repeat_prefix else []
         pack.tokens += [] if bos is None else [Token(bos, "bos", document, visit)]
         pack.tokens += [Token(i, "prefix", document, visit) for i in shown]
-        pack.tokens += [Token(i, "body", document, visit) for i in bodies[document][begin:end]]
+        last = len(bodies[document]) - 1
+        suffix = (suffixes[document] if suffixes else None) or []
+        before = min(end, last) if suffix else end
+        text = [Token(i, "body", document, visit) for i in bodies[document][begin:before]]
+        pack.tokens += repeating(text, shown, every)
+        if end >= last:
+            pack.tokens += [Token(i, "suffix", document, visit) for i in suffix]
+        pack.tokens += [Token(i, "body", document, visit) for i in bodies[document][before:end]]
         align_piece(pack, visit, align)
     return pack
 
@@ -310,8 +385,13 @@ def split_pieces(
     repeat_prefix: bool = True,
     borders: list[list[int]] | None = None,
     align: int = 1,
+    suffixes: list[list[int] | None] | None = None,
+    every: int = 0,
 ) -> list[list[tuple[int, int, int]]]:
-    """`split`: documents in order; the rest of a cut one opens the next pack."""
+    """`split`: documents in order; the rest of a cut one opens the next pack.
+
+    A suffix stands whole behind a token of the body and before EOD: the last piece has all of them.
+    """
     packs: list[list[tuple[int, int, int]]] = []
     pack: list[tuple[int, int, int]] = []
     room = length
@@ -322,15 +402,22 @@ def split_pieces(
         while begin < len(body):
             if num_packs is not None and len(packs) == num_packs:
                 return packs
-            head = 0 if bos is None else 1
-            if begin == 0 or repeat_prefix:
-                head += len(prefixes[document] or [])
-            take = min(len(body) - begin, room - head)
-            if 0 < take < len(body) - begin:
-                take = cut_after(borders[document] if borders else [], begin, take, not pack)
+            prefix = len(prefixes[document] or []) if begin == 0 or repeat_prefix else 0
+            head = prefix if bos is None else prefix + 1
+            suffix = len((suffixes[document] if suffixes else None) or [])
+            rest = len(body) - begin
+            if piece_size(rest, prefix, suffix, every) <= room - head:
+                take = rest
+            else:
+                take = rest - 2 if suffix else rest
+                while take > 0 and piece_size(take, prefix, 0, every) > room - head:
+                    take -= 1
+                if take > 0:
+                    take = cut_after(borders[document] if borders else [], begin, take, not pack)
             if take > 0:
                 pack.append((document, begin, begin + take))
-                room -= aligned(head + take, align)
+                size = piece_size(take, prefix, suffix if take == rest else 0, every)
+                room -= aligned(head + size, align)
                 begin += take
             if take <= 0 or begin < len(body) or room == 0 or len(pack) == max_documents:
                 packs.append(pack)
@@ -340,15 +427,34 @@ def split_pieces(
     return packs
 
 
+def piece_size(body: int, prefix: int, suffix: int, every: int) -> int:
+    """Tokens of a body with the prefixes between them, and of a suffix, before which EOD does not
+    count."""
+    counted = body - 1 if suffix else body
+    return body + suffix + (prefix * (max(0, counted - 1) // every) if every else 0)
+
+
 def chunk_sizes(
-    body: int, prefix: int, head: int, length: int, repeat_prefix: bool, align: int = 1
+    body: int,
+    prefix: int,
+    head: int,
+    length: int,
+    repeat_prefix: bool,
+    align: int = 1,
+    suffix: int = 0,
+    every: int = 0,
 ) -> list[int]:
     """Sizes of the pieces that best-fit makes of one document without sentence borders."""
     sizes, begin = [], 0
     while begin < body:
-        overhead = head + (prefix if begin == 0 or repeat_prefix else 0)
-        take = min(body - begin, length - overhead)
-        sizes.append(aligned(overhead + take, align))
+        shown = prefix if begin == 0 or repeat_prefix else 0
+        rest, left = body - begin, length - head - shown
+        ends = piece_size(rest, shown, suffix, every) <= left
+        take = rest if ends or not suffix else rest - 2
+        while not ends and piece_size(take, shown, 0, every) > left:
+            take -= 1
+        size = piece_size(take, shown, suffix if ends else 0, every)
+        sizes.append(aligned(head + shown + size, align))
         begin += take
     return sizes
 

@@ -38,8 +38,8 @@ RUN = f"""
 """
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE of 300 tokens, as a Hugging Face folder with BOS and EOS."""
+def train_bpe(text: str) -> Tokenizer:
+    """A byte-level BPE of 300 tokens, BOS 0 and EOS 1."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,12 +49,23 @@ def write_tokenizer(folder: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox and the lazy dog"] * 10, trainer)
-    folder.mkdir(parents=True)
+    tokenizer.train_from_iterator([text] * 20, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, **config: str) -> Path:
+    """Write a tokenizer as a Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE of 300 tokens, as a Hugging Face folder with BOS and EOS."""
+    tokenizer = train_bpe("the quick brown fox and the lazy dog")
+    return save_tokenizer(tokenizer, folder, bos_token=BOS, eos_token=EOS)
 
 
 def write_pages(path: Path, num_documents: int = 300) -> Path:

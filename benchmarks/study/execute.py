@@ -72,9 +72,9 @@ class Executor:
         places = {"switch": run.switch, "end": run.iterations}
         checkpoints = {name: self._asked(run, folder, at) for name, at in places.items()}
         tokens = run.iterations * run.training.tokens_per_step
-        per_document = TOKENS_OF_DOCUMENT + (1 - run.cooldown if run.template else 0)
+        per_document = TOKENS_OF_DOCUMENT + run.head_tokens
         result = {
-            "run": asdict(run),
+            "run": run.to_json(),
             "digest": run.digest,
             "seconds": round(seconds, 1),
             "tokens": tokens,
@@ -93,6 +93,7 @@ class Executor:
     def _prepared(self, run: Run) -> tuple[Path, float]:
         """Return the folder of a run's corpus, and documents about each person in it."""
         what = [asdict(run.world), run.seed, number_of_documents(run), run.shuffles]
+        what += [run.choice.tokens] if run.choice and run.choice.tokens else []
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         folder = self._work / "data" / digest
         with self._lock:
@@ -108,7 +109,8 @@ class Executor:
 
     def _prepare(self, run: Run, folder: Path) -> float:
         world = World(run.world, run.seed)
-        write_tokenizer(folder / "tokenizer", world.words())
+        tokens = run.choice.tokens if run.choice else ()
+        write_tokenizer(folder / "tokenizer", world.words(), tokens)
         documents = folder / "documents.jsonl"
         shuffle_seed = run.seed if run.shuffles else None
         statements = write_documents(world, documents, number_of_documents(run), shuffle_seed)
@@ -170,7 +172,17 @@ def flags(run: Run, data: Path, checkpoints: Path) -> list[str]:
         *("--save", str(checkpoints), "--save-interval", str(run.iterations), "--no-save-optim"),
         *("--meco", "--meco-template", run.template),
         *("--meco-packing", "best-fit", "--meco-cooldown-fraction", repr(run.cooldown)),
+        *_choice_flags(run),
     ]
+
+
+def _choice_flags(run: Run) -> list[str]:
+    found = []
+    if run.choice and run.choice.start:
+        found += ["--meco-start-fraction", repr(run.choice.start)]
+    if run.choice and run.choice.suffix:
+        found += ["--meco-suffix-template", run.choice.suffix]
+    return found
 
 
 def ask_to_file(model: str, world: WorldSettings, seed: int, template: str, output: str) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a run of `choices` does otherwise, beside its template.
+
+    Attributes:
+        start: Share of the iterations on plain documents before metadata come in.
+        suffix: What follows a document, in the loss; with it nothing precedes one.
+        tokens: Special tokens that the tokenizer has for it.
+        head_tokens: Tokens of metadata that a document has, on average over the conditioned phase.
+    """
+
+    start: float = 0.0
+    suffix: str = ""
+    tokens: tuple[str, ...] = ()
+    head_tokens: float = 1.0
+
+
+@dataclass(frozen=True)
 class Run:
     """One training in an invented world.
 
@@ -66,6 +83,7 @@ class Run:
         world: The world.
         model: The model.
         training: All else; its learning rate and template are this run's.
+        choice: What a run of `choices` does otherwise; None: nothing.
     """
 
     setting: str
@@ -80,6 +98,7 @@ class Run:
     world: WorldSettings
     model: Model
     training: Training
+    choice: Choice | None = None
 
     @property
     def name(self) -> str:
@@ -89,8 +108,23 @@ class Run:
     @property
     def digest(self) -> str:
         """A digest of everything that decides the run."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that decides the run; runs without a choice are as they were before it."""
+        values = asdict(self)
+        if self.choice is None:
+            del values["choice"]
+        return values
+
+    @property
+    def head_tokens(self) -> float:
+        """Tokens of metadata in a document, on average over the whole run."""
+        if not self.template and self.choice is None:
+            return 0.0
+        choice = self.choice or Choice()
+        return choice.head_tokens * (1 - choice.start - self.cooldown)
 
     @property
     def switch(self) -> int:
@@ -169,6 +203,24 @@ class Recipe:
             for kind, template in settings["kinds"].items()
         ]
 
+    def choices(self) -> list[Run]:
+        """Return the runs in which one choice about metadata is another."""
+        settings = self.content["contradiction"]
+        return [
+            self._run(
+                "contradiction",
+                choice_variant(name),
+                MECO,
+                seed,
+                settings["iterations"],
+                template=changes.get("template"),
+                question_template=changes.get("question_template"),
+                choice=_choice(changes),
+            )
+            for seed in self.seeds("contradiction")
+            for name, changes in settings["choices"].items()
+        ]
+
     def tuning(self) -> list[Run]:
         """Return the runs that choose the learning rates of setting 2."""
         settings = self.content["junk"]
@@ -206,6 +258,8 @@ class Recipe:
         cooldown: float | None = None,
         template: str | None = None,
         rate: float | None = None,
+        question_template: str | None = None,
+        choice: Choice | None = None,
     ) -> Run:
         template = template or self.training.template
         settings = self.content[setting]
@@ -216,12 +270,24 @@ class Recipe:
             seed=seed,
             iterations=iterations,
             cooldown=settings["cooldown"] if cooldown is None else cooldown,
-            template="" if arm == BASELINE else template,
-            question_template=template,
+            template="" if arm == BASELINE or (choice and choice.suffix) else template,
+            question_template=question_template or template,
             shuffles=arm == SHUFFLED or self.shuffle_labels,
             world=WorldSettings(**settings["world"], lies=lies),
             model=self.model,
             training=replace(
                 self.training, learning_rate=rate or self.training.learning_rate, template=template
             ),
+            choice=choice,
         )
+
+
+def choice_variant(name: str) -> str:
+    """Return the variant of the runs of a choice."""
+    return f"choice-{name}"
+
+
+def _choice(changes: dict[str, Any]) -> Choice:
+    names = {field.name for field in fields(Choice)}
+    values = {name: value for name, value in changes.items() if name in names}
+    return Choice(**{**values, "tokens": tuple(values.get("tokens", ()))})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.study.intervals import Mean, mean_of, paired, verdict
-from benchmarks.study.recipe import BASELINE, MECO, SHUFFLED
+from benchmarks.study.recipe import BASELINE, MECO, SHUFFLED, choice_variant
 
 Result = dict[str, Any]
 Metric = Callable[[Result], float]
@@ -181,6 +181,42 @@ def variant_rows(
                     seeds=tuple(seeds),
                 )
             )
+    return rows
+
+
+def choice_rows(
+    results: Results, choices: dict[str, dict[str, Any]], seeds: list[int]
+) -> list[Row]:
+    """Return the rows of the choices: each against setting 1's MeCo and baseline, seed by seed.
+
+    Args:
+        results: The results.
+        choices: Of the recipe, by name.
+        seeds: The seeds; rows need all of them.
+    """
+    none, fixed = value("end", "none", "accuracy"), {"setting": "contradiction", "variant": "fixed"}
+    baseline = results.pick(none, **fixed, arm=BASELINE)
+    meco = results.pick(none, **fixed, arm=MECO)
+    steered = results.pick(steering("end", "accuracy"), **fixed, arm=MECO)
+    rows = []
+    for name, changes in choices.items():
+        runs = {"setting": "contradiction", "variant": choice_variant(name)}
+        found = results.pick(none, **runs)
+        if not _complete(seeds, found, baseline, meco):
+            continue
+        title = f"choice: {name}"
+        for other, values in ((BASELINE, baseline), (MECO, meco)):
+            arms = f"{name} - {other}"
+            rows.append(_difference(title, "no URL", arms, "accuracy", found, values))
+        if changes["asked"] == "url":
+            own = results.pick(steering("end", "accuracy"), **runs)
+            question, arms = "reliable - unreliable URL", f"{name} - {MECO}"
+            rows.append(_difference(title, question, arms, "accuracy", own, steered))
+        elif changes["asked"] == "prefix":
+            # The same prefix in both conditions.
+            own = results.pick(value("end", "useful", "accuracy"), **runs)
+            question, arms = "under its own prefix", f"with - without, {name}"
+            rows.append(_difference(title, question, arms, "accuracy", own, found))
     return rows
 
 

@@ -6,6 +6,7 @@ are; the exit status is 0 unless a command failed.
 
     python -m benchmarks.study.run                        # 16 runs
     python -m benchmarks.study.run --shuffle-labels       # control: must say `not shown`
+    python -m benchmarks.study.run --choices              # which choice about metadata matters
     python -m benchmarks.study.run --seeds 11 12 13 14    # other worlds
 """
 
@@ -34,6 +35,7 @@ from benchmarks.study.rows import (
     Results,
     Row,
     best_rates,
+    choice_rows,
     contradiction_rows,
     junk_rows,
     steering,
@@ -85,6 +87,10 @@ class Study:
         for seed in self.recipe.seeds("steering"):
             self._steer(seed, settings["steering"]["iterations"])
 
+    def run_choices(self) -> None:
+        """Run setting 1 with one choice about metadata changed at a time."""
+        self._run("choices", self.recipe.choices())
+
     def rows(self) -> list[Row]:
         """Return the rows of everything that is complete."""
         settings, results = self.recipe.content, Results(self.results)
@@ -102,6 +108,7 @@ class Study:
             "reliable - unreliable URL",
             few,
         )
+        rows += choice_rows(results, contradiction["choices"], self.recipe.seeds("contradiction"))
         for setting in ("junk", "clean"):
             seeds = self.recipe.seeds(setting)
             rows += junk_rows(results, setting, settings[setting]["budgets"], seeds)
@@ -161,6 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--full", action="store_true", help="all settings: about two hours on two idle cores")
+    add("--choices", action="store_true", help="one choice about metadata changed at a time")
     add("--shuffle-labels", action="store_true", help="every document gets another's metadata")
     add("--seeds", type=int, nargs="+", metavar="N", help="instead of the recipe's")
     add("--recipe", type=Path, default=HERE / "recipe.toml", metavar="FILE")
@@ -177,8 +185,9 @@ def main() -> int:
     # A closed terminal and a `kill` end the runs as an interrupt does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    name = name_of(args.full, args.shuffle_labels, args.seeds)
+    name = name_of(args.full, args.shuffle_labels, args.seeds, choices=args.choices)
     stages = [study.run_default, *([study.run_full] if args.full else [])]
+    stages += [study.run_choices] if args.choices else []
     try:
         for stage in stages:
             stage()
@@ -194,9 +203,12 @@ def main() -> int:
     return 0
 
 
-def name_of(full: bool, shuffle_labels: bool, seeds: list[int] | None) -> str:
+def name_of(
+    full: bool, shuffle_labels: bool, seeds: list[int] | None, *, choices: bool = False
+) -> str:
     """Return the name of the result files."""
-    parts = ["full" if full else "default", *(["shuffled-labels"] if shuffle_labels else [])]
+    parts = ["full" if full else "default", *(["choices"] if choices else [])]
+    parts += ["shuffled-labels"] if shuffle_labels else []
     return "-".join([*parts, *(["seeds", *map(str, seeds)] if seeds else [])])
 
 

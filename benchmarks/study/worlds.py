@@ -14,7 +14,7 @@ once. Given up: language; a word is a token, and nothing but facts can be learne
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,19 +233,19 @@ def write_documents(world: World, path: Path, number: int, shuffle_seed: int | N
     return sum(record["person"] >= 0 for record in records) / world.settings.people
 
 
-def write_tokenizer(folder: Path, words: list[str]) -> None:
+def write_tokenizer(folder: Path, words: list[str], tokens: Sequence[str] = ()) -> None:
     """Write a tokenizer whose tokens are words, as a Hugging Face folder.
 
     Words stand between blanks, line ends and slashes, so a host is one token, and a URL is its host
-    and the two names in its path.
+    and the two names in its path. `tokens` are further special tokens.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word: i for i, word in enumerate([BOS, EOS, UNKNOWN, *words])}
-    assert len(vocabulary) == len(words) + 3, "a word occurs twice"
+    vocabulary = {word: i for i, word in enumerate([BOS, EOS, UNKNOWN, *words, *tokens])}
+    assert len(vocabulary) == len(words) + len(tokens) + 3, "a word occurs twice"
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s/]+"), behavior="removed")
-    tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.add_special_tokens([BOS, EOS, *tokens])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}

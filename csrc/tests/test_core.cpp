@@ -28,12 +28,27 @@ namespace {
     }                                                                      \
   } while (0)
 
+struct TestTexts {
+  std::vector<int32_t> ids;
+  std::vector<int64_t> offsets{0};
+  std::vector<int32_t> tokens;
+
+  meco::TextTable view() const {
+    meco::TextTable table;
+    table.ids = ids.data();
+    table.offsets = offsets.data();
+    table.num_texts = static_cast<int64_t>(offsets.size()) - 1;
+    table.tokens = tokens.data();
+    table.num_tokens = static_cast<int64_t>(tokens.size());
+    return table;
+  }
+};
+
 struct TestCorpus {
   std::vector<int32_t> lengths;
   std::vector<int64_t> indices;
-  std::vector<int32_t> prefix_ids;
-  std::vector<int64_t> prefix_offsets{0};
-  std::vector<int32_t> prefix_tokens;
+  TestTexts prefixes;
+  TestTexts suffixes;
   std::vector<uint16_t> bin;
   std::vector<int64_t> pointers;  // in tokens, one for each sequence
 
@@ -43,11 +58,8 @@ struct TestCorpus {
     documents.sequence_lengths = lengths.data();
     documents.num_sequences = static_cast<int64_t>(lengths.size());
     documents.document_indices = indices.data();
-    documents.prefix_ids = prefix_ids.data();
-    documents.prefix_offsets = prefix_offsets.data();
-    documents.num_prefixes = static_cast<int64_t>(prefix_offsets.size()) - 1;
-    documents.prefix_tokens = prefix_tokens.data();
-    documents.num_prefix_tokens = static_cast<int64_t>(prefix_tokens.size());
+    documents.prefixes = prefixes.view();
+    documents.suffixes = suffixes.view();
     documents.has_bos = bos;
     return documents;
   }
@@ -56,9 +68,12 @@ struct TestCorpus {
 TestCorpus make_corpus(std::mt19937_64& draw, int num_documents) {
   TestCorpus corpus;
   auto below = [&](int n) { return static_cast<int>(draw() % static_cast<uint64_t>(n)); };
-  for (int p = 0; p < 3; ++p) {
-    for (int t = below(7); t >= 0; --t) corpus.prefix_tokens.push_back(60000 + p);
-    corpus.prefix_offsets.push_back(static_cast<int64_t>(corpus.prefix_tokens.size()));
+  for (TestTexts* texts : {&corpus.prefixes, &corpus.suffixes}) {
+    for (int p = 0; p < 3; ++p) {
+      for (int t = below(4); t >= 0; --t) texts->tokens.push_back(60000 + p);
+      texts->offsets.push_back(static_cast<int64_t>(texts->tokens.size()));
+    }
+    texts->tokens.shrink_to_fit();
   }
   corpus.indices.push_back(0);
   for (int d = 0; d < num_documents; ++d) {
@@ -69,10 +84,10 @@ TestCorpus make_corpus(std::mt19937_64& draw, int num_documents) {
       for (int t = 0; t < length; ++t) corpus.bin.push_back(static_cast<uint16_t>(below(50000)));
     }
     corpus.indices.push_back(static_cast<int64_t>(corpus.lengths.size()));
-    corpus.prefix_ids.push_back(below(4) - 1);
+    corpus.prefixes.ids.push_back(below(4) - 1);
+    corpus.suffixes.ids.push_back(below(4) - 1);
   }
   corpus.bin.shrink_to_fit();  // a look behind the end is a look outside
-  corpus.prefix_tokens.shrink_to_fit();
   return corpus;
 }
 
@@ -119,8 +134,12 @@ void check_pack(const TestCorpus& corpus, const meco::Documents& documents,
   }
   for (const auto& piece : pieces) {
     const int64_t body = piece.body_end - piece.body_begin;
-    const bool head = piece.has_bos || piece.prefix_tokens > 0;
-    bodies += head ? body : std::max<int64_t>(body - 1, 0);
+    const int64_t eod = piece.suffix.tokens > 0 && piece.body_end == piece.body ? 1 : 0;
+    const bool head = piece.has_bos || piece.prefix.tokens > 0;
+    int64_t labels = body - eod + (options.train_on_suffix ? piece.suffix.tokens : 0);
+    // The first token of a segment is no label.
+    if (!head && (options.train_on_suffix || body > eod)) labels = std::max<int64_t>(labels - 1, 0);
+    bodies += labels + eod;
   }
   CHECK(trained == bodies);
   for (int32_t bound : bounds) CHECK(bound % options.alignment == 0);
@@ -139,7 +158,7 @@ void test_random_corpora() {
     const TestCorpus corpus = make_corpus(draw, num_documents);
     const meco::Documents documents = corpus.view(round % 2 == 0);
     const int64_t alignment = round % 2 == 0 ? 1 : 1 + static_cast<int64_t>(draw() % 9);
-    const int64_t capacity = (10 + static_cast<int64_t>(draw() % 60)) * alignment;
+    const int64_t capacity = (11 + static_cast<int64_t>(draw() % 60)) * alignment;
     const int64_t cap = round % 4 == 0 ? 2 : capacity;
     meco::Order order{0, num_documents, 0, num_documents, draw()};
     meco::PackingOptions packing;
@@ -148,21 +167,25 @@ void test_random_corpora() {
     packing.num_packs = round % 5 == 0 ? -1 : 30;
     packing.max_documents = cap;
     packing.repeat_prefix = round % 7 != 0;
+    packing.repeat_every = round % 4 == 1 ? 1 + static_cast<int64_t>(draw() % 9) : 0;
     packing.alignment = alignment;
     packing.num_threads = 1 + round % 2;
     const meco::Plan plan = meco::build_plan(documents, order, packing);
     const meco::PlanView view = view_of(plan);
     const meco::PlanCounts& counts = plan.counts;
-    CHECK(counts.body_tokens + counts.prefix_tokens + counts.bos_tokens + counts.padding_tokens ==
+    CHECK(counts.body_tokens + counts.prefix_tokens + counts.suffix_tokens + counts.bos_tokens +
+              counts.padding_tokens ==
           view.num_packs * capacity);
     meco::AssemblyOptions options;
     options.strategy = packing.strategy;
     options.repeat_prefix = packing.repeat_prefix;
+    options.repeat_every = packing.repeat_every;
     options.alignment = alignment;
     options.capacity = capacity;
     options.max_documents = cap;
     options.bos_id = 0;
     options.pad_id = 1;
+    options.train_on_suffix = round % 3 != 0;
     for (int64_t pack = 0; pack < view.num_packs; ++pack) {
       for (meco::View shown :
            {meco::View::kConditioned, meco::View::kPlain, meco::View::kShuffled}) {
@@ -309,8 +332,10 @@ void test_hostile_calls() {
     };
     spoil(corpus.lengths);
     spoil(corpus.indices);
-    spoil(corpus.prefix_ids);
-    spoil(corpus.prefix_offsets);
+    for (TestTexts* texts : {&corpus.prefixes, &corpus.suffixes}) {
+      spoil(texts->ids);
+      spoil(texts->offsets);
+    }
     spoil(corpus.pointers);
     for (auto& pointer : corpus.pointers) {
       pointer = static_cast<int64_t>(static_cast<uint64_t>(pointer) * 2);  // in bytes
@@ -321,12 +346,15 @@ void test_hostile_calls() {
     if (round % 3 == 0) {  // one sequence each
       documents.document_indices = nullptr;
       documents.num_documents = documents.num_sequences;
-      corpus.prefix_ids.resize(corpus.lengths.size(), -1);
+      corpus.prefixes.ids.resize(corpus.lengths.size(), -1);
+      corpus.suffixes.ids.resize(corpus.lengths.size(), -1);
     } else {
       documents.document_indices = misaligned(corpus.indices);
     }
-    documents.prefix_ids = round % 5 == 0 ? nullptr : misaligned(corpus.prefix_ids);
-    documents.prefix_offsets = misaligned(corpus.prefix_offsets);
+    documents.prefixes.ids = round % 5 == 0 ? nullptr : misaligned(corpus.prefixes.ids);
+    documents.prefixes.offsets = misaligned(corpus.prefixes.offsets);
+    documents.suffixes.ids = round % 3 == 0 ? nullptr : misaligned(corpus.suffixes.ids);
+    documents.suffixes.offsets = misaligned(corpus.suffixes.offsets);
     meco::Order order{maybe_odd(0), maybe_odd(documents.num_documents), maybe_odd(0),
                       maybe_odd(documents.num_documents), draw()};
     meco::PackingOptions packing;
@@ -335,6 +363,7 @@ void test_hostile_calls() {
     packing.num_packs = maybe_odd(round % 2 == 0 ? -1 : 20);
     packing.max_documents = maybe_odd(8);
     packing.repeat_prefix = draw() % 2 == 0;
+    packing.repeat_every = draw() % 2 == 0 ? 0 : maybe_odd(3);
     packing.alignment = draw() % 2 == 0 ? 1 : maybe_odd(8);
     packing.num_threads = static_cast<int>(draw() % 50 == 0 ? odd() : 1);
     // As many packs as there is memory for take their time; refusing them is seen with others.
@@ -342,7 +371,11 @@ void test_hostile_calls() {
     meco::Plan plan;
     try {
       // Half of them as after a check that is no longer true: maps can change under a reader.
-      if (round % 2 == 0) meco::check(documents);
+      if (round % 2 == 0) {
+        meco::check(documents);
+        meco::check(documents.prefixes);
+        meco::check(documents.suffixes);
+      }
       plan = meco::build_plan(documents, order, packing);
       ++planned;
     } catch (const std::exception&) {
@@ -362,6 +395,7 @@ void test_hostile_calls() {
     meco::AssemblyOptions given;
     given.strategy = static_cast<meco::Strategy>(draw() % 3);
     given.repeat_prefix = packing.repeat_prefix;
+    given.repeat_every = draw() % 2 == 0 ? packing.repeat_every : maybe_odd(2);
     given.alignment = draw() % 2 == 0 ? packing.alignment : maybe_odd(4);
     given.capacity = maybe_odd(32);
     given.max_documents = maybe_odd(8);

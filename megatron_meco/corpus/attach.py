@@ -30,7 +30,7 @@ from megatron_meco.corpus.documents import (
     read_batches,
     text_bytes_of,
 )
-from megatron_meco.corpus.index_file import CorpusIndex, broken_structure, open_index
+from megatron_meco.corpus.index_file import CorpusIndex, open_index
 from megatron_meco.corpus.input_bytes import Part
 from megatron_meco.corpus.input_files import SourceFile, check_unchanged, find_files
 from megatron_meco.corpus.join import DUPLICATES, Duplicates, JoinCounts, join_metadata
@@ -218,9 +218,10 @@ def attach_by_key(
 
 def _open_index(prefix: Path) -> CorpusIndex:
     index = open_index(prefix)
-    broken = broken_structure(index)
-    if broken:
-        raise DataError(broken, where=f"{prefix}.idx", remedy="Copy or prepare the corpus again.")
+    if index.broken:
+        raise DataError(
+            index.broken, where=f"{prefix}.idx", remedy="Copy or prepare the corpus again."
+        )
     return index
 
 
@@ -228,7 +229,7 @@ def _check_ours(prefix: Path) -> None:
     path = metadata_path(prefix)
     if os.path.lexists(path) and not is_metadata_file(path):
         raise DataError(
-            "is no metadata file of this package, and no other is replaced",
+            "is not metadata that this package wrote, and is not replaced",
             where=str(path),
             remedy="Move or remove it yourself.",
         )
@@ -241,7 +242,7 @@ def _open(prefix: Path, overwrite: bool) -> CorpusIndex:
         raise DataError("already there", where=str(path), remedy="Add --overwrite to replace it.")
     if os.path.lexists(path) and not is_metadata_file(path):
         raise DataError(
-            "is no metadata file of this package; --overwrite replaces no other",
+            "is not metadata that this package wrote; --overwrite replaces nothing else",
             where=str(path),
             remedy="Move or remove it yourself.",
         )
@@ -289,7 +290,7 @@ def _table_rows(table: SourceFile, fields: list[str]) -> Iterator[list[dict[str,
             raise DataError(
                 str(record),
                 where=f"{part.path}, row {number:,}",
-                remedy="Mend the row: each one belongs to a document.",
+                remedy="Fix the row: each row belongs to a document.",
             )
         is_csv = part.format == "csv"
         values = cast(dict[str, Any], record)
@@ -369,15 +370,8 @@ def run_attach(args: argparse.Namespace) -> int:
             where="--verify-documents",
             remedy="Use a number above 0.",
         )
-    for flag, paths in (("--table", args.table), ("--join", args.join)):
-        for path in paths or ():
-            check_local(path, flag)
-            if not path.endswith(_TABLES) or not os.path.isfile(path):
-                what = "not a kind of table known here"
-                if not os.path.isfile(path):
-                    what = "not a plain file" if os.path.exists(path) else "no such file"
-                remedy = f"Give files that end in {', '.join(_TABLES)}."
-                raise DataError(what, where=path, remedy=remedy)
+    _check_tables("--table", args.table or ())
+    _check_tables("--join", args.join or ())
     report: dict[str, Any] = {}
     if args.join:
         counts = attach_by_key(
@@ -419,7 +413,18 @@ def _check_join_flags(args: argparse.Namespace) -> None:
         )
     for flag, given in (("--key", args.key), ("--duplicates", args.duplicates != "refuse")):
         if given and not args.join:
-            raise FlagError("goes with --join alone", where=flag, remedy="Leave it out.")
+            raise FlagError("only valid with --join", where=flag, remedy="Leave it out.")
+
+
+def _check_tables(flag: str, paths: Sequence[str]) -> None:
+    for path in paths:
+        check_local(path, flag)
+        what = "" if path.endswith(_TABLES) else "not a kind of table known here"
+        if not os.path.isfile(path):
+            what = "not a plain file" if os.path.exists(path) else "no such file"
+        if what:
+            remedy = f"Give files that end in {', '.join(_TABLES)}."
+            raise DataError(what, where=path, remedy=remedy)
 
 
 def _tokenizer(args: argparse.Namespace) -> Tokenizer:

@@ -94,7 +94,7 @@ class RejectedRecords:
             raise DataError(
                 rejected.reason,
                 where=f"{rejected.path}, line {line}",
-                remedy="Mend the line, or leave --strict out to set such lines aside.",
+                remedy="Fix the line, or leave --strict out to set such lines aside.",
             )
         self.pending.append((rejected, begin))
 

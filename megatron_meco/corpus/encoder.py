@@ -208,7 +208,7 @@ def choose_encoder(
     serialized = encoder.serialized
     chosen = {"kind": "huggingface", "serialized": serialized}
     if not allow_gigatoken:
-        return {**chosen, "reason": "Hugging Face tokenizers, as asked for"}
+        return {**chosen, "reason": "Hugging Face tokenizers, as requested"}
     texts = _compared_texts(encoder, sample)
     fast, reason = _compared(encoder, texts)
     if fast is None:

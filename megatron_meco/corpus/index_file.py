@@ -181,17 +181,12 @@ def header_of(path: Path) -> tuple[np.dtype[Any], int, int]:
         raise DataError(
             "a multimodal index, with a mode for each sequence",
             where=str(path),
-            remedy="Give a corpus of text alone.",
+            remedy="Give a text-only corpus.",
         )
     if size != expected:
         what = f"{size:,} bytes, its header promises {expected:,}"
         raise DataError(what, where=str(path), remedy=_REMEDY)
     return np.dtype(names[code]), num_sequences, num_bounds
-
-
-def broken_structure(index: CorpusIndex) -> str:
-    """Return what is wrong inside an index in a few words, empty when nothing is."""
-    return index.broken
 
 
 def _map_index(

@@ -288,7 +288,7 @@ class _Search:
         """Refuse files that block, cannot be read, or belong to the work itself."""
         if any(os.path.commonpath([_real(path), folder]) == folder for folder in self._own_folders):
             raise DataError(
-                "lies in the work folder or among the logs of this very corpus",
+                "lies in the work folder or among the logs of this corpus",
                 where=path,
                 remedy="Name the original files, or choose another --output.",
             )
@@ -304,7 +304,7 @@ class _Search:
             raise DataError(
                 f"cannot be read ({reason})",
                 where=path,
-                remedy="Leave it out, or write what it gives to a file first.",
+                remedy="Leave it out, or write its content to a file first.",
             )
 
 

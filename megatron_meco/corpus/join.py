@@ -311,7 +311,7 @@ def _refuse_doubled(
         f"has the {key!r} of {place(doubled[0])}; {counted(counts.rows_doubled, 'row')} in all "
         "repeat the key of another",
         where=place(doubled[1]),
-        remedy="Mend the table, or say which one counts with --duplicates first or last.",
+        remedy="Fix the table, or choose a row with --duplicates first or last.",
     )
 
 

@@ -39,9 +39,7 @@ def write_llama3_tokenizer(folder: Path) -> dict[str, int]:
         DataError: The result encodes differently from Meta's own code.
     """
     if os.path.lexists(folder):
-        raise FlagError(
-            f"{str(folder)!r} exists already", where="DIR", remedy="Name a folder to be made."
-        )
+        raise FlagError(f"{str(folder)!r} exists already", where="DIR", remedy="Name a new folder.")
     theirs = _theirs()
     special = sorted(theirs.special_tokens, key=theirs.special_tokens.__getitem__)
     tokenizer = _converted(special)
@@ -105,7 +103,7 @@ def _save(tokenizer: Any, folder: Path) -> None:
         return FlagError(
             f"cannot be written ({reason})",
             where=str(folder),
-            remedy="Name a folder that can be made.",
+            remedy="Name a folder that can be created.",
         )
 
     with whole_folder(folder, refuse) as unfinished:

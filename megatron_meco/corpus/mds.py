@@ -118,7 +118,7 @@ def find_indices(folder: str) -> list[str]:
         raise DataError(
             f"no {INDEX_NAME}",
             where=folder,
-            remedy="Name folders that mosaicml-streaming wrote, the file included.",
+            remedy="Name folders that mosaicml-streaming wrote, with their index.",
         )
     return sorted(found, key=lambda path: path.split("/"))
 
@@ -174,10 +174,10 @@ def _shard(folder: str, told: dict[str, Any]) -> Shard:
         raise ValueError("columns without a name, an encoding or a size")
     counts = (told["samples"], raw["bytes"], stored["bytes"], *(size or 0 for size in sizes))
     if any(type(count) is not int or not 0 <= count <= _MOST_BYTES for count in counts):
-        raise ValueError("counts that are no counts")
+        raise ValueError("invalid counts")
     hashes = dict(stored.get("hashes") or {})
     if not all(isinstance(text, str) for text in (*names, *encodings, *hashes, *hashes.values())):
-        raise ValueError("names, encodings or hashes that are no text")
+        raise ValueError("names, encodings or hashes that are not strings")
     return Shard(
         path=path,
         is_compressed=is_compressed,
@@ -313,7 +313,7 @@ def ids_decoder(
         )
     if kind == "bytes" and token_dtype is None:
         raise FlagError(
-            "the column of ids is `bytes`, which do not tell their type",
+            "the column of ids is `bytes`, which do not state their type",
             where="--token-dtype",
             remedy="Name the type that the ids were written with, for example uint32.",
         )

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def with_state(error: MeCoError, folder: Path, num_tasks: int) -> MeCoError:
         return error
     kept = (
         f"{finished:,} of {num_tasks:,} tasks are finished and kept in {folder}: the same "
-        "command goes on with the rest."
+        "command continues with the rest."
     )
     return type(error)(error.what, where=error.where, remedy=f"{error.remedy} {kept}")
 
@@ -186,7 +186,7 @@ def _records(folder: Path, num_tasks: int) -> list[TaskRecord]:
         raise DataError(
             f"{len(missing):,} of {counted(num_tasks, 'task')} not finished, first {missing[0]}",
             where=str(record_path(folder, missing[0])),
-            remedy="Run the same command again: it goes on with what is missing.",
+            remedy="Run the same command again: it continues with the missing tasks.",
         )
     return [record for record in records if record is not None]
 
@@ -227,23 +227,30 @@ def _write_rejected(folder: Path, records: list[TaskRecord], merged: MergedCorpu
     lines_before = _lines_before(records)
     with (folder / "corpus.rejected.jsonl").open("w", encoding="utf-8") as out:
         for rank, record in enumerate(records):
-            path = Path(f"{task_prefix(folder, rank)}.rejected.jsonl")
-            found = 0
-            with path.open("rb") as file:
-                for line in file:
-                    try:
-                        told = orjson.loads(line)
-                        told["line"] += lines_before.get((told["path"], told.pop("begin")), 0)
-                        one = Rejected(**told)
-                    except (KeyError, TypeError, ValueError) as error:
-                        raise _damaged_task(folder, rank, path, str(error)) from None
-                    merged.first_rejected = merged.first_rejected or one
-                    out.write(json.dumps(told, ensure_ascii=False) + "\n")
-                    found += 1
-            if found != sum(record.rejected.values()):
-                raise _damaged_task(folder, rank, path, counted(found, "line"))
+            for one in _rejected_of(folder, rank, record, lines_before):
+                merged.first_rejected = merged.first_rejected or one
+                out.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
     if not merged.rejected:
         (folder / "corpus.rejected.jsonl").unlink()
+
+
+def _rejected_of(
+    folder: Path, rank: int, record: TaskRecord, lines_before: dict[tuple[str, int], int]
+) -> Iterator[Rejected]:
+    path = Path(f"{task_prefix(folder, rank)}.rejected.jsonl")
+    found = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                told = orjson.loads(line)
+                told["line"] += lines_before.get((told["path"], told.pop("begin")), 0)
+                one = Rejected(**told)
+            except (KeyError, TypeError, ValueError) as error:
+                raise _damaged_task(folder, rank, path, str(error)) from None
+            yield one
+            found += 1
+    if found != sum(record.rejected.values()):
+        raise _damaged_task(folder, rank, path, counted(found, "line"))
 
 
 def _damaged_task(folder: Path, rank: int, path: Path, reason: str) -> DataError:
@@ -252,7 +259,7 @@ def _damaged_task(folder: Path, rank: int, path: Path, reason: str) -> DataError
     return DataError(
         f"is damaged ({reason.splitlines()[0] if reason else 'empty'})",
         where=str(path),
-        remedy="Run the same command again: it does this task anew.",
+        remedy="Run the same command again: it repeats this task.",
     )
 
 
@@ -345,18 +352,22 @@ def _write_metadata(folder: Path, records: list[TaskRecord], merged: MergedCorpu
         for rank, record in enumerate(records):
             path, before = metadata_path(task_prefix(folder, rank)), writer.num_rows
             try:
-                with pa.memory_map(str(path)) as source:
-                    reader = pa.ipc.open_file(source)
-                    for i in range(reader.num_record_batches):
-                        batch = reader.get_batch(i)
-                        batch.validate(full=True)
-                        writer.append_batch(batch)
+                _append_metadata(writer, path)
             except pa.ArrowException as error:
                 raise _damaged_task(folder, rank, path, str(error)) from None
             if writer.num_rows - before != record.documents:
                 found = counted(writer.num_rows - before, "row")
                 raise _damaged_task(folder, rank, path, found)
     merged.checksums[".metadata.arrow"] = checksum_of(metadata_path(folder / "corpus"))
+
+
+def _append_metadata(writer: MetadataWriter, path: Path) -> None:
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        for i in range(reader.num_record_batches):
+            batch = reader.get_batch(i)
+            batch.validate(full=True)
+            writer.append_batch(batch)
 
 
 def _manifest_text(merged: MergedCorpus, manifest: dict[str, Any]) -> str:

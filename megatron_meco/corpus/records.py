@@ -257,7 +257,7 @@ def _stream_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:
     if file.read(end - before) not in _ARROW_ENDS:
         raise BrokenFile("the stream has no end marker: it is cut short")
     if file.read(1):
-        raise BrokenFile("more behind the end of the stream: several streams in one file")
+        raise BrokenFile("data after the end of the stream: several streams in one file")
 
 
 def _file_batches(file: BinaryIO, reader: Any) -> Iterator[pa.RecordBatch]:

@@ -56,7 +56,7 @@ def check_language(language: str) -> None:
     """
     if language not in SENTENCE_LANGUAGES:
         raise FlagError(
-            f"sentences of {language!r} cannot be told apart",
+            f"sentences of {language!r} are not supported",
             where="--sentence-language",
             remedy=f"Use one of: {', '.join(sorted(SENTENCE_LANGUAGES))}.",
         )

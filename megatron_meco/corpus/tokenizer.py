@@ -13,12 +13,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import logging
 import os
 import re
 import stat
+import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -141,8 +143,17 @@ def build_tokenizer(
         pad_vocab_size=False,
         **{**_NO_PADDING, **TOKENIZER_DEFAULTS, **extra},
     )
+    hub: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    remedy = "Name the folder or file that this tokenizer type reads."
+    if tokenizer_model and _is_asked_of_the_hub(tokenizer_type, tokenizer_model):
+        print(
+            f"{tokenizer_model!r} is no folder here; asking the Hugging Face hub", file=sys.stderr
+        )
+        hub = _without_warnings_of("huggingface_hub")
+        remedy = "There is no such folder here: name one, or what the hub has."
     try:
-        return build(flags)
+        with hub:
+            return build(flags)
     except _UnknownFlagError as error:
         raise FlagError(
             f"Megatron's tokenizer asks for the setting {str(error)!r}, which is not known here",
@@ -155,14 +166,26 @@ def build_tokenizer(
         raise FlagError(
             f"{tokenizer_model!r} does not load as {tokenizer_type} ({reason})",
             where="--tokenizer-model",
-            remedy="Name the folder or file that this tokenizer type reads.",
+            remedy=remedy,
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings_of(name: str) -> Iterator[None]:
+    """Silence a logger below errors: the hub's client tells of each of a minute's retries."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _build_without_megatrons(tokenizer_class: Any, flags: _Flags) -> MegatronTokenizerText:
     """As Megatron-Core's `build_tokenizer`, which was part of the trainer before 0.17."""
     if flags.tokenizer_type != "HuggingFaceTokenizer":
-        raise ValueError("this Megatron-Core builds Hugging Face tokenizers alone")
+        raise ValueError("this Megatron-Core builds only Hugging Face tokenizers")
     tokenizer: MegatronTokenizerText = tokenizer_class.from_pretrained(
         tokenizer_path=flags.tokenizer_model,
         metadata_path=flags.metadata_path or {"library": "huggingface"},
@@ -204,12 +227,13 @@ def _parser_defaults() -> dict[str, Any]:
     source = Path(megatron.core.__file__).parents[1] / "training/config/training_config.py"
     if not source.is_file():
         return found
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "TokenizerConfig":
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    with contextlib.suppress(ValueError, StopIteration):
-                        found[line.target.id] = _default(line.value)
+    nodes = ast.parse(source.read_text(encoding="utf-8")).body
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    fields = [line for one in classes if one.name == "TokenizerConfig" for line in one.body]
+    for field in fields:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            with contextlib.suppress(ValueError, StopIteration):
+                found[field.target.id] = _default(field.value)
     return found
 
 
@@ -223,7 +247,7 @@ def _default(value: ast.expr | None) -> Any:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse an object that is no tokenizer of Megatron's, such as one of transformers.
+    """Refuse an object that is not a Megatron tokenizer, such as one of transformers.
 
     Raises:
         FlagError: Says how to build one.
@@ -231,7 +255,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     if not hasattr(tokenizer, "unique_identifiers") or not hasattr(tokenizer, "tokenize"):
         kind = type(tokenizer)
         raise FlagError(
-            f"{kind.__module__}.{kind.__qualname__} is no tokenizer of Megatron's",
+            f"{kind.__module__}.{kind.__qualname__} is not a Megatron tokenizer",
             where="tokenizer",
             remedy="Build one with megatron_meco.corpus.tokenizer.build_tokenizer("
             "'HuggingFaceTokenizer', FOLDER).",
@@ -266,7 +290,7 @@ def resolve_bos(tokenizer: MegatronTokenizerText) -> int | None:
     """Return the id that begins a document, or None if the tokenizer has none.
 
     Raises:
-        FlagError: It is no tokenizer of Megatron's.
+        FlagError: It is not a Megatron tokenizer.
     """
     check_tokenizer(tokenizer)
     bos = _attribute(tokenizer, "bos")
@@ -282,7 +306,7 @@ def token_ids(tokenizer: MegatronTokenizerText, names: Iterable[str], where: str
         where: The flag that names them, for the message.
 
     Raises:
-        FlagError: The vocabulary lacks one; or it is no tokenizer of Megatron's.
+        FlagError: The vocabulary lacks one; or it is not a Megatron tokenizer.
     """
     check_tokenizer(tokenizer)
     return {name: _token_id(tokenizer, name, where) for name in names}
@@ -314,7 +338,7 @@ def text_encoder(tokenizer: MegatronTokenizerText) -> TextEncoder:
     """Return the fastest encoder that gives this tokenizer's ids for plain text and adds no tokens.
 
     Raises:
-        FlagError: It is no tokenizer of Megatron's.
+        FlagError: It is not a Megatron tokenizer.
     """
     check_tokenizer(tokenizer)
     through_megatron = MegatronEncoder(tokenizer)
@@ -453,8 +477,8 @@ def _check_flags(tokenizer_type: str, tokenizer_model: str | None, extra: dict[s
             where="--tokenizer-model",
             remedy="Name the folder or file that this tokenizer type reads.",
         )
-    may_be_remote = tokenizer_type == "HuggingFaceTokenizer" and _is_hub_name(tokenizer_model)
-    if not os.path.exists(tokenizer_model) and not may_be_remote:
+    is_remote = _is_asked_of_the_hub(tokenizer_type, tokenizer_model)
+    if not os.path.exists(tokenizer_model) and not is_remote:
         raise FlagError(
             f"no such folder or file: {tokenizer_model!r}",
             where="--tokenizer-model",
@@ -500,6 +524,11 @@ def _check_file(path: str | None, flag: str) -> None:
         raise FlagError(
             f"{path!r} is no plain file", where=flag, remedy="Name a folder or a plain file."
         )
+
+
+def _is_asked_of_the_hub(tokenizer_type: str, name: str) -> bool:
+    is_absent = not os.path.exists(name)
+    return is_absent and tokenizer_type == "HuggingFaceTokenizer" and _is_hub_name(name)
 
 
 def _is_hub_name(name: str) -> bool:

@@ -81,7 +81,7 @@ def train_tokenizer(
     check_fields((text_field,), "--text-field")
     if os.path.lexists(folder):
         raise FlagError(
-            f"{str(folder)!r} exists already", where="--output", remedy="Name a folder to be made."
+            f"{str(folder)!r} exists already", where="--output", remedy="Name a new folder."
         )
     tasks = plan_tasks(find_files(inputs))
     found = TrainedTokenizer()
@@ -143,7 +143,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
         return FlagError(
             f"cannot be written ({reason})",
             where=str(folder),
-            remedy="Name a folder that can be made.",
+            remedy="Name a folder that can be created.",
         )
 
     special = {"bos_token": BOS, "eos_token": EOS}

@@ -32,7 +32,6 @@ from megatron_meco.corpus.encoder import (
 )
 from megatron_meco.corpus.index_file import (
     CorpusIndex,
-    broken_structure,
     check_index,
     open_index,
 )
@@ -79,9 +78,8 @@ def verify(prefix: Path, eod: int | None = None) -> Iterator[Check]:
     """
     index = open_index(prefix)
     manifest = read_manifest(prefix)
-    broken = broken_structure(index)
-    if broken:
-        yield Check("index", broken, False)
+    if index.broken:
+        yield Check("index", index.broken, False)
         return
     documents, sequences = index.num_documents, len(index.lengths)
     told = f"{counted(documents, 'document')} of {counted(sequences, 'sequence')}"
@@ -176,16 +174,7 @@ def verify_against(
         )
     index = check_index(prefix)
     settings = manifest["tokenizer"]
-    extra = dict(settings.get("extra", {}))
-    # The writer of the corpus may have trusted that code; this user has not said so.
-    if extra.pop("trust_remote_code", False) and not trust_remote_code:
-        raise FlagError(
-            f"{prefix}.prepare.json names a tokenizer that brings code of its own",
-            where="--against",
-            remedy="Add --trust-remote-code if you trust that code.",
-        )
-    if trust_remote_code:
-        extra["trust_remote_code"] = True
+    extra = _tokenizer_extra(prefix, settings, trust_remote_code)
     chosen = build_encoder(settings["type"], settings["model"], extra, encoder=encoder)
     document_encoder = DocumentEncoder(encoder_of(chosen), manifest.get("sentences"))
     comparison = _Comparison(index, prefix, manifest["metadata_fields"], document_encoder, chosen)
@@ -206,6 +195,18 @@ def verify_against(
     is_one = index.num_documents == 1
     equal = f"{counted(index.num_documents, 'document')} {'is' if is_one else 'are'} equal"
     return Check("against the files", equal)
+
+
+def _tokenizer_extra(prefix: Path, settings: dict[str, Any], trust: bool) -> dict[str, Any]:
+    extra = dict(settings.get("extra", {}))
+    # The writer of the corpus may have trusted that code; this user has not said so.
+    if extra.pop("trust_remote_code", False) and not trust:
+        raise FlagError(
+            f"{prefix}.prepare.json names a tokenizer that brings code of its own",
+            where="--against",
+            remedy="Add --trust-remote-code if you trust that code.",
+        )
+    return extra | {"trust_remote_code": True} if trust else extra
 
 
 @dataclass

@@ -104,7 +104,7 @@ def check_work_folder(path: Path) -> None:
         raise DataError(
             f"a work folder of format {told!r}, this version has {_FORMAT}",
             where=str(path / MARKER),
-            remedy="Go on with the version that made it, or remove the folder.",
+            remedy="Continue with the version that made it, or remove the folder.",
         )
 
 

@@ -112,32 +112,39 @@ def _of_length(
 
 def _of_prefixes(report: Mapping[str, Any], config: MeCoConfig, length: int) -> list[str]:
     counts = report["phases"][CONDITIONED]
-    if not config.template or not counts["packs"]:
+    if not config.has_metadata or not counts["packs"]:
         return []
     lines = []
     tokens = counts["packs"] * length
-    if counts["prefix_tokens"] > _MUCH_PREFIX * tokens:
-        each = counts["prefix_tokens"] / max(1, counts["documents"])
+    metadata = counts["prefix_tokens"] + counts["suffix_tokens"]
+    if metadata > _MUCH_PREFIX * tokens:
+        kinds = [("prefixes", config.template), ("suffixes", config.suffix_template)]
+        given = " and ".join(kind for kind, template in kinds if template)
+        each = metadata / max(1, counts["documents"])
         body = counts["body_tokens"] / max(1, counts["documents"])
-        host = ", as with {url.host} in place of {url}" if "{url}" in config.template else ""
+        has_urls = "{url}" in config.template + config.suffix_template
+        host = ", as with {url.host} in place of {url}" if has_urls else ""
         lines.append(
-            f"prefixes are {percent(counts['prefix_tokens'], tokens)} of the conditioned tokens "
+            f"{given} are {percent(metadata, tokens)} of the conditioned tokens "
             f"({each:.0f} of {each + body:.0f} a document). A shorter template{host}, or longer "
             "documents leave more to train on."
         )
     whole = max(1, report["documents_of_conditioned_corpora"])
     cap = config.prefix_cap(length)
-    if report["documents_with_long_prefix"] > _MANY_PLAIN * whole:
-        lines.append(
-            f"{percent(report['documents_with_long_prefix'], whole)} of the documents have a "
-            f"prefix of more than {cap:,} tokens and train plain. Raise meco-max-prefix-tokens, or "
-            "use a shorter template."
-        )
-    if report["documents_without_value"] > _MANY_PLAIN * whole:
-        lines.append(
-            f"{percent(report['documents_without_value'], whole)} of the documents lack a value of "
-            "the template and train plain. `meco metadata` shows which fields a corpus has."
-        )
+    for kind, suffix, then in (("prefix", "", "train plain"), ("suffix", "suffix_", "have none")):
+        without_value = report[f"documents_without_{suffix}value"]
+        if report[f"documents_with_long_{kind}"] > _MANY_PLAIN * whole:
+            lines.append(
+                f"{percent(report[f'documents_with_long_{kind}'], whole)} of the documents have a "
+                f"{kind} of more than {cap:,} tokens and {then}. Raise meco-max-prefix-tokens, or "
+                "use a shorter template."
+            )
+        if without_value > _MANY_PLAIN * whole:
+            of = f"the {kind} template" if suffix else "the template"
+            lines.append(
+                f"{percent(without_value, whole)} of the documents lack a value of {of} and "
+                f"{then}. `meco metadata` shows which fields a corpus has."
+            )
     return lines
 
 

@@ -25,12 +25,12 @@ _VERSION = 1
 """Part of the name of every record; increase it when more is checked."""
 
 
-def check_corpora(prefixes: Iterable[str], template: Template | None) -> None:
-    """Check that corpora exist and have the fields of the template.
+def check_corpora(prefixes: Iterable[str], *templates: Template) -> None:
+    """Check that corpora exist and have the fields of the templates.
 
     Args:
         prefixes: Paths without suffix.
-        template: Template of their prefixes; None: no prefixes.
+        *templates: Those of their prefixes and suffixes.
 
     Raises:
         DataError: A file or field is missing.
@@ -40,9 +40,10 @@ def check_corpora(prefixes: Iterable[str], template: Template | None) -> None:
         for suffix in (".idx", ".bin"):
             if "://" not in prefix:
                 _check_there(prefix + suffix)
-        if template is not None and template.placeholders:
-            fields, _ = describe_metadata(prefix)
-            template.check_fields(fields, str(metadata_path(prefix)))
+        for template in templates:
+            if template.placeholders:
+                fields, _ = describe_metadata(prefix)
+                template.check_fields(fields, str(metadata_path(prefix)))
 
 
 def check_files(prefix: str, cache_folder: Path) -> None:

@@ -46,7 +46,7 @@ from megatron_meco.data.opened_corpus import (
 )
 from megatron_meco.data.packing import Plan, PlanCounts, PlanRequest, build_plan, load_plan
 from megatron_meco.data.prefix_table import PrefixTable, load_prefix_table
-from megatron_meco.data.template import Draws, Template
+from megatron_meco.data.template import SUFFIX_FLAG, Draws, Template, kind_of
 from megatron_meco.errors import DataError, FlagError
 from megatron_meco.refusals import check_dataset_options
 
@@ -87,11 +87,12 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
     """Upper bound of token ids; None: the tokenizer's. Training sets the padded vocabulary size."""
 
     view: View = View.CONDITIONED
-    """The packs of the conditioned phase with their own prefixes, without any, or with those of
-    other documents."""
+    """The packs of the conditioned phase with their own prefixes and suffixes, without any, or with
+    those of other documents."""
 
     compare: bool = False
-    """Whether samples have `meco_compared`; for evaluation."""
+    """Whether samples have `meco_compared`, and the loss leaves suffixes out; for evaluation, where
+    the losses of all views are those of the same tokens."""
 
     mark_padding: bool = False
     """Whether samples have `meco_padding`; for models that count the tokens of each expert."""
@@ -117,7 +118,7 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
 
     @property
     def hide_prefixes(self) -> bool:
-        """Whether packs are shown without their prefixes. Part of Megatron's cache key.
+        """Whether packs are shown without prefixes and suffixes. Part of Megatron's cache key.
 
         The key names Megatron's index of a blend, which is the same in all views.
         """
@@ -127,6 +128,11 @@ class MeCoGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # Megatron 
     def template(self) -> Template:
         """The parsed template; it has no placeholder when the template is empty."""
         return Template.parse(self.meco.template)
+
+    @cached_property
+    def suffix_template(self) -> Template:
+        """The parsed template of the suffixes, likewise."""
+        return Template.parse(self.meco.suffix_template, SUFFIX_FLAG)
 
     def cache_folder(self, corpus_prefix: str) -> Path:
         """Folder of the plans and prefix tables of a corpus."""
@@ -151,6 +157,7 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         corpus_prefix: Path of the corpus without suffix.
         prefixes: Prefix of each document; None outside of the conditioned phase and with an empty
             template.
+        suffixes: Suffix of each document, likewise.
         plan: Documents of each pack.
 
     Raises:
@@ -187,7 +194,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         assert last - first + 1 == len(indexed_indices), "Megatron's splits are contiguous"
         # Megatron's array takes 4 bytes for each document.
         self.indices = range(first, last + 1)
-        self.prefixes = self._load_prefixes()
+        self.prefixes = self._load_texts(config.template)
+        self.suffixes = self._load_texts(config.suffix_template)
         self.plan = self._load_plan()
 
     @staticmethod
@@ -257,11 +265,11 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             cu_seqlens: (min(max_documents + 2, sequence_length + 1),), int32; the tail repeats
                 sequence_length.
             max_seqlen: int32 scalar, length of the longest segment.
-            meco_prefix_tokens: int64 scalar, number of prefix tokens in the pack.
+            meco_prefix_tokens: int64 scalar, number of prefix and suffix tokens in the pack.
             meco_compared: With `config.compare` only. (sequence_length,), float32, 1 where the
                 label is a body token that the comparison of views counts, else 0: those of
-                documents whose prefix differs between the conditioned and the shuffled view. They
-                are in the loss, and the same tokens in all views of a pack.
+                documents whose prefix or suffix differs between the conditioned and the shuffled
+                view. They are in the loss, and the same tokens in all views of a pack.
             meco_padding: With `config.mark_padding` only. (sequence_length,), bool: tokens of no
                 document, behind the last one or behind each (`--meco-pad-documents-to`).
         """
@@ -299,24 +307,38 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
         """Pieces of pack `idx`, as people and tests read them.
 
-        Each with document, body_begin, body_end, prefix (text or None), prefix_tokens, and
-        alignment_tokens: the padding behind it.
+        Each with document, body_begin, body_end, prefix and suffix (text or None), prefix_tokens
+        (without repetitions), suffix_tokens, and alignment_tokens: the padding behind it.
 
-        Those without a prefix say why: `plain_because`, else None. Prefixes are decoded, so this is
-        for people and tests, not for training.
+        `parts` are its tokens from left to right, as (kind, begin, end) in the sample: bos, prefix,
+        body, suffix, body once more (EOD behind a suffix), padding; prefix and body in turn where
+        the prefix is repeated.
+
+        Those without a prefix say why: `plain_because`, else None; those without a suffix:
+        `no_suffix_because`. Texts are decoded, so this is for people and tests, not for training.
         """
-        return [
-            {
+        pieces = []
+        begin = 0
+        for piece in self._assembler.pieces(idx):
+            parts = []
+            for kind, count in piece.runs:
+                parts.append((kind, begin, begin + count))
+                begin += count
+            described = {
                 "document": piece.document,
                 "body_begin": piece.body_begin,
                 "body_end": piece.body_end,
-                "prefix": self._prefix_text(piece),
+                "prefix": self._text(self.prefixes, piece.prefix_id, piece.prefix_tokens),
                 "prefix_tokens": piece.prefix_tokens,
                 "plain_because": self._why_plain(piece),
+                "suffix": self._text(self.suffixes, piece.suffix_id, piece.suffix_tokens) or None,
+                "suffix_tokens": piece.suffix_tokens,
+                "no_suffix_because": self._why_no_suffix(piece),
                 "alignment_tokens": piece.padding,
+                "parts": parts,
             }
-            for piece in self._assembler.pieces(idx)
-        ]
+            pieces.append(described)
+        return pieces
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory maps and C++ objects: spawned loader workers open their own."""
@@ -327,10 +349,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
     def _cache_folder(self) -> Path:
         return self.config.cache_folder(self.corpus_prefix)
 
-    def _prefix_text(self, piece: _core.Piece) -> str | None:
-        if self.prefixes is None or piece.prefix_id < 0:
+    def _text(self, table: PrefixTable | None, number: int, num_tokens: int) -> str | None:
+        if table is None or number < 0:
             return None
-        tokens = self.prefixes.tokens_of(piece.prefix_id)[: piece.prefix_tokens]
+        tokens = table.tokens_of(number)[:num_tokens]
         return str(self.config.tokenizer.detokenize(tokens.tolist()))
 
     def _why_plain(self, piece: _core.Piece) -> str | None:
@@ -350,16 +372,36 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         if piece.prefix_id >= 0:
             is_empty = not len(self.prefixes.tokens_of(piece.prefix_id))
             return "its prefix has no tokens" if is_empty else "the pack ends before its prefix"
-        if self.prefixes.prefix_ids[piece.document] >= 0:
+        return self._why_none(piece.document, self.prefixes, self.config.template)
+
+    def _why_no_suffix(self, piece: _core.Piece) -> str | None:
+        if piece.suffix_tokens:
+            return None
+        if self.config.phase == COOLDOWN:
+            return "the cooldown has no suffixes"
+        if self.config.phase != CONDITIONED:
+            return "the plain phase has no suffixes"
+        if not self.config.meco.suffix_template:
+            return "there is no template"
+        if self.config.hide_prefixes:
+            return "this view of the validation set hides suffixes"
+        assert self.suffixes is not None
+        if piece.suffix_id >= 0:
+            is_empty = not len(self.suffixes.tokens_of(piece.suffix_id))
+            return "its suffix has no tokens" if is_empty else "its end is not in this piece"
+        return self._why_none(piece.document, self.suffixes, self.config.suffix_template)
+
+    def _why_none(self, document: int, table: PrefixTable, template: Template) -> str:
+        """Why a document has no text of a table."""
+        if table.prefix_ids[document] >= 0:
             return f"meco-plain-fraction {self.config.meco.plain_fraction:g} drew it"
         # The table does not keep which of these it is.
-        template, where = self.config.template, self.corpus_prefix
-        assert template is not None
+        where = self.corpus_prefix
         if template.placeholders:
             metadata = open_metadata(where)
-            row = metadata.slice(piece.document, 1)
+            row = metadata.slice(document, 1)
             draws = Draws(self.config.random_seed, metadata)
-            if not template.render(row, where, None, draws, piece.document)[0].is_valid:
+            if not template.render(row, where, None, draws, document)[0].is_valid:
                 lacking = [
                     placeholder.name
                     for placeholder in template.required_placeholders
@@ -371,7 +413,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                     return "keep or shuffled left it without a value"
                 return "all groups of the template lack a value"
         cap = self.config.meco.prefix_cap(self.config.sequence_length)
-        return f"its prefix is longer than {cap:,} tokens (meco-max-prefix-tokens)"
+        kind = kind_of(template.flag)
+        return f"its {kind} is longer than {cap:,} tokens (meco-max-prefix-tokens)"
 
     def _assemble(self, pack: int) -> _core.SampleArrays:
         try:
@@ -406,10 +449,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         begin, end = self.dataset.document_indices[document : document + 2]
         return np.concatenate([self.dataset.get(int(s)) for s in range(begin, end)])
 
-    def _load_prefixes(self) -> PrefixTable | None:
-        if self.config.phase != CONDITIONED or not self.config.meco.template:
+    def _load_texts(self, template: Template) -> PrefixTable | None:
+        if self.config.phase != CONDITIONED or not template.source:
             return None
-        tokenizer, template = self.config.tokenizer, self.config.template
+        tokenizer = self.config.tokenizer
         return load_prefix_table(
             self.corpus_prefix,
             self.numel_low_level_dataset(self.dataset),
@@ -423,6 +466,11 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             seed=self.config.random_seed,
             fast_encoder=lambda sample: fast_encoder(text_encoder(tokenizer), sample),
         )
+
+    @property
+    def trains_on_suffix(self) -> bool:
+        """Whether suffix tokens are in the loss of its samples."""
+        return self.config.meco.suffix_loss and not self.config.compare
 
     @property
     def num_documents(self) -> int:
@@ -455,6 +503,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             share_end=share[1],
             seed=config.random_seed,
             repeat_prefix=config.meco.repeat_prefix,
+            # Nothing is repeated where there are no prefixes; such plans keep their names.
+            repeat_every=(config.meco.repeat_every or 0) if self.prefixes is not None else 0,
             alignment=config.meco.pad_documents_to,
         )
 
@@ -468,32 +518,37 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         )
 
     def _lengths_identity(self) -> dict[str, Any]:
-        """Cache key of the lengths of documents and prefixes."""
+        """Cache key of the lengths of documents, prefixes and suffixes."""
         identity: dict[str, Any] = {
             "index": file_identity(get_idx_path(self.dataset.path_prefix)),
             "bos": resolve_bos(self.config.tokenizer) is not None,
         }
         if self.prefixes is not None:
             identity["prefixes"] = self.prefixes.identity
+        if self.suffixes is not None:
+            identity["suffixes"] = self.suffixes.identity
+        if self.prefixes is not None or self.suffixes is not None:
             identity["plain_fraction"] = self.config.meco.plain_fraction
         return identity
 
     def _make_corpus(self, one_sequence_each: bool) -> _core.Corpus:
-        """Lengths of documents and prefixes, for C++.
+        """Lengths of documents, prefixes and suffixes, for C++.
 
         Args:
             one_sequence_each: Whether document `i` is sequence `i`.
         """
         bos = resolve_bos(self.config.tokenizer)
         index = self.dataset
-        prefixes: dict[str, Any] = {}
-        if self.prefixes is not None:
-            names = ("prefix_ids", "prefix_tokens", "prefix_offsets")
-            prefixes = {name: getattr(self.prefixes, name) for name in names}
+        texts: dict[str, Any] = {}
+        for kind, table in (("prefix", self.prefixes), ("suffix", self.suffixes)):
+            if table is not None:
+                texts[f"{kind}_ids"] = table.prefix_ids
+                texts[f"{kind}_tokens"] = table.prefix_tokens
+                texts[f"{kind}_offsets"] = table.prefix_offsets
         return _core.Corpus(
             sequence_lengths=np.asarray(index.sequence_lengths),
             document_indices=None if one_sequence_each else np.asarray(index.document_indices),
-            **prefixes,
+            **texts,
             bos_id=-1 if bos is None else bos,
             plain_seed=self.config.random_seed & _UINT64,
             plain_threshold=min(int(self.config.meco.plain_fraction * 2**64), _UINT64),
@@ -517,8 +572,10 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
             pad_id=resolve_eod(self.config.tokenizer),  # any id would do: padding is masked
             view=self.config.view.name.lower(),
             train_on_prefix=meco.train_on_prefix,
+            train_on_suffix=self.trains_on_suffix,
             strategy=meco.packing,
             repeat_prefix=meco.repeat_prefix,
+            repeat_every=meco.repeat_every or 0,
             alignment=meco.pad_documents_to,
             bin=self._bin,
             sequence_pointers=None if self._bin is None else np.asarray(index.sequence_pointers),

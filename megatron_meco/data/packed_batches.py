@@ -296,7 +296,7 @@ class PlainRun:
     def validation_batches(
         self, *, micro_batch_size: int, borders: Borders, rank: int = 0, world_size: int = 1
     ) -> PackedBatches:
-        """Micro-batches in which each pack appears with its prefixes and without.
+        """Micro-batches in which each pack appears with prefixes and suffixes and without.
 
         Args:
             micro_batch_size: Samples in a batch.
@@ -334,7 +334,7 @@ def make_batch(samples: Sequence[Mapping[str, torch.Tensor]], borders: Borders) 
         tokens, position_ids: (samples, S), int64; positions restart at each document.
         targets: (samples, S), int64: the next token, or -100 where it is not trained on.
         view: (samples,), int64: the `View` of a validation sample; of a training sample, 1 when it
-            holds a prefix, else 0.
+            holds a prefix or suffix, else 0.
         document_ids: (samples, S), int32, with borders="document_ids": a token may attend to
             earlier tokens of its sample with the same number.
         cu_seqlens: (documents + 1,), int32, with borders="cu_seqlens": borders in the flat batch,

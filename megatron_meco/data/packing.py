@@ -41,6 +41,9 @@ plan."""
 _VERSION = 2
 """Part of every cache key, too: of what the strategies have in common."""
 
+# Not in a plan's file where they are 0, so that its bytes are those of before there were these.
+_LATER_COUNTS = ("alignment_tokens", "suffix_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
@@ -58,6 +61,7 @@ class PlanRequest:
         share_end: See `share_begin`.
         seed: Decides the order.
         repeat_prefix: Whether every piece that continues a document has its prefix again.
+        repeat_every: Tokens of a body after which its prefix is repeated within a piece; 0: never.
         alignment: Every segment of a pack, its final padding included, is a multiple of it.
     """
 
@@ -71,6 +75,7 @@ class PlanRequest:
     share_end: float = 1.0
     seed: int = 0
     repeat_prefix: bool = True
+    repeat_every: int = 0
     alignment: int = 1
 
     @property
@@ -100,6 +105,7 @@ class PlanCounts:
     packs: int = 0
     body_tokens: int = 0
     prefix_tokens: int = 0
+    suffix_tokens: int = 0
     bos_tokens: int = 0
     padding_tokens: int = 0
     discarded_tokens: int = 0
@@ -180,12 +186,14 @@ def load_plan(
     Raises:
         DataError: When the documents do not suffice for a single pack, or the cached file is
             damaged.
-        FlagError: When a prefix leaves no room for its document.
+        FlagError: When prefix and suffix leave no room for their document.
     """
     version = _VERSION + PACKING_RULES[request.strategy]
     asked = dict(vars(request))
     if request.alignment == 1:
         del asked["alignment"]  # plans made before there was one keep their names
+    if request.repeat_every == 0:
+        del asked["repeat_every"]  # likewise
     key = {"version": version, "corpus": identity, "request": asked}
     path = cache_folder / f"{digest(key)}-plan.meco"
 
@@ -193,7 +201,7 @@ def load_plan(
         with BuildProgress(f"packing {where}") as progress:
             plan = build_plan(corpus(), request, where, progress=progress)
         arrays = {k: v for k, v in vars(plan).items() if isinstance(v, np.ndarray)}
-        counts = {k: v for k, v in vars(plan.counts).items() if k != "alignment_tokens" or v}
+        counts = {k: v for k, v in vars(plan.counts).items() if k not in _LATER_COUNTS or v}
         header = {"counts": counts, "one_sequence_each": plan.one_sequence_each}
         return header, arrays
 
@@ -234,16 +242,11 @@ def build_plan(
     Raises:
         DataError: When no document can be placed, the plan does not fit into memory, or what it is
             made from is damaged.
-        FlagError: When a prefix leaves no room for its document.
+        FlagError: When prefix and suffix leave no room for their document.
     """
     begin, end = request.range
-    if request.strategy != "truncate" and corpus.longest_head >= request.capacity:
-        raise FlagError(
-            f"a prefix of {corpus.longest_head:,} tokens (with BOS) leaves no room for its "
-            f"document in a pack of {request.capacity:,}",
-            where="--meco-max-prefix-tokens",
-            remedy=f"Give {max(1, request.capacity // 2):,} or less, or a longer --seq-length.",
-        )
+    if request.strategy != "truncate":
+        _check_room(corpus, request.capacity)
     try:
         result = _core.build_plan(
             corpus,
@@ -257,6 +260,7 @@ def build_plan(
             range_end=end,
             seed=request.seed & 0xFFFF_FFFF_FFFF_FFFF,
             repeat_prefix=request.repeat_prefix,
+            repeat_every=request.repeat_every,
             alignment=request.alignment,
             num_threads=num_threads or len(os.sched_getaffinity(0)),
             progress=progress,
@@ -288,6 +292,27 @@ def build_plan(
         one_sequence_each=corpus.one_sequence_each,
         counts=PlanCounts(**counts, packs=num_packs, documents_per_pack=per_pack),
     )
+
+
+def _check_room(corpus: _core.Corpus, capacity: int) -> None:
+    """Refuse prefixes and suffixes that leave no room for a document where none is dropped."""
+    if corpus.longest_head >= capacity:
+        raise FlagError(
+            f"a prefix of {corpus.longest_head:,} tokens (with BOS) leaves no room for its "
+            f"document in a pack of {capacity:,}",
+            where="--meco-max-prefix-tokens",
+            remedy=f"Give {max(1, capacity // 2):,} or less, or a longer --seq-length.",
+        )
+    # A token of the document and EOD stand in one piece with the suffix.
+    most = capacity - 2
+    longest = corpus.longest_metadata(most)
+    if longest > most:
+        raise FlagError(
+            f"prefix and suffix of a document are {longest:,} tokens (with BOS) and leave no room "
+            f"for it in a pack of {capacity:,}",
+            where="--meco-max-prefix-tokens",
+            remedy=f"Give {max(1, (capacity - 3) // 2):,} or less, or a longer --seq-length.",
+        )
 
 
 def _documents_per_pack(packs_by_size: NDArray[np.int64]) -> dict[str, float]:

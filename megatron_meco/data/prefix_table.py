@@ -1,4 +1,4 @@
-"""The prefixes of a corpus: each distinct one tokenised once, one number for each document.
+"""The prefixes or suffixes of a corpus: each distinct one tokenised once, numbered by document.
 
 One pass over the metadata columns that the template reads (three when it keeps only frequent
 values), on all cores. Distinct prefixes are told apart by 128-bit hashes and tokenised as they
@@ -7,7 +7,7 @@ distinct prefix. gigatoken encodes where it gives the tokenizer's ids; some text
 compared. The result is cached as one memory-mapped file whose name holds all that decides it:
 template, tokenizer, metadata file, length cap, and the seed where the template draws. While it is
 built the disk holds the tokens twice. Prefix and body are tokenised apart, so the span of a prefix
-is exact.
+is exact. Suffixes are made in the same way: whatever is said of prefixes here goes for them, too.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from megatron_meco.data.template import (
     Template,
     cut_at_tokens,
     in_current_syntax,
+    kind_of,
     num_frequent,
 )
 from megatron_meco.errors import DataError, FlagError
@@ -259,7 +260,7 @@ class _Encoder:
             for text, ids in zip(part, encoded, strict=True):
                 if ids is None:
                     raise FlagError(
-                        f"the tokenizer cannot encode the prefix {text!r}",
+                        f"the tokenizer cannot encode the {kind_of(self._flag)} {text!r}",
                         where=self._flag,
                         remedy="Use a tokenizer for text.",
                     )
@@ -339,7 +340,7 @@ class _Texts:
         def render(batch: pa.RecordBatch, begin: int) -> pa.Array:
             return self.template.render(batch, self.where, frequent, self.draws, begin)
 
-        yield from self._map(render, f"prefixes of {self.where}")
+        yield from self._map(render, f"{kind_of(self.template.flag)}es of {self.where}")
 
     def values(self, placeholder: Placeholder) -> Iterator[pa.Array]:
         """What the frequency filters of a placeholder choose from, without nulls."""

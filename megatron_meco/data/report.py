@@ -22,6 +22,7 @@ _JSON_COUNTS = (
     "packs",
     "body_tokens",
     "prefix_tokens",
+    "suffix_tokens",
     "discarded_tokens",
     "padding_tokens",
     "alignment_tokens",
@@ -52,7 +53,8 @@ def plan_report(run: Run) -> dict[str, Any]:
         with the counts of `PlanCounts`), `switch_iteration`, `switch_sample`, in a run with a plain
         phase `start_iteration`, `start_sample`, `num_iterations`, `num_samples`, `valid_packs`,
         `test_packs`, and of the corpora of the conditioned phase, the documents of all splits:
-        `documents_of_conditioned_corpora`, `documents_without_value`, `documents_with_long_prefix`.
+        `documents_of_conditioned_corpora`, `documents_without_value`, `documents_with_long_prefix`,
+        `documents_without_suffix_value`, `documents_with_long_suffix`.
     """
     s = run.schedule
     parts = {
@@ -65,6 +67,7 @@ def plan_report(run: Run) -> dict[str, Any]:
         for phase, corpora in parts.items()
     }
     tables = [c.prefixes for c in parts[CONDITIONED] if c.prefixes is not None]
+    suffixes = [c.suffixes for c in parts[CONDITIONED] if c.suffixes is not None]
     return {
         "switch_iteration": s.switch_iteration,
         "switch_sample": s.switch_sample,
@@ -75,9 +78,11 @@ def plan_report(run: Run) -> dict[str, Any]:
         "total": _counts_json(PlanCounts.total(counts.values())),
         "valid_packs": 0 if run.valid is None else len(run.valid),
         "test_packs": 0 if run.test is None else len(run.test),
-        "documents_of_conditioned_corpora": sum(len(t.prefix_ids) for t in tables),
+        "documents_of_conditioned_corpora": sum(len(t.prefix_ids) for t in tables or suffixes),
         "documents_without_value": sum(t.documents_without_value for t in tables),
         "documents_with_long_prefix": sum(t.documents_with_long_prefix for t in tables),
+        "documents_without_suffix_value": sum(t.documents_without_value for t in suffixes),
+        "documents_with_long_suffix": sum(t.documents_with_long_prefix for t in suffixes),
     }
 
 
@@ -110,7 +115,8 @@ def summary_lines(report: dict[str, Any], sequence_length: int) -> list[str]:
         lines.append(
             f"{phase}: {c['packs']:,} packs of {c['documents']:,} documents ({per_pack} a pack: "
             f"median / p99 / max), {percent(c['prefix_tokens'], tokens)} prefix, "
-            f"{percent(c['padding_tokens'], tokens)} padding, "
+            + (f"{percent(c['suffix_tokens'], tokens)} suffix, " if c["suffix_tokens"] else "")
+            + f"{percent(c['padding_tokens'], tokens)} padding, "
             f"{percent(c['discarded_tokens'], body)} of the documents' tokens discarded"
         )
         if c["num_epochs"] > 1:
@@ -120,6 +126,18 @@ def summary_lines(report: dict[str, Any], sequence_length: int) -> list[str]:
         lines.append(f"warning: {missing:,} documents lack a value and train plain")
     if long:
         lines.append(f"warning: {long:,} documents have too long a prefix and train plain")
+    lines += [f"warning: {line}" for line in suffix_warnings(report)]
+    return lines
+
+
+def suffix_warnings(report: dict[str, Any]) -> list[str]:
+    """How many documents have no suffix, and why; nothing in a run without suffixes."""
+    missing, long = report["documents_without_suffix_value"], report["documents_with_long_suffix"]
+    lines = []
+    if missing:
+        lines.append(f"{missing:,} documents lack a value of the suffix and train without it")
+    if long:
+        lines.append(f"{long:,} documents have too long a suffix and train without it")
     return lines
 
 
@@ -128,7 +146,7 @@ def sample_report(dataset: Any, index: int) -> tuple[dict[str, Any], Any]:
 
     Returns:
         `sample`, `phase` ("plain", "conditioned", "cooldown", or the view of a validation pack:
-        "plain" without prefixes, "shuffled" with those of other documents), `corpus`, `pack`, the
+        "plain" without metadata, "shuffled" with that of other documents), `corpus`, `pack`, the
         arrays of the sample, `cu_seqlens` without its fixed-length tail, and `documents`.
     """
     arrays = dataset[index]

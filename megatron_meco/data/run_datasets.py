@@ -309,7 +309,7 @@ def _build_training(
 def _build_evaluation(
     build: _SplitBuilder, size: int | None, split: Split, blocks: EvaluationBlocks | None
 ) -> Any | None:
-    if not build.config.meco.template:
+    if not build.config.meco.has_metadata:
         return build(size, split)  # the baseline has no metadata to leave out
     if blocks is None or blocks.size == 0:
         # One evaluation has it all.

@@ -1,4 +1,4 @@
-r"""The line that precedes a document: parsing a template, rendering it for many documents at once.
+r"""The text before or behind a document: parsing a template, rendering it for many at once.
 
     URL: {url.host}\n\n                  a field and a transform
     Topic: {topic}\nURL: {url}\n\n       several fields
@@ -37,6 +37,7 @@ from megatron_meco.corpus.text_arrays import text_buffers
 from megatron_meco.errors import DataError, FlagError
 
 FLAG = "--meco-template"
+SUFFIX_FLAG = "--meco-suffix-template"
 SYNTAX = 2
 """Version of what a template means; raise it when one that could be read comes to mean something
 else. 2: `[[...]]` is a group and `{token:...}` a special token; in 1 the first was text, the second
@@ -109,6 +110,11 @@ _SHUFFLE_STREAM = 0x5348_5546_464C_4544
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 # A product of two floats is off by two units in the last place at most.
 _ULPS = 2.0**-51
+
+
+def kind_of(flag: str) -> str:
+    """What the template of a flag makes: "prefix" or "suffix"."""
+    return "suffix" if flag == SUFFIX_FLAG else "prefix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -686,7 +692,8 @@ class _Parser:
             )
         if self._source and all(isinstance(part, str) for part in whole):
             raise FlagError(
-                f"{self._source!r} names no field, so every document would get the same prefix",
+                f"{self._source!r} names no field, so every document would get the same "
+                f"{kind_of(self._flag)}",
                 where=self._flag,
                 remedy="Name a metadata field, as in 'URL: {url.host}\\n\\n', or give '' for none.",
             )

@@ -1,11 +1,14 @@
-"""`meco attribute`: which source a text looks like, by Bayes over prefixes.
+"""`meco attribute`: which source a text looks like, by suffixes or by Bayes over prefixes.
 
 The probability of a candidate prefix c for a text x is proportional to `P(c) * P(x | c) ** w`.
 `P(x | c)` is the likelihood of the text behind `[BOS] + c`, `P(c)` the share of c among the
-documents of a corpus. The weight w calibrates: a model's likelihoods of long texts are much too
-certain. It is fitted by maximum likelihood on one half of held-out documents, whose sources are
-known; accuracy and calibration are measured on the other half. The result is relative to the
-candidates: a text of any other source is attributed to one of them all the same.
+documents of a corpus. A model that learned to write suffixes says `P(c | x)` itself, with the
+priors of its training in it: the likelihood of the suffix c and EOD behind `[BOS] + x`, among those
+of the candidates. It takes the place of `P(x | c)`, with even priors. The weight w calibrates: a
+model's likelihoods of long texts are much too certain. It is fitted by maximum likelihood on one
+half of held-out documents, whose sources are known; accuracy and calibration are measured on the
+other half. The result is relative to the candidates: a text of any other source is attributed to
+one of them all the same.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +41,22 @@ from megatron_meco.inference.candidates import (
 )
 from megatron_meco.inference.conditioning import Conditioning
 from megatron_meco.inference.model_flags import DEFAULT, add_model_arguments
+from megatron_meco.inference.paired import NORMAL
 from megatron_meco.untrusted.text_file import read_text
-from megatron_meco.wording import aligned, counted, shown
+from megatron_meco.wording import aligned, counted, print_progress, shown
 
 Floats = npt.NDArray[np.float64]
 
 Evidence = Callable[[str, list[int]], list[float]]
-"""Log-likelihoods, in nats, of documents given a prefix, by their numbers.
+"""Log-likelihoods, in nats, of documents given a prefix (`TextScore.totals`), or of a suffix given
+documents (`SuffixScore.totals`), by the numbers of the documents."""
 
-`TextScore.totals` is the only one so far. For a model that has learnt a suffix, which names the
-source behind the text, the likelihood of that suffix goes here, with a uniform prior.
-"""
+_PREFIX, _SUFFIX = "prefix", "suffix"
 
 _FEWEST_HELD_OUT = 4
-# Bayes itself. A few documents without a mistake would ask for any weight above it.
+# 1 is Bayes. A few documents that are all classified correctly would fit any larger weight.
 _HIGHEST_WEIGHT = 1.0
 _NUM_BINS = 10
-_NORMAL = 1.959963984540054
 
 
 # ---- Bayes ----
@@ -68,7 +71,7 @@ def log_likelihoods(
     """Score documents under every candidate.
 
     Args:
-        evidence: Scores documents given a prefix.
+        evidence: Scores documents given a prefix, or a suffix given documents.
         candidates: The candidates.
         num_documents: Number of documents.
         tell: Called with the number of candidates done and in total.
@@ -170,7 +173,7 @@ def quality(log_probabilities: Floats, truth: npt.NDArray[np.int64]) -> Quality:
     is_right = probabilities.argmax(axis=1) == truth
     confidence = probabilities.max(axis=1)
     accuracy = float(is_right.mean())
-    spread = _NORMAL**2 / number
+    spread = NORMAL**2 / number
     centre = (accuracy + spread / 2) / (1 + spread)
     half = ((accuracy * (1 - accuracy) + spread / 4) * spread) ** 0.5 / (1 + spread)
     bins = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
@@ -207,7 +210,11 @@ class Calibration:
 
 
 def calibrate(
-    likelihoods: Floats, log_priors: Floats, truth: npt.NDArray[np.int64], seed: int = 0
+    likelihoods: Floats,
+    log_priors: Floats,
+    truth: npt.NDArray[np.int64],
+    seed: int = 0,
+    corpus_priors: Floats | None = None,
 ) -> Calibration:
     """Fit the weight on a seeded half of held-out documents, and measure it on the other half.
 
@@ -216,14 +223,16 @@ def calibrate(
         log_priors: Log-priors, float64 [candidates].
         truth: Number of the true candidate of each document, int64 [documents]; 4 or more.
         seed: Seed of the split into halves.
+        corpus_priors: Log-priors whose quality is that of the priors alone; None: `log_priors`.
     """
     order = list(range(len(truth)))
     random.Random(seed).shuffle(order)
     fitted, measured = np.split(np.array(order), [len(order) // 2])
     weight = fit_weight(likelihoods[fitted], log_priors, truth[fitted])
+    alone = log_priors if corpus_priors is None else corpus_priors
     found = [
-        quality(log_posteriors(likelihoods[measured], log_priors, one), truth[measured])
-        for one in (0.0, 1.0, weight)
+        quality(log_posteriors(likelihoods[measured], priors, one), truth[measured])
+        for one, priors in ((0.0, alone), (1.0, log_priors), (weight, log_priors))
     ]
     return Calibration(
         weight=weight,
@@ -264,58 +273,90 @@ def add_attribute_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--limit", **COUNT, metavar="N", help="use the first N texts and held-out documents only")
     add("--report", **COUNT, default=3, metavar="N", help=f"candidates shown per text; {DEFAULT}")
+    add(
+        "--by",
+        choices=(_SUFFIX, _PREFIX),
+        help="the likelihood of the suffix behind the text, or of the text behind the prefix; "
+        "default: the suffix where the model learned one, and no --template is given",
+    )
     add("--seed", **SEED, default=0, metavar="S", help=f"splits the held-out documents; {DEFAULT}")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run_attribute(args: argparse.Namespace) -> int:
     """Run `meco attribute`; returns the exit status, 0."""
-    conditioning = conditioning_of(args)
+    by, conditioning = _evidence(args)
     sources = _sources(args, conditioning)
     texts = _texts(args)
     held_out = _held_out(args, conditioning, sources)
 
     # Late, because torch takes seconds to load: wrong flags and files are answered before that.
-    from megatron_meco.inference.likelihood import TextScore, longest_prefix
+    from megatron_meco.inference.likelihood import SuffixScore, TextScore, longest_prefix
     from megatron_meco.inference.model import enough_memory, load_model
 
     loaded = load_model(args.model, args.device, args.template)
     longest = longest_prefix(loaded, (one.prefix for one in sources.candidates))
-    score = TextScore(loaded, [*texts, *held_out.texts], longest)
+    scores = TextScore if by == _PREFIX else SuffixScore
+    score = scores(loaded, [*texts, *held_out.texts], longest)
+    # A suffix has the priors of the training in its likelihood.
+    priors = sources.log_priors if by == _PREFIX else np.zeros(len(sources.candidates))
     with enough_memory("--device", "Give one with more memory."):
         likelihoods = log_likelihoods(
-            score.totals, sources.candidates, len(texts) + len(held_out.texts), _tell_progress
+            score.totals,
+            sources.candidates,
+            len(texts) + len(held_out.texts),
+            partial(print_progress, noun="candidate"),
         )
     calibration = None
     if held_out.texts:
         known = likelihoods[len(texts) :]
-        calibration = calibrate(known, sources.log_priors, held_out.truth, args.seed)
+        calibration = calibrate(known, priors, held_out.truth, args.seed, sources.log_priors)
     found = log_posteriors(
         likelihoods[: len(texts)],
-        sources.log_priors,
+        priors,
         1.0 if calibration is None else calibration.weight,
     )
     if score.num_cut:
-        _tell(f"{counted(score.num_cut, 'text')} longer than the model: only the beginning counts")
+        part = "beginning" if by == _PREFIX else "end"
+        _tell(f"{counted(score.num_cut, 'text')} longer than the model: only the {part} counts")
     report = {
         "model": str(args.model),
         "candidates": [
-            {"prefix": one.prefix, "prior": float(np.exp(prior))}
+            {by: one.prefix, "prior": float(np.exp(prior))}
             for one, prior in zip(sources.candidates, sources.log_priors, strict=True)
         ],
         "share_of_corpus": sources.share,
         "calibration": None if calibration is None else asdict(calibration),
         "held_out_of_other_sources": held_out.num_other,
         "texts": [
-            _attributed(row, sources.candidates, number, args.report)
+            _attributed(row, sources.candidates, number, args.report, by)
             for row, number in zip(np.exp(found), score.num_tokens[: len(texts)], strict=True)
         ],
     }
     if args.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        _print(report, sources, calibration)
+        _print(report, sources, calibration, by)
     return 0
+
+
+def _evidence(args: argparse.Namespace) -> tuple[str, Conditioning]:
+    """What tells the source of a text, and the template that candidates are rendered with."""
+    whole = Conditioning.of_folder(args.model, args.template)
+    by = args.by
+    if by is None:
+        is_learned = whole.suffix is not None and whole.suffix_in_loss
+        by = _SUFFIX if is_learned and args.template is None else _PREFIX
+    if by == _PREFIX:
+        return by, conditioning_of(args)
+    if whole.suffix is None or not whole.suffix_in_loss:
+        lacks = "had no suffix" if whole.suffix is None else "had suffixes out of the loss"
+        raise FlagError(
+            f"the documents of --model {args.model} {lacks}",
+            where=f"--by {_SUFFIX}",
+            remedy=f"Use --by {_PREFIX}.",
+        )
+    return by, whole.suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +383,7 @@ def _sources(args: argparse.Namespace, conditioning: Conditioning) -> _Sources:
         )
     given = None
     if args.candidates is not None:
-        given = read_candidates(args.candidates, conditioning, _tell)
+        given = read_candidates(args.candidates, conditioning)
     counts = None if args.data_path is None else count_prefixes(args.data_path, conditioning)
     candidates = given or most_frequent(counts or Counter(), args.top)
     if len(candidates) < 2:
@@ -356,7 +397,7 @@ def _sources(args: argparse.Namespace, conditioning: Conditioning) -> _Sources:
         even = np.full(len(candidates), -np.log(len(candidates)))
         return _Sources(candidates=candidates, log_priors=even, share=None)
     numbers = np.array([counts[one.prefix] for one in candidates], dtype=np.float64)
-    # One more each, so that a candidate that the corpus lacks stays possible.
+    # Add-one smoothing keeps candidates possible that the corpus lacks.
     priors = (numbers + 1) / (numbers + 1).sum()
     return _Sources(
         candidates=candidates,
@@ -413,28 +454,30 @@ def _held_out(args: argparse.Namespace, conditioning: Conditioning, sources: _So
 
 
 def _attributed(
-    probabilities: Floats, candidates: Sequence[Candidate], num_tokens: int, number: int
+    probabilities: Floats, candidates: Sequence[Candidate], num_tokens: int, number: int, by: str
 ) -> dict[str, Any]:
     order = np.argsort(-probabilities, kind="stable")[:number]
     return {
         "num_tokens": num_tokens,
         "sources": [
-            {"prefix": candidates[place].prefix, "probability": float(probabilities[place])}
+            {by: candidates[place].prefix, "probability": float(probabilities[place])}
             for place in order
         ],
     }
 
 
-def _print(report: dict[str, Any], sources: _Sources, calibration: Calibration | None) -> None:
+def _print(
+    report: dict[str, Any], sources: _Sources, calibration: Calibration | None, by: str
+) -> None:
     rows = [["text", "tokens", "probability", "source"]]
     for number, text in enumerate(report["texts"], 1):
         for place, one in enumerate(text["sources"]):
             begin = ["", ""] if place else [str(number), f"{text['num_tokens']:,}"]
-            rows.append([*begin, f"{one['probability']:.4f}", shown(one["prefix"].strip(), 100)])
+            rows.append([*begin, f"{one['probability']:.4f}", shown(one[by].strip(), 100)])
     print("\n".join(aligned(rows, 1)))
     told = counted(len(sources.candidates), "candidate")
     if sources.share is not None:
-        told += f", {sources.share:.1%} of the corpus's documents with a prefix"
+        told += f", {sources.share:.1%} of the corpus's documents with a {by}"
     print(f"among {told}; a text of another source is attributed to one of them")
     if calibration is None:
         print("not calibrated: give --held-out to learn how far to trust the probabilities")
@@ -460,8 +503,3 @@ def _print(report: dict[str, Any], sources: _Sources, calibration: Calibration |
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _tell_progress(done: int, total: int) -> None:
-    end = "" if done < total else "\n"
-    print(f"\r{done:,} of {counted(total, 'candidate')}", end=end, file=sys.stderr)

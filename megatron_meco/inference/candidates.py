@@ -10,6 +10,7 @@ import collections
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +41,7 @@ class Candidate:
 
 
 def add_candidates_argument(add: Callable[..., Any]) -> None:
-    """Add `--candidates`.
-
-    Args:
-        add: `add_argument` of a parser or of a group in it.
-    """
+    """Add `--candidates` with `add`, the `add_argument` of a parser or group."""
     add(
         "--candidates",
         type=Path,
@@ -62,8 +59,11 @@ def conditioning_of(args: argparse.Namespace) -> Conditioning:
     """
     conditioning = Conditioning.of_folder(args.model, args.template)
     if not conditioning.template:
+        what = "was trained without metadata"
+        if conditioning.suffix is not None:
+            what = "was trained without prefixes, with metadata behind texts alone"
         raise FlagError(
-            "was trained without metadata",
+            what,
             where=f"--model {args.model}",
             remedy="Give a --template to try metadata on it all the same.",
         )
@@ -86,7 +86,7 @@ def count_prefixes(data_path: str, conditioning: Conditioning) -> collections.Co
     where = str(metadata_path(data_path))
     counts: collections.Counter[str] = collections.Counter()
     for batch in table.to_batches(_ROWS_AT_ONCE):
-        # Frequency filters choose among these very values, so all of them are candidates.
+        # Frequency filters choose among these values, so all of them are candidates.
         frequent = {
             p: template.values(p, batch, where)
             for p in template.placeholders
@@ -105,12 +105,7 @@ def count_prefixes(data_path: str, conditioning: Conditioning) -> collections.Co
 
 
 def most_frequent(counts: collections.Counter[str], number: int) -> list[Candidate]:
-    """Return the most frequent prefixes of a corpus.
-
-    Args:
-        counts: From `count_prefixes`.
-        number: Most candidates to return.
-    """
+    """Return the `number` most frequent prefixes of `count_prefixes`."""
     ranked = sorted(counts, key=lambda prefix: (-counts[prefix], prefix))
     return [
         Candidate(name=f"{shown(prefix.strip())} ({counts[prefix]:,})", prefix=prefix)
@@ -119,13 +114,9 @@ def most_frequent(counts: collections.Counter[str], number: int) -> list[Candida
 
 
 def read_candidates(
-    path: Path,
-    conditioning: Conditioning,
-    tell: Callable[[str], None] = lambda line: None,
-    *,
-    flag: str = "--candidates",
+    path: Path, conditioning: Conditioning, *, flag: str = "--candidates"
 ) -> list[Candidate]:
-    """Read candidates from a file, one per line; blank lines are skipped.
+    """Read candidates from a file, one per line; blank lines are skipped, repetitions reported.
 
     A line is `FIELD=VALUE ...`, quoted as in a shell, or a JSON object of fields and values, or the
     bare value if the template has one field.
@@ -133,7 +124,6 @@ def read_candidates(
     Args:
         path: The file.
         conditioning: Renders them.
-        tell: Called with a message about lines that repeat an earlier prefix.
         flag: The flag that names the file, for messages.
 
     Returns:
@@ -159,9 +149,10 @@ def read_candidates(
         )
     if repeated:
         more = f" and {len(repeated) - 5:,} more" if len(repeated) > 5 else ""
-        tell(
+        print(
             f"{flag} {path}: lines that give the same prefix as an earlier one are scored "
-            f"once: {', '.join(repeated[:5])}{more}"
+            f"once: {', '.join(repeated[:5])}{more}",
+            file=sys.stderr,
         )
     return [Candidate(name=shown(name), prefix=prefix) for prefix, (_, name) in found.items()]
 
@@ -169,7 +160,7 @@ def read_candidates(
 def _values(line: str, fields: Sequence[str], where: str) -> dict[str, str]:
     if line.startswith("{"):
         return _json_values(line, where)
-    # What looks like a field's name may be a misspelled one.
+    # A word before = may be a misspelled field name.
     named = re.match(r"([^\W\d][\w.-]*)\s*=", line)
     if len(fields) == 1 and named is None:
         return {fields[0]: line}

@@ -90,10 +90,6 @@ class Checkpoint:
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """Read a tensor, or one row of it: layers are stacked on the first dimension.
 
-        Args:
-            name: Megatron's name.
-            row: Index on the first dimension, or None for the whole tensor.
-
         Raises:
             CheckpointError: If its data is missing or damaged.
         """
@@ -102,7 +98,7 @@ class Checkpoint:
         if row is not None:
             begin[0], size[0] = row, 1
         dtype = entry.properties.dtype
-        # What no piece fills, because another one lies where it should, stays NaN and is noticed.
+        # Elements that no piece fills stay NaN and are detected.
         out = torch.full(size, math.nan if dtype.is_floating_point else 0, dtype=dtype)
         wanted = ChunkStorageMetadata(offsets=torch.Size(begin), sizes=torch.Size(size))
         items = create_read_items_for_chunk_list(name, entry, [wanted])
@@ -200,7 +196,7 @@ def _latest(load: Path, remedy: str) -> str:
     with tracker.open("rb") as file:
         content = file.read(64)
     text = content.decode("utf-8", "backslashreplace").strip()
-    # ASCII alone: other scripts have digits, too.
+    # ASCII digits only.
     if not re.fullmatch(rf"release|[0-9]{{1,{_MOST_DIGITS}}}", text):
         raise CheckpointError(
             f"{text!r} is no iteration", where=str(tracker), remedy="Give --iteration."

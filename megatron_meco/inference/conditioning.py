@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,39 @@ class Conditioning:
     Attributes:
         template: The run's `--meco-template`; empty for a model trained without metadata.
         columns: The metadata fields that the template reads.
+        suffix: The template of its suffixes and their fields; None: documents had no suffix.
+        suffix_in_loss: Whether it learned to write suffixes.
     """
 
     template: str
     columns: tuple[str, ...]
+    suffix: Conditioning | None = None
+    suffix_in_loss: bool = True
 
     @classmethod
-    def of_run(cls, template: str, known_columns: Iterable[str] | None) -> Conditioning:
+    def of_run(
+        cls,
+        template: str,
+        known_columns: Iterable[str] | None,
+        suffix: str = "",
+        *,
+        suffix_in_loss: bool = True,
+    ) -> Conditioning:
         """Work out the fields of a template.
 
         Args:
             template: The run's template.
             known_columns: All columns of the run's metadata. If None, a known transform at the end
                 of a placeholder's name counts as a transform.
+            suffix: The run's suffix template.
+            suffix_in_loss: Whether suffixes were in the loss.
         """
         parsed = Template.parse(template)
-        if known_columns is None:
-            known_columns = {_field_of(p.name) for p in parsed.placeholders}
-        return cls(template, tuple(parsed.fields(known_columns, _FLAG)))
+        columns = known_columns
+        if columns is None:
+            columns = {_field_of(p.name) for p in parsed.placeholders}
+        ends = cls.of_run(suffix, known_columns) if suffix else None
+        return cls(template, tuple(parsed.fields(columns, _FLAG)), ends, suffix_in_loss)
 
     @classmethod
     def of_folder(cls, folder: Path, template: str | None = None) -> Conditioning:
@@ -77,9 +92,13 @@ class Conditioning:
         if template is not None:
             check_text(template, "--template")
             try:
-                return cls.of_run(template, None)
+                given = cls.of_run(template, None)
             except FlagError as error:
                 raise FlagError(error.what, where="--template", remedy=error.remedy) from error
+            if not os.path.lexists(folder / _CARD):
+                return given
+            own = cls.from_card(read_card(folder))
+            return replace(given, suffix=own.suffix, suffix_in_loss=own.suffix_in_loss)
         return cls.from_card(read_card(folder))
 
     @classmethod
@@ -97,7 +116,16 @@ class Conditioning:
             raise TypeError("its fields are no texts")
         template = template_of_run(template, syntax_of_card(card))
         Template.parse(template).check_fields(fields, _CARD)
-        return cls(template, tuple(fields))
+        suffix, ends = card.get("suffix_template", ""), card.get("suffix_fields", [])
+        in_loss = card.get("suffix_loss", True)
+        if not isinstance(suffix, str) or not isinstance(ends, list) or type(in_loss) is not bool:
+            raise TypeError("its suffix is none")
+        if not all(isinstance(name, str) for name in ends):
+            raise TypeError("its fields are no texts")
+        if not suffix:
+            return cls(template, tuple(fields))
+        Template.parse(suffix).check_fields(ends, _CARD)
+        return cls(template, tuple(fields), cls(suffix, tuple(ends)), in_loss)
 
     def required(self) -> tuple[str, ...]:
         """Return the fields outside of optional groups that have no default in the template."""
@@ -164,8 +192,11 @@ class Conditioning:
 
     def _check(self, values: Mapping[str, str], where: str) -> None:
         if not self.template:
+            what = "but this model was trained without metadata"
+            if self.suffix is not None:
+                what = "but this model was trained with metadata behind texts alone"
             raise FlagError(
-                f"{_spelled(values)}, but this model was trained without metadata",
+                f"{_spelled(values)}, {what}",
                 where=where,
                 remedy="Leave the flag out.",
             )

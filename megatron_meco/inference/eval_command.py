@@ -209,7 +209,7 @@ def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:
     others = None
     if args.shuffled_from is not None:
         flag = "--shuffled-from"
-        found = read_candidates(args.shuffled_from, conditioning, _tell, flag=flag)
+        found = read_candidates(args.shuffled_from, conditioning, flag=flag)
         others = [candidate.prefix for candidate in found]
     return _Plan(
         tasks=tasks,
@@ -219,10 +219,6 @@ def _plan(args: argparse.Namespace, conditioning: Conditioning) -> _Plan:
         named=list(per_task),
         others=others,
     )
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _check_against(args: argparse.Namespace, plan: _Plan, conditioning: Conditioning) -> None:
@@ -470,9 +466,10 @@ def _tell_unequal_cuts(arm: Arm, other: Arm) -> None:
     theirs = {(result.run, result.task): result.num_cut for result in other.results}
     for result in arm.results:
         if result.num_cut != theirs.get((result.run, result.task), result.num_cut):
-            _tell(
+            print(
                 f"{result.task}: the two models cut different numbers of requests, so their "
-                "difference is partly one of context lengths"
+                "difference is partly one of context lengths",
+                file=sys.stderr,
             )
 
 

@@ -27,14 +27,11 @@ from megatron_meco.inference.harness_tasks import (
     evaluate_shuffled,
 )
 from megatron_meco.inference.model_folder import check_model, read_config
-from megatron_meco.inference.paired import Paired, deal_wrong, paired
+from megatron_meco.inference.paired import NORMAL, Paired, deal_wrong, paired
 from megatron_meco.wording import one_line
 
 Wrong = dict[str, dict[Document, str]]
 """The wrong prefixes of documents, by the name that was evaluated; dropped ones have none."""
-
-_NORMAL = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +107,13 @@ def deal_prefixes(
 
 
 def evaluate_wrong(evaluation: Evaluation, model: Any, arm: Arm, wrong: Wrong) -> Arm:
-    """Evaluate every task that has metadata under wrong metadata.
+    """Evaluate every task that has metadata under wrong metadata; return the arm with the answers.
 
     Args:
         evaluation: Holds the tasks.
         model: A `MeCoLM`, that of `arm`.
         arm: The answers with the right metadata.
         wrong: From `deal_prefixes`.
-
-    Returns:
-        The arm with the answers under wrong metadata.
     """
     runs = {result.run for result in arm.results if result.run is not None and result.prefix}
     shuffled, num_cut = {}, {}
@@ -279,6 +273,6 @@ def mean_of_pairs(pairs: Sequence[Paired]) -> Paired:
     errors = [pair.stderr for pair in pairs if pair.stderr is not None]
     if len(errors) == len(pairs) and "difference" in parts:
         error = math.hypot(*errors) / len(pairs)
-        low, high = (parts["difference"] + sign * _NORMAL * error for sign in (-1, 1))
+        low, high = (parts["difference"] + sign * NORMAL * error for sign in (-1, 1))
         parts |= {"stderr": error, "low": low, "high": high}
     return Paired(num_documents=sum(pair.num_documents for pair in pairs), **parts)

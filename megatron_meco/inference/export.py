@@ -164,7 +164,7 @@ def _config(args: Namespace, sizes: Sizes, words: Words, dtype: str) -> dict[str
 
 def _trained_dtype(args: Namespace) -> str:
     trained = str(getattr(args, "params_dtype", torch.float32)).removeprefix("torch.")
-    # Half precision is a matter of training; nothing of it fits bfloat16.
+    # float16 does not fit bfloat16.
     return trained if trained in DTYPES else "float32"
 
 
@@ -186,7 +186,7 @@ def _write_weights(
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
-            # What the Rust library makes of a full disk.
+            # The Rust library's error for a full disk.
             raise OSError(str(error)) from error
         # safetensors makes files that only their owner can read.
         (folder / file).chmod((folder / "config.json").stat().st_mode)
@@ -240,7 +240,7 @@ def _check_finite(tensor: torch.Tensor, weight: Weight, folder: Path) -> None:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     where = f"--output {output}"
-    # The libraries that write files take no other names.
+    # The libraries that write files need UTF-8 names.
     check_text(os.path.realpath(output), "--output")
     try:
         check_new_folder(output)

@@ -30,6 +30,7 @@ from megatron_meco.inference.model import (
     load_model,
 )
 from megatron_meco.inference.model_flags import add_model_arguments, add_sampling_arguments
+from megatron_meco.inference.suffix import cut_suffix
 from megatron_meco.untrusted.text_file import check_text, read_lines
 from megatron_meco.wording import shown
 
@@ -48,7 +49,42 @@ def generate_text(
     seed: int = 0,
     guidance: float | None = None,
     streamer: Any = None,
+    suffix: Conditioning | None = None,
 ) -> str:
+    """Continue a prompt; the arguments are those of `continue_text`.
+
+    Returns:
+        The new text, without the prompt and the suffix behind it.
+    """
+    return continue_text(
+        model,
+        tokenizer,
+        prefix_text,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        guidance=guidance,
+        streamer=streamer,
+        suffix=suffix,
+    )[0]
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    prefix_text: str,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    guidance: float | None,
+    streamer: Any,
+    suffix: Conditioning | None,
+) -> tuple[str, str]:
     """Continue a prompt.
 
     Args:
@@ -63,9 +99,10 @@ def generate_text(
         guidance: `g` in `plain + g * (conditioned - plain)`, or None for the conditioned
             model alone.
         streamer: Receives the tokens as they are generated, like transformers' `TextStreamer`.
+        suffix: What documents ended with (`LoadedModel.conditioning.suffix`), or None.
 
     Returns:
-        The new text, without the prompt.
+        The new text, without the prompt, and the suffix that the model wrote behind it.
 
     Raises:
         PromptError: If there are no tokens to continue, or no room for new ones.
@@ -99,8 +136,11 @@ def generate_text(
             logits_processor=finite_scores(),
             **options,
         )
-    text: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-    return text
+    new, ends = out[0, len(ids) :].tolist(), end_tokens(model)
+    places = [place for place, token in enumerate(new) if token in ends]
+    return cut_suffix(
+        suffix, tokenizer, new[: places[0]] if places else new, has_ended=bool(places)
+    )
 
 
 # ---- The command ----
@@ -174,7 +214,10 @@ def _generate_one(
 ) -> None:
     begin = time.monotonic()
     print(prompt, end="", flush=True)
-    generate_text(
+    suffix = loaded.conditioning.suffix
+    # What has been written cannot be taken back: with suffixes the text is shown as a whole.
+    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text, ending = continue_text(
         loaded.model,
         loaded.tokenizer,
         prefix,
@@ -184,9 +227,12 @@ def _generate_one(
         top_p=args.top_p,
         seed=seed,
         guidance=guidance,
-        streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=streamer if suffix is None else None,
+        suffix=suffix,
     )
-    print()
+    print("" if suffix is None else text)
+    if ending:
+        print(f"(suffix {ending!r})", file=sys.stderr)
     print(f"({time.monotonic() - begin:.1f} s)", file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ without. Response caches are not supported: their keys do not include the prefix
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_meco.errors import MeCoError
 from megatron_meco.inference.conditioning import not_an_export
 from megatron_meco.inference.harness_tasks import Document
 from megatron_meco.inference.model import check_finite, encode_text, finite_scores, load_model
+from megatron_meco.inference.suffix import beginning
 from megatron_meco.wording import one_line
 
 _NAME = "meco"
@@ -58,6 +60,8 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
         self._by_document: Mapping[Document, str] = {}
         self.num_cut = 0
         """Number of requests since `condition_on` whose context was cut."""
+        self.suffix_begin = ""
+        """What all suffixes of the model begin with, which no answer holds; empty: nothing."""
         self.condition_on(prefix)
 
     def condition_on(self, prefix: str, by_document: Mapping[Document, str] | None = None) -> None:
@@ -78,7 +82,9 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
         return self._by_prefix(requests, super().loglikelihood, disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate answers, each behind the prefix of its document."""
+        """Generate answers, each behind the prefix of its document, up to a suffix."""
+        if self.suffix_begin:
+            requests = [_ending_before(request, self.suffix_begin) for request in requests]
         return self._by_prefix(requests, super().generate_until, disable_tqdm)
 
     def _by_prefix[Answer](
@@ -204,7 +210,7 @@ class MeCoLM(HFLM):  # type: ignore[misc] # lm_eval has no types
 def load_harness_model(
     folder: Path, device: str | None, template: str | None, batch_size: int | str
 ) -> MeCoLM:
-    """Load a model for the harness, with the checks of the other commands.
+    """Load a model for the harness, without prefix and with the checks of the other commands.
 
     Args:
         folder: The model.
@@ -212,15 +218,24 @@ def load_harness_model(
         template: Template in place of the model's own, or None.
         batch_size: Requests at once, or `auto`.
 
-    Returns:
-        The model, without prefix.
-
     Raises:
         FlagError: If the folder cannot be loaded.
     """
-    model = load_model(folder, device, template, own_sampling=True).model
+    loaded = load_model(folder, device, template, own_sampling=True)
     try:
-        return MeCoLM(model, tokenizer=str(folder), batch_size=batch_size)
+        found = MeCoLM(loaded.model, tokenizer=str(folder), batch_size=batch_size)
     # Other libraries raise anything for files that are not theirs.
     except Exception as error:
         raise not_an_export(folder, one_line(error)) from error
+    found.suffix_begin = beginning(loaded.conditioning.suffix)
+    return found
+
+
+def _ending_before(request: Any, text: str) -> Any:
+    """A copy of a request to generate, with one more text to stop at."""
+    context, options = request.args
+    given = options.get("until") or []
+    until = [given] if isinstance(given, str) else list(given)
+    changed = copy.copy(request)
+    changed.arguments = (context, {**options, "until": [*until, text]})
+    return changed

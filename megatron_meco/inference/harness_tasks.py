@@ -168,12 +168,7 @@ def compare(
 
 
 def scores_of(name: str, results: Mapping[str, Any]) -> Scores:
-    """Return the values per document of a task's metrics.
-
-    Args:
-        name: The task or group.
-        results: What the harness returned, samples included.
-    """
+    """Return the values per document of a task's metrics, from what the harness returned."""
     scores = {}
     for label, metric, rule in _metrics(name, results):
         scores[label] = _value_and_scores(name, results, metric, rule)[1]
@@ -250,7 +245,7 @@ class Evaluation:
             )
         try:
             self._manager = TaskManager(include_path=str(include_path) if include_path else None)
-        # The files are the user's and may fail in any way.
+        # The user's files may raise any exception.
         except Exception as error:
             raise FlagError(
                 f"its tasks cannot be read ({one_line(error)})",
@@ -260,13 +255,7 @@ class Evaluation:
         self.names = [name for task in tasks for name in self._match(task)]
 
     def load(self, name: str) -> dict[str, Any]:
-        """Load a task with its data.
-
-        Args:
-            name: One of `names`.
-
-        Returns:
-            What the harness's `TaskManager.load` returns.
+        """Load one of `names` with its data, as the harness's `TaskManager.load` does.
 
         Raises:
             TaskError: If its definition or its data cannot be loaded.
@@ -370,7 +359,7 @@ def open_evaluation(tasks: Iterable[str], include_path: Path | None) -> Evaluati
             where="--tasks",
             remedy="Install it: pip install 'megatron-meco[eval]'.",
         )
-    # Their notes on every overwritten default and every retried download drown the table.
+    # They log every overwritten default and every retried download.
     for name in ("lm_eval", "huggingface_hub", "datasets", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return Evaluation(tasks, include_path)

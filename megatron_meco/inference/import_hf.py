@@ -214,7 +214,7 @@ def _run_args(
     outside = finite_number(config, "rope_theta", 10000.0, refuse)
     base = finite_number(config.get("rope_parameters") or {}, "rope_theta", outside, refuse)
     if not float(base).is_integer():
-        # Megatron's flag takes no other.
+        # Megatron's flag takes whole numbers only.
         raise refuse(f"config.json: rope_theta is {base!r:.40}, no whole number")
     positions = finite_number(config, "max_position_embeddings", 2048, refuse)
     if not isinstance(positions, int) or positions >= 2**31:

@@ -44,8 +44,7 @@ _LAYER_WEIGHTS = (
     ("mlp.down_proj.weight", "mlp.linear_fc2.weight", "all"),
 )
 
-# What a Llama has, by the names in the run's flags. A flag that the checkpoint does not know of had
-# no effect on it.
+# Required values of the run's flags. A flag that the checkpoint lacks had no effect on it.
 _MUST_BE: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
@@ -158,10 +157,6 @@ class Weight:
 def check_architecture(args: Namespace, where: str) -> None:
     """Refuse a run whose model is no Llama.
 
-    Args:
-        args: The run's flags.
-        where: The checkpoint, for the message.
-
     Raises:
         CheckpointError: Names the flag and its value.
     """
@@ -211,12 +206,7 @@ def plan_weights(shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, where: str
 
 
 def take_part(weight: Weight, tensor: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """Cut one Hugging Face tensor out of Megatron's.
-
-    Args:
-        weight: What is wanted.
-        tensor: Megatron's tensor, of one layer where it belongs to a layer.
-        sizes: The model's sizes.
+    """Cut one Hugging Face tensor out of Megatron's tensor, that of one layer for layer weights.
 
     Returns:
         A tensor of `weight.shape`, possibly a view.
@@ -257,14 +247,14 @@ def megatron_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def join_parts(parts: Mapping[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
-    """Put Hugging Face's tensors together to Megatron's: `take_part` the other way round.
+    """Join Hugging Face's tensors into Megatron's, the inverse of `take_part`.
 
     Args:
         parts: By their `Weight.part`: one alone, or `q`, `k`, `v`, or `gate`, `up`.
         sizes: The model's sizes.
 
     Returns:
-        Megatron's tensor, of one layer where it belongs to a layer.
+        Megatron's tensor, that of one layer for layer weights.
     """
     if "gate" in parts:
         return torch.cat([parts["gate"], parts["up"]])

@@ -186,16 +186,9 @@ def check_finite(scores: torch.Tensor) -> None:
 
 
 def encode_prompt(model: Any, tokenizer: Any, prefix_text: str, prompt: str) -> list[int]:
-    """Tokenise a prompt like the beginning of a training document.
+    """Return `[BOS] + prefix + prompt` as tokens, like the beginning of a training document.
 
-    Args:
-        model: The model; its configuration says whether documents begin with BOS.
-        tokenizer: Its tokenizer.
-        prefix_text: The rendered prefix; may be empty.
-        prompt: What follows.
-
-    Returns:
-        `[BOS] + prefix + prompt`.
+    BOS is left out if the model's configuration has none. The rendered prefix may be empty.
     """
     bos = model.config.bos_token_id
     ids = [] if bos is None else [bos]
@@ -229,7 +222,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def _token_id(tokenizer: Any, name: str) -> int:
     found = tokenizer.convert_tokens_to_ids(name)
-    # For a token that is not there it gives the id of its unknown token.
+    # It returns the id of UNK for an unknown token.
     if found is None or tokenizer.convert_ids_to_tokens(found) != name:
         raise unknown_token(name, "the model's template")
     return int(found)
@@ -249,12 +242,7 @@ def end_tokens(model: Any) -> list[int]:
 
 
 def check_room(model: Any, ids: list[int], max_new_tokens: int) -> None:
-    """Refuse a prompt that the model cannot continue.
-
-    Args:
-        model: The model.
-        ids: Tokens before the new ones.
-        max_new_tokens: Most new tokens.
+    """Refuse a prompt of these tokens that the model cannot continue by `max_new_tokens`.
 
     Raises:
         PromptError: If there are no tokens to continue, or no room for new ones.

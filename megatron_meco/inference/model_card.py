@@ -28,23 +28,21 @@ _EXAMPLE_URL = "https://en.wikipedia.org/wiki/Llama"
 
 
 def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> dict[str, Any]:
-    """Collect what `meco.json` holds.
+    """Return the content of `meco.json`.
 
     Args:
         args: The run's flags.
-        iteration: Training steps that were finished.
+        iteration: Finished training steps.
         bos: Token before each document, or None.
         eos: Token after each document.
-
-    Returns:
-        A JSON-serialisable object.
     """
     args = _with_meco_defaults(args)
     paths = _data_paths(args)
     known = getattr(args, "meco_fingerprint", None)
     template = template_of_run(args.meco_template, syntax_of(known)) if args.meco else ""
-    conditioning = Conditioning.of_run(template, _known_columns(paths))
     config = MeCoConfig.from_args(args)
+    suffix = config.suffix_template if args.meco else ""
+    conditioning = Conditioning.of_run(template, _known_columns(paths), suffix)
     return {
         "format": FORMAT,
         "trained_with_meco": bool(args.meco),
@@ -52,6 +50,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
         "template_syntax": SYNTAX,
         "fields": list(conditioning.columns),
         "required_fields": list(conditioning.required()),
+        **_suffix(conditioning, config),
         "bos_token_id": bos,
         "eos_token_id": eos,
         "iteration": iteration,
@@ -73,14 +72,7 @@ def describe_run(args: Namespace, iteration: int, bos: int | None, eos: int) -> 
 
 
 def model_card(card: dict[str, Any]) -> str:
-    """Write the model card.
-
-    Args:
-        card: What `describe_run` returned.
-
-    Returns:
-        Markdown.
-    """
+    """Return the model card in Markdown, from the content of `meco.json`."""
     return "\n".join(
         [
             "---",
@@ -109,10 +101,15 @@ def _training_lines(card: dict[str, Any]) -> list[str]:
     schedule = card["schedule"]
     lines = [f"- Checkpoint of iteration {card['iteration']:,} of {schedule['num_iterations']:,}."]
     lines += _data_lines(card)
-    if not card["template"]:
+    suffix = card.get("suffix_template", "")
+    if not card["template"] and not suffix:
         return [*lines, "- Trained without metadata."]
+    given = [f"template {_code(card['template'])}"] if card["template"] else []
+    if suffix:
+        loss = "" if card["suffix_loss"] else ", out of the loss"
+        given.append(f"suffix template {_code(suffix)}{loss}")
     lines += [
-        f"- Trained with metadata conditioning, template {_code(card['template'])}, in iterations "
+        f"- Trained with metadata conditioning, {', '.join(given)}, in iterations "
         f"{schedule.get('start_iteration', 0) + 1:,} to {schedule['switch_iteration']:,}; the rest "
         f"is the cooldown on plain documents{_before(schedule)}.",
         f"- Packing: {card['packing']}, sequences of {card['sequence_length']:,} tokens, seed "
@@ -160,10 +157,38 @@ def _document_start(card: dict[str, Any]) -> str:
     )
 
 
+def _suffix(conditioning: Conditioning, config: MeCoConfig) -> dict[str, Any]:
+    if conditioning.suffix is None:
+        return {}
+    return {
+        "suffix_template": conditioning.suffix.template,
+        "suffix_fields": list(conditioning.suffix.columns),
+        "suffix_loss": config.suffix_loss,
+    }
+
+
 def _conditioning_lines(card: dict[str, Any]) -> list[str]:
+    conditioning = Conditioning.from_card(card)
+    return [*_prefix_lines(card, conditioning), *_suffix_lines(card, conditioning)]
+
+
+def _suffix_lines(card: dict[str, Any], conditioning: Conditioning) -> list[str]:
+    if conditioning.suffix is None or not card["suffix_loss"]:
+        return []
+    lines = [
+        "It learned to write metadata behind a text, before EOS. Ask it where a text comes from:",
+        "",
+        "    meco attribute --model THIS_FOLDER --candidates FILE --text TEXT",
+        "",
+    ]
+    if not card["template"]:
+        lines.insert(0, "Prompt it as any model.")
+    return lines
+
+
+def _prefix_lines(card: dict[str, Any], conditioning: Conditioning) -> list[str]:
     if not card["template"]:
         return []
-    conditioning = Conditioning.from_card(card)
     lines = [
         "Without metadata, prompt it as any model. To condition it, put the prefix between BOS and "
         "the prompt, tokenised apart from the prompt:",
@@ -192,7 +217,7 @@ def _schedule(args: Namespace, iteration: int) -> dict[str, Any]:
         "switch_iteration": schedule.switch_iteration,
         "switch_sample": schedule.switch_sample,
         **start_of(schedule),
-        # Of the last step that this checkpoint has seen.
+        # The phase of the last step before this checkpoint.
         "phase": schedule.phase_of_iteration(max(iteration - 1, 0)),
     }
 
@@ -213,7 +238,7 @@ def _known_columns(paths: list[str]) -> list[str] | None:
     try:
         return list(open_metadata(paths[0]).schema.names) if paths else None
     except MeCoError:
-        # The corpus may well lie on another machine.
+        # The corpus may be on another machine.
         return None
 
 

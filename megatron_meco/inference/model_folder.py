@@ -55,10 +55,6 @@ class Stored:
 def read_config(folder: Path, refuse: Refuse) -> dict[str, Any]:
     """Read `config.json`.
 
-    Args:
-        folder: The model.
-        refuse: Makes the error to raise from the reason.
-
     Raises:
         MeCoError: From `refuse`.
     """
@@ -70,14 +66,7 @@ def read_config(folder: Path, refuse: Refuse) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, refuse: Refuse) -> dict[str, Stored]:
-    """Read the headers of the weights.
-
-    Args:
-        folder: The model.
-        refuse: Makes the error to raise from the reason.
-
-    Returns:
-        The tensors by name, without buffers that transformers computes.
+    """Read the headers of the weights, without buffers that transformers computes.
 
     Raises:
         MeCoError: From `refuse`.
@@ -162,11 +151,7 @@ def check_layers(config: Mapping[str, Any], weights: Mapping[str, Stored], refus
 
 
 def llama_sizes(config: Mapping[str, Any], refuse: Refuse) -> Sizes:
-    """Return the sizes of a Llama, checked.
-
-    Args:
-        config: Its `config.json`.
-        refuse: Makes the error to raise from the reason.
+    """Return the checked sizes of a Llama from its `config.json`.
 
     Raises:
         MeCoError: From `refuse`.
@@ -205,15 +190,12 @@ def _size(config: Mapping[str, Any], name: str, refuse: Refuse, default: int | N
 
 
 def check_llama(sizes: Sizes, weights: Mapping[str, Stored], refuse: Refuse) -> list[Weight]:
-    """Check that the weights are those of a Llama of these sizes.
+    """Check that the weights are those of a Llama of these sizes; return them in layer order.
 
     Args:
-        sizes: From `llama_sizes`, with layers that `check_layers` has seen.
+        sizes: From `llama_sizes`, with layers that `check_layers` has checked.
         weights: From `read_weights`.
         refuse: Makes the error to raise from the reason.
-
-    Returns:
-        The tensors, in layer order.
 
     Raises:
         MeCoError: From `refuse`, for an unknown, a missing or a misshapen tensor.
@@ -240,10 +222,7 @@ def check_llama(sizes: Sizes, weights: Mapping[str, Stored], refuse: Refuse) -> 
 
 
 def check_model(folder: Path) -> None:
-    """Refuse what transformers would load wrongly, at great cost, or with code from elsewhere.
-
-    Args:
-        folder: The model that `--model` names, of any architecture.
+    """Refuse a folder that transformers would load wrongly, at great cost, or with foreign code.
 
     Raises:
         FlagError: With the reason.

@@ -19,15 +19,12 @@ _RESULTS = "results"
 
 
 def check_result_file(path: Path, flag: str = "--output") -> None:
-    """Refuse a file that cannot be written, or that holds something else.
+    """Refuse a file that cannot be written, or that holds something other than an earlier result.
 
-    Args:
-        path: The file. An earlier result, JSON with `results` in it, may be replaced.
-        flag: The flag, for the message.
+    An earlier result is JSON with `results` in it.
 
     Raises:
-        FlagError: If its folder does not exist or is not writable, or if it exists and is not an
-            earlier result.
+        FlagError: Names `flag`.
     """
     where = f"{flag} {path}"
     folder = path.absolute().parent
@@ -54,7 +51,7 @@ def check_new_folder(output: Path) -> None:
     """Refuse a folder that exists and is not empty.
 
     Raises:
-        FlagError: If it is neither new nor empty.
+        FlagError: If it is.
     """
     where = f"--output {output}"
     try:
@@ -65,15 +62,10 @@ def check_new_folder(output: Path) -> None:
 
 
 def write_json(path: Path, value: Any, flag: str = "--output") -> None:
-    """Write an object as JSON, replacing an earlier file.
-
-    Args:
-        path: The file.
-        value: A JSON-serialisable object.
-        flag: The flag, for the message.
+    """Write an object as JSON, atomically.
 
     Raises:
-        FlagError: If it cannot be written.
+        FlagError: Names `flag`.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole_file(path, lambda reason: _unwritable(f"{flag} {path}", reason)) as file:
@@ -81,13 +73,7 @@ def write_json(path: Path, value: Any, flag: str = "--output") -> None:
 
 
 def output_folder(output: Path) -> AbstractContextManager[Path]:
-    """Make a folder that takes the place of `output` when the block ends without an error.
-
-    Args:
-        output: The folder that `--output` named; an earlier one is replaced.
-
-    Returns:
-        A context manager that gives the folder under its temporary name.
+    """Make a folder that replaces `output` when the block ends without an error.
 
     Raises:
         FlagError: If it cannot be written.

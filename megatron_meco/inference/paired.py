@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NORMAL = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:

@@ -38,7 +38,7 @@ def _switch(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    # Half characters cannot be written to a file.
+    # Lone surrogates cannot be written to a file.
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -116,16 +116,15 @@ _OPTIONAL: dict[str, Check] = {
     "meco_pad_documents_to": _or_none(_whole(1)),
     "meco_max_prefix_tokens": _or_none(_whole(1)),
     "meco_train_on_prefix": _switch,
+    "meco_repeat_every": _or_none(_whole(1)),
+    "meco_suffix_template": _text,
+    "meco_suffix_loss": lambda value: type(value) is int and value in (0, 1),
     "meco_fingerprint": _or_none(_fingerprint),
 }
 
 
 def check_flags(args: Namespace, where: str) -> None:
-    """Refuse flags that are missing or of another kind.
-
-    Args:
-        args: The flags of the run.
-        where: The checkpoint, for the message.
+    """Refuse flags of a run that are missing or have the wrong type.
 
     Raises:
         CheckpointError: Names the flag and its value.

@@ -28,6 +28,7 @@ from megatron_meco.inference.model import (
     finite_scores,
 )
 from megatron_meco.inference.output_file import write_json
+from megatron_meco.inference.suffix import cut_suffix
 from megatron_meco.untrusted.text_file import read_json
 from megatron_meco.whole_file import unfinished_files
 
@@ -141,11 +142,13 @@ def _one_batch(
             pad_token_id=ends[0] if ends else None,
             logits_processor=finite_scores(),
         )
-    rows = []
+    suffix, samples = loaded.conditioning.suffix, []
     for row in out[:, len(context) :].tolist():
         lengths = [i for i, token in enumerate(row) if token in ends]
-        rows.append(row[: lengths[0]] if lengths else row)
-    return [(tokenizer.decode(row, skip_special_tokens=True), len(row)) for row in rows]
+        ids = row[: lengths[0]] if lengths else row
+        text, _ = cut_suffix(suffix, tokenizer, ids, has_ended=bool(lengths))
+        samples.append((text, len(ids)))
+    return samples
 
 
 # ---- The folder ----
@@ -213,7 +216,7 @@ def _whole_batches(
             break
         kind, place = divmod(number, settings.num_samples)
         try:
-            # A further kind would be one too many.
+            # IndexError: more samples than the settings ask for.
             prefix = settings.prefixes[kind]
             entry = json.loads(line)
             text = entry["text"]

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ from megatron_meco.inference.model_folder import check_model
 from megatron_meco.inference.output_file import write_json
 from megatron_meco.inference.paper import STEERING
 from megatron_meco.inference.samples import SampleSettings, sample
-from megatron_meco.wording import JSON_HELP, aligned, counted, first_line, json_line
+from megatron_meco.wording import (
+    JSON_HELP,
+    aligned,
+    counted,
+    first_line,
+    json_line,
+    print_progress,
+)
 
 Scorer = Callable[[list[str]], Mapping[str, Sequence[float]]]
 """Scores for each text, by the name of the score."""
@@ -156,7 +164,7 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    # The module is the user's and may fail in any way.
+    # The user's module may raise any exception.
     except Exception as error:
         raise _unusable(name, first_line(error), remedy) from error
     if not callable(found):
@@ -170,15 +178,12 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, list[float]]:
-    """Score texts, in batches.
+    """Score texts in batches; return the scores by name, each as long as the texts.
 
     Args:
         scorer: The scorer.
         texts: The texts.
         name: The scorer's name, for messages.
-
-    Returns:
-        The scores by name, each as long as the texts.
 
     Raises:
         ScorerError: If it does not return one finite number per text.
@@ -188,7 +193,7 @@ def score_texts(scorer: Scorer, texts: Sequence[str], name: str) -> dict[str, li
         batch = list(texts[begin : begin + _TEXTS_AT_ONCE])
         try:
             given = scorer(batch)
-        # The function is the user's too.
+        # So may the user's function.
         except Exception as error:
             raise _unusable(
                 name, f"failed ({type(error).__name__}: {first_line(error)})"
@@ -292,7 +297,7 @@ def run_steer(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     loaded = load_model(args.model, args.device, args.template)
-    texts = sample(loaded, settings, args.output, _tell)
+    texts = sample(loaded, settings, args.output, partial(print_progress, noun="sample"))
     told = f"{counted(settings.num_samples, 'sample')} of {counted(len(names), 'kind')}"
     print(f"{args.output}: {told}", file=sys.stderr)
     about: dict[str, Any] = {}
@@ -328,14 +333,6 @@ def _names(conditions: list[dict[str, str] | None], conditioning: Conditioning) 
             )
         names[prefix] = name
     return names
-
-
-def _tell(done: int, total: int) -> None:
-    print(
-        f"\r{done:,} of {counted(total, 'sample')}",
-        end="" if done < total else "\n",
-        file=sys.stderr,
-    )
 
 
 def _report(

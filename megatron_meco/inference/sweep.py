@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -273,7 +272,7 @@ def _candidates(args: argparse.Namespace) -> list[Candidate]:
     conditioning = conditioning_of(args)
     check_model(args.model)
     if args.candidates is not None:
-        return read_candidates(args.candidates, conditioning, _tell)
+        return read_candidates(args.candidates, conditioning)
     return most_frequent(count_prefixes(args.data_path, conditioning), args.top)
 
 
@@ -294,10 +293,6 @@ def _task_target(args: argparse.Namespace) -> _Target:
     score = TaskScore(evaluation, model, args.num_fewshot, args.metric)
     num_documents = min(score.num_documents, args.limit or score.num_documents)
     return _Target(score=score, num_documents=num_documents, unit=args.task)
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _print_results(results: list[Ranked], target: _Target) -> None:

@@ -36,14 +36,14 @@ class Words:
     """The run's tokenizer.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         tokenizer: Its `tokenizer.json`.
         config: Its `tokenizer_config.json`.
         size: Tokens, special ones included.
         bos: Token before each document of the run, or None.
         eos: Token after each document.
         bos_text: Text of `bos`, or None if the tokenizer has none.
-        eos_text: Text of the second.
+        eos_text: Text of `eos`.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
     folder = _find(args, given)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    # The Rust library raises the bare class.
+    # The Rust library raises a plain `Exception`.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise _refusal(f"has a tokenizer.json that cannot be read ({reason})", folder) from error
@@ -77,7 +77,7 @@ def read_tokenizer(args: Namespace, given: Path | None = None) -> Words:
     is_there = (folder / "special_tokens_map.json").is_file()
     named = _read_object(folder, "special_tokens_map.json") if is_there else {}
     texts = {name: _text(value) for name, value in {**named, **config}.items()}
-    # Megatron's own stand-ins.
+    # As in Megatron, CLS and SEP stand in for missing BOS and EOS.
     bos_text = texts.get("bos_token") or texts.get("cls_token")
     eos_text = texts.get("eos_token") or texts.get("sep_token")
     eos = None if eos_text is None else tokenizer.token_to_id(eos_text)
@@ -148,18 +148,13 @@ def _text(value: Any) -> str | None:
 
 
 def write_tokenizer(folder: Path, words: Words) -> None:
-    """Write a tokenizer that transformers 4 and 5 load, and that begins a text as training did.
-
-    Args:
-        folder: Where to.
-        words: The run's tokenizer.
-    """
+    """Write a tokenizer that transformers 4 and 5 load, and that begins a text as training did."""
     for name in _COPIED:
         if (words.folder / name).is_file():
             shutil.copyfile(words.folder / name, folder / name)
     config = {
         **words.config,
-        # transformers 5 writes a class that 4 refuses; both know this one.
+        # transformers 5 writes a class that 4 refuses; both know this class.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": words.bos_text,
         "eos_token": words.eos_text,
@@ -167,7 +162,7 @@ def write_tokenizer(folder: Path, words: Words) -> None:
     # Names code in the tokenizer's folder, which is not copied.
     config.pop("auto_map", None)
     tokenizer = Tokenizer.from_str(words.tokenizer.to_str())
-    # A saved tokenizer may carry both, and would cut prompts without a word.
+    # A saved tokenizer may have both, and would silently cut prompts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if words.bos is not None and words.bos not in tokenizer.encode("a").ids:

@@ -72,6 +72,18 @@ def _all_flags(name: str) -> dict[str, Node]:
     return flags | own
 
 
+# What each flag of `complete` follows from; a refusal of it is told where that is written.
+FOLLOWS_FROM = {
+    "min-lr": "lr",
+    "max-position-embeddings": "seq-length",
+    "make-vocab-size-divisible-by": "tensor-model-parallel-size",
+    "sequence-parallel": "tensor-model-parallel-size",
+    "no-rope-fusion": "transformer-impl",
+    "no-persist-layer-norm": "transformer-impl",
+    "no-masked-softmax-fusion": "transformer-impl",
+}
+
+
 def complete(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """What follows from the flags of a run that names a model, for keys that are not given.
 

@@ -28,7 +28,7 @@ from megatron_meco.run.plain_yaml import (
     parse_value,
     read_text,
 )
-from megatron_meco.run.presets import complete, flags_of_model, model_names
+from megatron_meco.run.presets import FOLLOWS_FROM, complete, flags_of_model, model_names
 from megatron_meco.run.values import nearest, switch_of, words_of
 
 MODEL, LAUNCH, MECO = "model", "launch", "meco"
@@ -112,7 +112,7 @@ class RunFile:
         named = [
             setting
             for setting in self.settings.values()
-            if any(os.sep in word and error.where.startswith(word) for word in setting.words)
+            if any(_is_of_path(error.where, word) for word in setting.words)
         ]
         # Megatron's assertions name arguments: `args.seq_length`, `--seq-length` or seq_length.
         by_dest = {setting.flag.dest: setting for setting in self.settings.values()}
@@ -122,8 +122,25 @@ class RunFile:
                 named.append(self.settings[key])
             elif "_" in dest and dest in by_dest:
                 named.append(by_dest[dest])
+            named += [
+                self.settings[key] for key in _MEGATRONS.get(dest, ()) if key in self.settings
+            ]
         # What somebody wrote is more likely wrong than what a model has.
         return next((s for s in named if "(model " not in s.where), named[0] if named else None)
+
+
+# Names in Megatron's assertions that no flag has, and the keys that they come from.
+_MEGATRONS = {
+    "lr_warmup_steps": ("lr-warmup-iters", "lr-warmup-samples", "lr-warmup-fraction"),
+    "lr_decay_steps": ("lr-decay-iters", "lr-decay-samples"),
+}
+
+
+def _is_of_path(where: str, path: str) -> bool:
+    """Whether a refusal is about a path or a file that belongs to it, such as `PATH.idx`."""
+    if os.sep in path:
+        return where.startswith(path)
+    return path != "" and (where == path or where.startswith((f"{path}.", path + os.sep)))
 
 
 def read_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunFile:
@@ -243,7 +260,9 @@ def _resolve(
         on = {key: setting.words for key, setting in settings.items() if setting.on}
         off = {key: () for key, setting in settings.items() if not setting.on}
         for key, words in complete({**off, **on}).items():
-            settings[key] = Setting(flag_table()[key], words, True, place)
+            source = settings.get(FOLLOWS_FROM[key])
+            where = place if source is None else f"{source.where}, from {source.flag.key}"
+            settings[key] = Setting(flag_table()[key], words, True, where)
     settings.update(_of_folder(settings, file))
     return RunFile(file, file.absolute().parent, text, settings, launch, model, overrides)
 
@@ -280,7 +299,7 @@ def _setting(entry: _Given) -> Setting:
     if flag.kind == "switch":
         return Setting(flag, (), switch_of(flag.key, entry.node, entry.where), entry.where)
     words = words_of(flag, entry.node, entry.where)
-    if flag.key == "meco-template":
+    if flag.key in ("meco-template", "meco-suffix-template"):
         # Both mean the same to MeCo, and a command with line ends is hard to read.
         words = tuple(word.replace("\n", r"\n").replace("\t", r"\t") for word in words)
     return Setting(flag, words, True, entry.where)

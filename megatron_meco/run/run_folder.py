@@ -91,6 +91,12 @@ def lock_of(log: Path) -> Path | None:
     return logs / f".lock{f'-{node}' if node else ''}"
 
 
+def last_checkpoint_file(folder: Path) -> Path | None:
+    """The file in which Megatron names the latest checkpoint of a folder; None without one."""
+    path = folder / _LAST
+    return path if path.is_file() else None
+
+
 def last_checkpoint(folder: Path) -> int | None:
     """The iteration of the latest checkpoint in a folder; None where there is none."""
     try:

@@ -24,7 +24,13 @@ from megatron_meco.run.flag_table import schema_text
 from megatron_meco.run.launch import batch_script, in_slurm_job, shell_line, srun_lines
 from megatron_meco.run.plain_yaml import RunFileError
 from megatron_meco.run.run_file import RunFile, copy_of, read_run
-from megatron_meco.run.run_folder import Start, begin, last_checkpoint, versions
+from megatron_meco.run.run_folder import (
+    Start,
+    begin,
+    last_checkpoint,
+    last_checkpoint_file,
+    versions,
+)
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -118,6 +124,19 @@ def _check_start(run: RunFile, facts: Facts) -> None:
                 where=load.where,
                 remedy=f"Write load: {save.words[0]} to go on, or save into another folder.",
             )
+        # Megatron would warn, and train from random weights.
+        if last_checkpoint_file(run.folder / load.words[0]) is None and not run.value("ckpt-step"):
+            raise RunFileError(
+                f"{load.words[0]} holds no checkpoint, so there is nothing to start from",
+                where=load.where,
+                remedy="Name a folder that Megatron or `meco import` saved into, or drop load.",
+            )
+    if run.launch.script and not (run.folder / run.launch.script).is_file():
+        raise RunFileError(
+            f"launch names the script {run.launch.script}, and there is no such file",
+            where=str(run.path),
+            remedy="Name a Python file, relative to the folder of the run file.",
+        )
     if run.launch.slurm is not None:
         return
     if facts.gpu_only:

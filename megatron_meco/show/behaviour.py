@@ -1,4 +1,4 @@
-"""What models do under the metadata of each source: losses of held-out texts, and generations."""
+"""Losses of held-out texts and generations of models under the metadata of each source."""
 
 from __future__ import annotations
 
@@ -136,6 +136,7 @@ def generations_report(
                         prompt,
                         max_new_tokens=max_new_tokens,
                         seed=seed,
+                        suffix=loaded.conditioning.suffix,
                     ),
                 }
                 for prefix in ["", *prefixes]

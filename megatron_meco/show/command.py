@@ -1,4 +1,4 @@
-"""`meco show`: gather what the page draws."""
+"""`meco show`: collect the facts of the page."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def gather(args: argparse.Namespace) -> dict[str, Any]:
-    """The facts of a page; see the modules of this package for each."""
+    """Collect the facts of a page; see the modules of this package."""
     words: list[str] = list(args.training_flags)
     if not words and not args.log:
         raise FlagError(
@@ -145,7 +145,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_folder(words: list[str]) -> list[str]:
-    """The run file of a run's folder in place of the folder."""
+    """Replace the folder of a run by the words of its run file."""
     folder = Path(words[0])
     if words[0].startswith("-") or not folder.is_dir():
         return words
@@ -161,7 +161,7 @@ def _of_folder(words: list[str]) -> list[str]:
 
 
 def _gather_run(args: argparse.Namespace, flags: list[str], facts: dict[str, Any]) -> list[str]:
-    """Add plan, packs and what models do; return the corpora of the run."""
+    """Add plan, packs, losses and generations; return the corpora of the run."""
     from megatron_meco.data.report import corpora_of, plan_report
     from megatron_meco.training.plan import datasets_of
 
@@ -208,7 +208,7 @@ def _absolute(text: str) -> Path:
 
 
 def _named(text: str) -> tuple[str, Path]:
-    """`NAME=PATH`, or a path that stands for its own name."""
+    """Parse `NAME=PATH`, or a path, named after its stem."""
     name, sign, path = text.partition("=")
     if not sign or "/" in name:
         name, path = "", text
@@ -218,7 +218,7 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _log_of(flags: list[str]) -> tuple[str, Path] | None:
-    """The log that `meco train` keeps in the folder of a run, where there is one."""
+    """Return the log that `meco train` keeps in the folder of a run, if there is one."""
     if "--save" not in flags[:-1]:
         return None
     folder = Path(flags[flags.index("--save") + 1])

@@ -1,4 +1,4 @@
-"""How many documents and tokens a corpus has, by length and by the values of its metadata."""
+"""Documents and tokens of a corpus, by length and by the values of its metadata."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_meco.data.report import Run, sample_report
 
-BOS, PREFIX, BODY, PADDING = "b", "p", "t", "."
+BOS, PREFIX, BODY, SUFFIX, PADDING = "b", "p", "t", "s", "."
+_KINDS = {"bos": BOS, "prefix": PREFIX, "body": BODY, "suffix": SUFFIX, "padding": PADDING}
 _MOST_CHARACTERS = 400
 
 
@@ -20,9 +21,9 @@ def packs_report(run: Run, number: int) -> dict[str, Any]:
     Returns:
         `switch_sample`, in a run with a plain phase `start_sample`; `vocabulary` ({token id: its
         text}); and `packs`, each with `sample`, `phase`, `corpus`, `pack`, `tokens` (ids), `kinds`
-        (one character for each token: b BOS, p prefix, t body, . padding), `in_loss` (one character
-        for each token: 1 where the label that stands at this token, the next token, is in the
-        loss), `positions`, and `documents` ({document, begin, end, body_begin, prefix, text}).
+        (one character for each token: b BOS, p prefix, t body, s suffix, . padding), `in_loss` (one
+        character for each token: 1 where the label that stands at this token, the next token, is in
+        the loss), `positions`, and `documents` ({document, begin, end, body_begin, prefix, text}).
     """
     last = len(run.train)
     shown: set[int] = set()
@@ -49,12 +50,11 @@ def _pack(dataset: Any, index: int) -> dict[str, Any]:
     kinds = [PADDING] * len(tokens)
     documents = []
     for piece, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
-        body_end = end - piece["alignment_tokens"]
-        body = body_end - (piece["body_end"] - piece["body_begin"])
-        prefix = body - piece["prefix_tokens"]
-        kinds[begin:body] = [BOS] * (prefix - begin) + [PREFIX] * (body - prefix)
-        kinds[body:body_end] = [BODY] * (body_end - body)
-        text = tokenizer.detokenize(tokens[body:body_end])
+        text = ""
+        for part, first, last in piece["parts"]:
+            kinds[first:last] = [_KINDS[part]] * (last - first)
+            if part == "body":
+                text += tokenizer.detokenize(tokens[first:last])
         documents.append(
             {
                 "document": piece["document"],
@@ -62,6 +62,7 @@ def _pack(dataset: Any, index: int) -> dict[str, Any]:
                 "end": end,
                 "body_begin": piece["body_begin"],
                 "prefix": piece["prefix"],
+                **({"suffix": piece["suffix"]} if piece.get("suffix") is not None else {}),
                 "text": text[:_MOST_CHARACTERS]
                 + (" [...]" if len(text) > _MOST_CHARACTERS else ""),
             }

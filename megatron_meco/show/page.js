@@ -228,6 +228,7 @@
         add(element, "small", `document ${whole(document.document)}, tokens ${whole(document.begin)} to ${whole(document.end)}${document.body_begin ? `, continued from token ${whole(document.body_begin)}` : ""}`);
         if (document.prefix) add(element, "b", document.prefix);
         element.append(document.text);
+        if (document.suffix) add(element, "b", document.suffix);
       });
       if (pack.documents.length > 40) add(documents, "p", `and ${pack.documents.length - 40} more`);
     };

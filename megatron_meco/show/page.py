@@ -1,4 +1,4 @@
-"""Put the facts of `meco show` into one HTML file."""
+"""Write the facts of `meco show` into one HTML file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIRST_BYTES = 4096
 
 
 def check_page_file(path: Path) -> None:
-    """Refuse a file that could not be written at the end, or that is no earlier page of ours.
+    """Refuse a file that cannot be written, or that is not an earlier page of `meco show`.
 
     Raises:
         FlagError: Likewise.
@@ -38,7 +38,7 @@ def check_page_file(path: Path) -> None:
 
 
 def write_page(path: Path, facts: dict[str, Any]) -> None:
-    """Write the page, in place of an earlier one.
+    """Write the page; an earlier one is replaced.
 
     Args:
         path: The file.
@@ -53,7 +53,7 @@ def write_page(path: Path, facts: dict[str, Any]) -> None:
 
 
 def render_page(facts: dict[str, Any]) -> str:
-    """The page as text: styles, scripts, plotly.js and facts in one file."""
+    """Return the page: styles, scripts, plotly.js and facts in one file."""
     # In a script element nothing ends the text but `</`; texts of documents may hold it.
     data = json.dumps(facts, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {

@@ -25,7 +25,7 @@ from megatron_meco.config import FINGERPRINT_KEYS, PLAIN, MeCoConfig, add_meco_a
 from megatron_meco.data.corpora import check_corpora
 from megatron_meco.data.evaluation import EvaluationBlocks, FullEvaluation
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
-from megatron_meco.data.template import Template
+from megatron_meco.data.template import SUFFIX_FLAG, Template
 from megatron_meco.errors import FlagError, MeCoError, show_refusals_in_one_line
 from megatron_meco.megatron_flags import REFUSED
 from megatron_meco.refusals import (
@@ -68,10 +68,12 @@ from megatron_meco.training.kernels import (
 )
 from megatron_meco.training.megatron_patches import (
     SaveInterval,
+    builds_further_heads,
     keep_padding_out_of_experts,
     let_checkpoints_hold_an_interval,
     let_distributed_optimizer_resume,
     let_functions_be_specs,
+    let_further_heads_be_packed,
     save_from_the_cpu_in_the_background,
     skip_helper_compilation,
 )
@@ -212,6 +214,7 @@ def parse_and_validate_args(
         with _megatron_errors(early.meco):
             args = parse_with_megatron()
             if args.meco:
+                _check_model(args)
                 _check_learning_rate(args)
         if branch is not None:
             apply_learning_rate(args, branch)
@@ -244,6 +247,14 @@ def _check_before_megatron(args: argparse.Namespace, line: CommandLine) -> None:
         check_launcher()
         check_run(args)
         check_arguments(args, line.flags)
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    """Make the model's configuration, whose assertions Megatron reaches later."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        core_transformer_config_from_args(args)
 
 
 def _check_learning_rate(args: argparse.Namespace) -> None:
@@ -359,11 +370,11 @@ def _fill_stand_ins(args: argparse.Namespace, flags: dict[str, Flag]) -> list[st
 
 def _validate(args: argparse.Namespace) -> None:
     """Validate flags and the model's configuration with Megatron, without its output."""
-    from megatron.training.arguments import core_transformer_config_from_args, validate_args
+    from megatron.training.arguments import validate_args
 
     with _megatron_errors(True), contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
-        core_transformer_config_from_args(args)
+        _check_model(args)
         _check_learning_rate(args)
 
 
@@ -487,6 +498,12 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
     local_layers = args.transformer_impl == "local" and args.spec is None
     check_flags(args, flags, local_layers=local_layers, allowed=args.meco_allow_flags or ())
     _check_balance_in_samples(args)
+    if args.mtp_num_layers and local_layers and not builds_further_heads():
+        raise FlagError(
+            "this Megatron builds further heads of layers that take no packed documents",
+            where=f"--mtp-num-layers {args.mtp_num_layers}",
+            remedy="Use Megatron-Core 0.19, or --transformer-impl transformer_engine.",
+        )
     if args.seq_length:
         config.check_sequence_length(args.seq_length)
     if args.train_iters is not None or args.train_samples is not None:
@@ -494,9 +511,13 @@ def check_arguments(args: argparse.Namespace, flags: Mapping[str, Flag]) -> None
         schedule.document_shares(config, own_cooldown=bool(args.meco_cooldown_data_path))
     check_blends(args)
     _check_validation(args, flags)
-    check_corpora(corpus_prefixes(args), Template.parse(config.template))
+    check_corpora(
+        corpus_prefixes(args),
+        Template.parse(config.template),
+        Template.parse(config.suffix_template, SUFFIX_FLAG),
+    )
     cooldown = cooldown_blend(args)
-    check_corpora(cooldown[0] if cooldown else [], None)
+    check_corpora(cooldown[0] if cooldown else [])
 
 
 def _check_balance_in_samples(args: argparse.Namespace) -> None:
@@ -630,7 +651,7 @@ def _check_platform(args: argparse.Namespace, on_cpu: bool) -> None:
         engine = try_transformer_engine()
         if engine.reason:
             raise _engine_error(engine)
-    _check_mamba(args)
+    _check_hybrid_kernels(args)
     _check_background_saves(args, on_cpu)
 
 
@@ -647,19 +668,26 @@ def _check_background_saves(args: argparse.Namespace, on_cpu: bool) -> None:
         raise FlagError("nvidia-resiliency-ext is not installed", where=where, remedy=remedy)
 
 
-def _check_mamba(args: argparse.Namespace) -> None:
-    """Refuse Mamba layers without their kernels, where Megatron fails in the layer."""
+# Letters of a pattern: the layers, their packages in Python, and what to install.
+_HYBRID_KERNELS = {
+    "M": ("Mamba layers", ("mamba_ssm", "causal_conv1d"), "mamba-ssm and causal-conv1d"),
+    "G": ("gated delta nets", ("fla",), "flash-linear-attention"),
+}
+
+
+def _check_hybrid_kernels(args: argparse.Namespace) -> None:
+    """Refuse layers without their kernels, where Megatron fails in the layer."""
     patterns = (getattr(args, f"hybrid_{name}_pattern", None) for name in ("layer", "override"))
-    if not any("M" in (pattern or "") for pattern in patterns):
-        return
-    for package in ("mamba_ssm", "causal_conv1d"):
-        if importlib.util.find_spec(package) is None:
-            raise FlagError(
-                f"Mamba layers need the Python package {package}, which is not installed",
-                where="--hybrid-layer-pattern",
-                remedy="Install mamba-ssm and causal-conv1d (on a host with a GPU), or leave the "
-                "M out of the pattern.",
-            )
+    letters = "".join(pattern or "" for pattern in patterns)
+    for letter, (layers, packages, install) in _HYBRID_KERNELS.items():
+        for package in packages if letter in letters else ():
+            if importlib.util.find_spec(package) is None:
+                raise FlagError(
+                    f"{layers} need the Python package {package}, which is not installed",
+                    where="--hybrid-layer-pattern",
+                    remedy=f"Install {install} (on a host with a GPU), or leave the {letter} out "
+                    "of the pattern.",
+                )
 
 
 def _engine_error(engine: EngineState) -> FlagError:
@@ -793,10 +821,12 @@ def apply_meco(args: argparse.Namespace) -> None:
 
             args.spec = PACKED_LOCAL_HYBRID_SPEC
             return
-        from megatron_meco.training.attention import PACKED_LOCAL_SPEC
+        from megatron_meco.training.attention import PACKED_LOCAL_SPEC, packed_local_heads_spec
 
         args.spec = PACKED_LOCAL_SPEC
         let_functions_be_specs()
+        if args.mtp_num_layers:
+            let_further_heads_be_packed(packed_local_heads_spec)
 
 
 def _take_over_validation(args: argparse.Namespace) -> None:
@@ -825,7 +855,6 @@ def _uses_local_layers(args: argparse.Namespace) -> bool:
         "experimental_attention_variant",
         "heterogeneous_layers_config_path",
         "heterogeneous_layers_config_encoded_json",
-        "multi_latent_attention",
     )
     chosen = any(getattr(args, name, None) for name in others)
     return args.transformer_impl == "local" and not chosen

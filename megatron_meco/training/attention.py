@@ -12,9 +12,9 @@ one document can reach another: the others stay bit-identical whatever it holds.
 of `torch.nn.attention.varlen` serves the whole pack where this PyTorch has it. What it costs: a
 Python loop over the documents of a pack, and on CUDA without varlen a copy of the boundaries to
 the host in each layer. With context parallelism each rank gathers the keys and values of all ranks
-(`context_parallel.py`). What was given up: all but dense causal attention (no sliding window, no
-attention bias, no latent attention, no experts), and on CUDA the speed of Transformer Engine, which
-is to be preferred where it is installed.
+(`context_parallel.py`). A sliding window counts tokens of the same document. Latent attention keeps
+Megatron's own rotary embedding. There is no attention bias and no other softmax, and on CUDA
+Transformer Engine is faster where it is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -39,6 +43,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -119,11 +124,13 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]  # Megatron has 
         Returns:
             Output and bias.
         """
+        without = self.config.no_rope_freq
+        if without and without[self.layer_number - 1]:
+            rotary_pos_emb = None
         if (
             packed_seq_params is not None
             and isinstance(rotary_pos_emb, Tensor)
             and not self.config.apply_rope_fusion
-            and not self.config.no_rope_freq
         ):
             # Tokens of this context-parallel rank; with sequence parallelism each
             # tensor-parallel rank holds a part of them.
@@ -197,13 +204,17 @@ class PackedDotProductAttention(MegatronModule):  # type: ignore[misc]  # Megatr
 
     Args:
         config: The model's configuration.
-        layer_number: Unused: Megatron's query-key layer scaling cancels out in exact arithmetic.
+        layer_number: By which `config.window_attn_skip_freq` exempts layers from the window.
+            Megatron's query-key layer scaling cancels out in exact arithmetic.
         attn_mask_type: Causal, or causal with padding.
         attention_type: "self"; Megatron's "cross" is refused.
         attention_dropout: Overrides `config.attention_dropout`.
         softmax_scale: Overrides 1 / sqrt(head_dim).
         cp_comm_type: Unused: keys and values are always gathered.
         pg_collection: Its `cp` is the group of context-parallel ranks.
+        k_channels: Unused: tensors tell the size of a head, which differs between queries and
+            values in latent attention.
+        v_channels: Likewise.
     """
 
     def __init__(
@@ -216,14 +227,17 @@ class PackedDotProductAttention(MegatronModule):  # type: ignore[misc]  # Megatr
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         if attention_type != "self":
             raise _unsupported(f"{attention_type}-attention", "attention_type")
         _check_mask_type(attn_mask_type)
         self.group = _context_parallel_group(config, pg_collection)
-        if config.window_size is not None:
-            raise _unsupported("sliding-window attention", "--window-size")
+        self.earlier = _window(config, layer_number)
+        if self.earlier is not None and self.group is not None:
+            raise _unsupported("a sliding window on context-parallel ranks", "--window-size")
         if config.softmax_type != "vanilla":
             raise _unsupported(f"softmax type {config.softmax_type}", "--softmax-type")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -286,16 +300,17 @@ class PackedDotProductAttention(MegatronModule):  # type: ignore[misc]  # Megatr
             )
         # [s, b, heads, head_dim] <-> [b, heads, s, head_dim]
         samples = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = _causal_attention(*samples, scale=self.softmax_scale, dropout=dropout)
+        out = _causal_attention(
+            *samples, scale=self.softmax_scale, dropout=dropout, window=self.earlier
+        )
         return out.permute(2, 0, 1, 3)
 
     def _attend_documents(self, q: Tensor, packed: PackedSeqParams, dropout: float) -> Attend:
         """What to call with queries, keys, values and the documents' borders in both."""
-        scale = self.softmax_scale
+        options: dict[str, Any] = {"scale": self.softmax_scale, "window": self.earlier}
         if _can_use_varlen(q, dropout):
-            longest = packed.max_seqlen_q
-            return functools.partial(_varlen_attention, longest=longest, scale=scale)
-        return functools.partial(_attention_by_document, scale=scale, dropout=dropout)
+            return functools.partial(_varlen_attention, longest=packed.max_seqlen_q, **options)
+        return functools.partial(_attention_by_document, dropout=dropout, **options)
 
     def _rotate(self, states: Tensor, packed: RotaryPackedSeqParams) -> Tensor:
         """Megatron's `_apply_rotary_pos_emb_bshd`, to the last bit, with cosines made once."""
@@ -358,7 +373,6 @@ def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> Transfo
     """
     transformer: TransformerConfig = config.transformer
     _check_architecture(transformer)
-    norm = norm_class(transformer)
     block = get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=False,
@@ -366,23 +380,58 @@ def packed_local_layer_spec(config: Any, vp_stage: int | None = None) -> Transfo
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    block.layer_norm = norm
+    block.layer_norm = norm_class(transformer)
     # Layers share specs: with experts there are two.
     for layer in {id(spec): spec for spec in block.layer_specs}.values():
-        layer.submodules.self_attention.module = PackedSelfAttention
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PackedDotProductAttention
-        for name in ("q_layernorm", "k_layernorm"):
-            if getattr(attention, name) not in (IdentityOp, L2Norm):
-                setattr(attention, name, norm)
+        _use_packed_attention(layer, transformer)
     return block
+
+
+def packed_local_heads_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Build Megatron's further heads (multi-token prediction) with our attention and norm.
+
+    Args:
+        config: As for `packed_local_layer_spec`.
+        vp_stage: Likewise.
+
+    Returns:
+        The heads of this pipeline stage; None where it has none.
+    """
+    transformer: TransformerConfig = config.transformer
+    norm = norm_class(transformer)
+    layer = get_gpt_decoder_layer_specs(
+        transformer,
+        use_transformer_engine=False,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )[-1]
+    _use_packed_attention(layer, transformer)
+    heads = get_gpt_mtp_block_spec(
+        transformer, layer, use_transformer_engine=False, vp_stage=vp_stage
+    )
+    for head in () if heads is None else heads.layer_specs:
+        for name in ("enorm", "hnorm", "layer_norm"):
+            setattr(head.submodules, name, norm)
+    return heads
+
+
+def _use_packed_attention(layer: Any, transformer: TransformerConfig) -> None:
+    """Replace attention and norms in Megatron's spec of a local layer."""
+    norm = norm_class(transformer)
+    if not transformer.multi_latent_attention:
+        layer.submodules.self_attention.module = PackedSelfAttention
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedDotProductAttention
+    for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+        if getattr(attention, name, IdentityOp) not in (IdentityOp, L2Norm):
+            setattr(attention, name, norm)
 
 
 def _check_architecture(transformer: TransformerConfig) -> None:
     for refused, what, where in (
-        (transformer.multi_latent_attention, "latent attention", "--multi-latent-attention"),
         (transformer.layernorm_zero_centered_gamma, "a 1p norm", "--apply-layernorm-1p"),
     ):
         if refused:
@@ -419,16 +468,33 @@ def _unsupported(what: str, where: str) -> FlagError:
     )
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float) -> Tensor:
+def _window(config: TransformerConfig, layer_number: int) -> int | None:
+    """How many earlier tokens a layer's queries see; None for all."""
+    if not is_layer_window_attention(
+        config.window_size, config.window_attn_skip_freq, layer_number
+    ):
+        return None
+    earlier, later = config.window_size
+    if later > 0:
+        raise _unsupported("a window that reaches later tokens", "--window-size")
+    return None if earlier < 0 else int(earlier)
+
+
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float, window: int | None = None
+) -> Tensor:
     """Causal attention on `[b, heads, s, head_dim]`; `k` and `v` may have fewer heads.
 
-    Where there are more keys than queries the last query sees all of them.
+    Where there are more keys than queries the last query sees all of them, or with a window the
+    last one and as many before it.
     """
     earlier = k.size(2) - q.size(2)
     mask = None
-    if earlier:
+    if earlier or (window is not None and window < k.size(2) - 1):
         # PyTorch's own causal mask lets the first query see the first key alone.
         mask = q.new_ones((q.size(2), k.size(2)), dtype=torch.bool).tril(earlier)
+        if window is not None:
+            mask = mask.triu(earlier - window)
     return scaled_dot_product_attention(
         q,
         k,
@@ -450,6 +516,7 @@ def _attention_by_document(
     *,
     scale: float,
     dropout: float,
+    window: int | None,
 ) -> Tensor:
     """One call of attention per document; `[t, heads, head_dim]` in and out.
 
@@ -471,7 +538,7 @@ def _attention_by_document(
         parts = (x[slice(*of)] for x, of in ((q, queries), (k, keys), (v, keys)))
         # [n, heads, head_dim] <-> [1, heads, n, head_dim]
         document = (x.transpose(0, 1).unsqueeze(0) for x in parts)
-        out = _causal_attention(*document, scale=scale, dropout=dropout)
+        out = _causal_attention(*document, scale=scale, dropout=dropout, window=window)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -509,6 +576,7 @@ def _varlen_attention(
     *,
     longest: int,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     """One kernel for the whole pack; `[t, heads, head_dim]` in and out.
 
@@ -531,7 +599,7 @@ def _varlen_attention(
         cu_seqlens_k,
         longest,
         longest,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window, 0),
         scale=scale,
         **options,
     )

@@ -1,10 +1,11 @@
-"""Megatron's hybrid layers without Transformer Engine: Mamba, packed attention, MLP, experts.
+"""Megatron's hybrid layers without Transformer Engine.
 
 Megatron has them for Transformer Engine only. Mamba's state and convolution restart at each
 document by `PackedSeqParams.seq_idx`; the kernels are those of the package mamba_ssm, which a GPU
-needs. Checkpoints do not have the names of the Transformer Engine layers, whose norms are part of
-the linear layers behind them. Gated delta nets and latent attention are not among these layers;
-`megatron_meco.refusals` refuses their letters in a pattern.
+needs. Gated delta nets take the borders of documents; their kernels are those of the package fla.
+Checkpoints do not have the names of the Transformer Engine layers, whose norms are part of the
+linear layers behind them. Latent attention is not among these layers; `megatron_meco.refusals`
+refuses its letter in a pattern.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -88,6 +90,19 @@ packed_local_hybrid_spec = ModuleSpec(
                     ),
                 ),
                 mamba_bda=get_bias_dropout_add,
+            ),
+        ),
+        gdn_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=LocalNorm,
+                self_attention=ModuleSpec(
+                    module=GatedDeltaNet,
+                    submodules=GatedDeltaNetSubmodules(
+                        in_proj=ColumnParallelLinear, out_norm=LocalNorm, out_proj=RowParallelLinear
+                    ),
+                ),
+                self_attn_bda=get_bias_dropout_add,
             ),
         ),
         attention_layer=ModuleSpec(

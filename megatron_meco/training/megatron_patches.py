@@ -11,6 +11,8 @@ What, when it is needed, and when it goes:
   without reading the keys of its batches.
 - `keep_padding_out_of_experts`: with `--meco` and experts, until Megatron's router and its further
   heads take a padding mask (Megatron-LM #6114, mended on its main branch for the router).
+- `let_further_heads_be_packed`: with further heads on MeCo's own attention layers, until Megatron
+  takes their layers from `--spec`.
 - `let_functions_be_specs`: on MeCo's own attention layers in Megatron 0.18, whose scripts pass on
   what `--spec` names without calling it. From 0.19 on Megatron calls it.
 - `save_from_the_cpu_in_the_background`: with `--async-save` on a CPU, until Megatron's checkpoint
@@ -250,6 +252,37 @@ def keep_padding_out_of_experts() -> None:
         return (ids, positions, None if moved is None else ~moved, *rest)
 
     MultiTokenPredictionLayer._get_embeddings = embeddings
+
+
+def builds_further_heads() -> bool:
+    """Whether Megatron has the function that `let_further_heads_be_packed` replaces."""
+    return _has_signature(_heads_function(), "config", "transformer_layer_spec", "vp_stage")
+
+
+def _heads_function() -> Any:
+    try:
+        from megatron.training.models import gpt
+    except ImportError:
+        return None
+    return getattr(gpt, "mtp_block_spec", None)
+
+
+@functools.cache
+def let_further_heads_be_packed(build: Callable[..., Any]) -> None:
+    """Let a function of MeCo's build further heads, for its own attention layers.
+
+    Megatron builds them of its local layers, whose attention takes no packed documents.
+
+    Args:
+        build: Makes the heads of a pipeline stage from the model's configuration and `vp_stage`.
+    """
+    from megatron.training.models import gpt
+
+    @functools.wraps(_heads_function())
+    def mtp_block_spec(config: Any, transformer_layer_spec: Any, vp_stage: Any = None) -> Any:
+        return None if config.transformer.mtp_num_layers is None else build(config, vp_stage)
+
+    gpt.mtp_block_spec = mtp_block_spec
 
 
 @functools.cache

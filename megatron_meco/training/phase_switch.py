@@ -71,7 +71,7 @@ class PhaseSwitch:
 
         Args:
             iteration: Finished training steps.
-            num_prefix_tokens: Number of prefix tokens in the micro-batch.
+            num_prefix_tokens: Number of prefix and suffix tokens in the micro-batch.
 
         Raises:
             RuntimeError: It has one.

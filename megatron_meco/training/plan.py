@@ -24,12 +24,21 @@ from rich.text import Text
 from megatron_meco.config import CONDITIONED, MeCoConfig, add_meco_arguments
 from megatron_meco.data.advice import advice
 from megatron_meco.data.phases import Schedule
-from megatron_meco.data.report import PER_PACK, Run, percent, plan_report, sample_report
+from megatron_meco.data.report import (
+    PER_PACK,
+    Run,
+    percent,
+    plan_report,
+    sample_report,
+    suffix_warnings,
+)
 from megatron_meco.errors import FlagError
 
 _SPLITS = ("train", "valid", "test")
 _PREFIX_STYLE = "dim cyan"
+_SUFFIX_STYLE = "cyan"
 _BORDER_STYLE = "magenta"
+_STYLES = {"prefix": _PREFIX_STYLE, "body": "", "suffix": _SUFFIX_STYLE}
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,23 +233,33 @@ def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
         f"{args.seq_length:,} tokens. {start}Switch after iteration "
         f"[bold]{report['switch_iteration']:,}[/] (sample {report['switch_sample']:,})."
     )
-    template = args.meco_template or "(none: the matched baseline)"
+    suffix = args.meco_suffix_template
+    template = args.meco_template or ("(none)" if suffix else "(none: the matched baseline)")
+    of_suffixes = f", of suffixes {suffix}" if suffix else ""
     console.print(
-        f"Template {template}, packing {args.meco_packing}.", highlight=False, markup=False
+        f"Template {template}{of_suffixes}, packing {args.meco_packing}.",
+        highlight=False,
+        markup=False,
     )
     columns = {**report["phases"], "total": report["total"]}
     table = Table("")
     for name in columns:
         table.add_column(name, justify="right")
     for label, show in _ROWS:
-        if label != _ALIGNMENT or report["total"]["alignment_tokens"]:
-            table.add_row(label, *(_cell(show, c, args.seq_length) for c in columns.values()))
+        if label == _ALIGNMENT and not report["total"]["alignment_tokens"]:
+            continue
+        if label in _SUFFIXES and not suffix:
+            continue
+        shown = f"{label} and suffix" if label == _PLAIN and suffix else label
+        table.add_row(shown, *(_cell(show, c, args.seq_length) for c in columns.values()))
     console.print(table)
     missing, long = report["documents_without_value"], report["documents_with_long_prefix"]
     if missing:
         console.print(f"[yellow]{missing:,} documents lack a value and train plain.[/]")
     if long:
         console.print(f"[yellow]{long:,} documents have too long a prefix and train plain.[/]")
+    for line in suffix_warnings(report):
+        console.print(f"[yellow]{line}.[/]")
     epochs = max(c["num_epochs"] for c in report["phases"].values())
     if epochs > 1:
         console.print(f"[yellow]The documents do not suffice: up to {epochs} epochs.[/]")
@@ -256,12 +275,16 @@ def _cell(show: Callable[[dict[str, Any], int], str], counts: dict[str, Any], le
 
 
 _ALIGNMENT = "  behind documents"
+_PLAIN = "documents without prefix"
+_SUFFIXES = ("suffix tokens", "  suffixes of all tokens")
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
     ("documents", lambda c, _: f"{c['documents']:,}"),
     ("packs", lambda c, _: f"{c['packs']:,}"),
     ("body tokens", lambda c, _: f"{c['body_tokens']:,}"),
     ("prefix tokens", lambda c, _: f"{c['prefix_tokens']:,}"),
     ("  of all tokens", lambda c, n: percent(c["prefix_tokens"], c["packs"] * n)),
+    (_SUFFIXES[0], lambda c, _: f"{c['suffix_tokens']:,}"),
+    (_SUFFIXES[1], lambda c, n: percent(c["suffix_tokens"], c["packs"] * n)),
     ("discarded tokens", lambda c, _: f"{c['discarded_tokens']:,}"),
     (
         "  of the documents' tokens",
@@ -270,7 +293,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any], int], str]], ...] = (
     ("padding", lambda c, n: percent(c["padding_tokens"], c["packs"] * n)),
     (_ALIGNMENT, lambda c, n: percent(c["alignment_tokens"], c["packs"] * n)),
     ("documents cut", lambda c, _: percent(c["documents_cut"], c["documents"])),
-    ("documents without prefix", lambda c, _: f"{c['documents_plain']:,}"),
+    (_PLAIN, lambda c, _: f"{c['documents_plain']:,}"),
     ("empty documents skipped", lambda c, _: f"{c['documents_empty']:,}"),
     (
         "documents per pack",
@@ -291,20 +314,20 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
         f"of {length} labels in the loss.",
         highlight=False,
     )
+    has_suffixes = any(document["suffix_tokens"] for document in report["documents"])
+    counted = "" if source.trains_on_suffix else "not "
     console.print(
         Text.assemble(
             ("BOS and prefix, not in the loss", _PREFIX_STYLE),
             "   body, in the loss   ",
+            (f"suffix, {counted}in the loss   " if has_suffixes else "", _SUFFIX_STYLE),
             ("| document border, not in the loss", _BORDER_STYLE),
         )
     )
     bounds = report["cu_seqlens"]
     for document, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
-        body = document["body_end"] - document["body_begin"]
         aligned = document["alignment_tokens"]
-        head = end - begin - body - aligned
         in_loss = int(sum(report["loss_mask"][begin:end]))
-        because = document["plain_because"]
         console.rule(
             Text(
                 f" document {document['document']} | tokens {begin} to {end} | body "
@@ -315,14 +338,27 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
             align="left",
             characters="-",
         )
-        if because and report["phase"] == CONDITIONED:
-            console.print(Text(f"plain: {because}", _BORDER_STYLE))
-        tokens = report["tokens"][begin : end - aligned]
-        text = tokenizer.detokenize(tokens[head:])
-        shown = text if len(text) <= max_characters else text[:max_characters] + " [...]"
+        if report["phase"] == CONDITIONED:
+            meco = source.config.meco
+            if document["plain_because"] and (meco.template or not meco.suffix_template):
+                console.print(Text(f"plain: {document['plain_because']}", _BORDER_STYLE))
+            if document["no_suffix_because"] and meco.suffix_template:
+                console.print(Text(f"no suffix: {document['no_suffix_because']}", _BORDER_STYLE))
+        head: list[int] = []
+        texts: list[tuple[str, str]] = []
+        left = max_characters
+        for part, part_begin, part_end in document["parts"]:
+            tokens = report["tokens"][part_begin:part_end]
+            if part == "bos" or (part == "prefix" and not texts):
+                head += tokens
+            elif part != "padding":
+                text = tokenizer.detokenize(tokens)
+                if part == "body":
+                    shown = text if len(text) <= left else text[:left] + " [...]"
+                    left, text = left - min(left, len(text)), shown
+                texts.append((text, _STYLES[part]))
         console.print(
-            Text.assemble((tokenizer.detokenize(tokens[:head]), _PREFIX_STYLE), shown),
-            highlight=False,
+            Text.assemble((tokenizer.detokenize(head), _PREFIX_STYLE), *texts), highlight=False
         )
     padding = length - bounds[len(report["documents"])]
     if padding:
@@ -333,24 +369,18 @@ def _print_tokens(report: dict[str, Any], source: Any) -> None:
     """Show a pack token by token."""
     detokenize = source.config.tokenizer.detokenize
     table = Table("", "document", "part", "token", "text", "predicts", "in the loss", box=None)
-    bounds, documents = report["cu_seqlens"], report["documents"]
-    number = 0
-    for position, token in enumerate(report["tokens"]):
-        while number < len(documents) and position >= bounds[number + 1]:
-            number += 1
-        name, part = "-", "padding"
-        if number < len(documents):
-            document = documents[number]
-            name = str(document["document"])
-            body = document["body_end"] - document["body_begin"]
-            head = bounds[number + 1] - bounds[number] - body
-            is_head = position - bounds[number] < head
-            part = "prefix" if is_head else "body"
+    parts: list[tuple[str, str]] = []
+    for document in report["documents"]:
+        for part, begin, end in document["parts"]:
+            shown = "prefix" if part == "bos" else part
+            parts += [(str(document["document"]), shown)] * (end - begin)
+    parts += [("-", "padding")] * (len(report["tokens"]) - len(parts))
+    for position, (token, (name, part)) in enumerate(zip(report["tokens"], parts, strict=True)):
         table.add_row(
             *(str(position), name, part, str(token)),
             Text(repr(detokenize([token]))),
             Text(repr(detokenize([report["labels"][position]]))),
             "yes" if report["loss_mask"][position] else "",
-            style=_PREFIX_STYLE if part == "prefix" else "",
+            style=_STYLES.get(part, ""),
         )
     Console(soft_wrap=True).print(table)

@@ -288,8 +288,8 @@ def loss_func(
         loss_mask: (1, tokens) or (micro-batch, tokens of a sample), float32: those of this
             context-parallel rank, as many of each sample.
         output_tensor: Per-token losses, as many.
-        facts: (3, micro-batch), int32: prefix tokens of each sample, its `View`, and the number of
-            its validation set.
+        facts: (3, micro-batch), int32: prefix and suffix tokens of each sample, its `View`, and the
+            number of its validation set.
         compared: As `loss_mask`, bool: the labels whose loss is compared between views; in
             evaluation only.
         training: Whether this is a training step.
@@ -362,7 +362,7 @@ def _view_losses(
 
 
 def _views_shown(args: argparse.Namespace) -> tuple[View, ...]:
-    if not args.meco_template:
+    if not (args.meco_template or args.meco_suffix_template):
         return (View.PLAIN,)
     return EVALUATION_VIEWS[: args.eval_iters * args.eval_global_batch_size]
 
@@ -370,7 +370,10 @@ def _views_shown(args: argparse.Namespace) -> tuple[View, ...]:
 def _token_counts(
     facts: torch.Tensor, num_tokens: torch.Tensor, num_places: int
 ) -> dict[str, torch.Tensor]:
-    """Prefix share and trained tokens of a step, as pairs that Megatron logs like losses."""
+    """Prefix share and trained tokens of a step, as pairs that Megatron logs like losses.
+
+    Suffixes count as prefixes.
+    """
     # Megatron sums both over micro-batches, data-parallel and context-parallel ranks. A
     # context-parallel rank has all prefix tokens of a sample, but only its part of the places.
     num_ranks = mpu.get_context_parallel_world_size()
@@ -397,7 +400,10 @@ def packed_seq_params(
     # An upper bound is enough for the kernels, and needs no device sync.
     longest = args.seq_length
     num_ranks = mpu.get_context_parallel_world_size()
-    if args.transformer_impl != "local" and not args.apply_rope_fusion:
+    own_rope = args.transformer_impl == "local" and not getattr(
+        args, "multi_latent_attention", False
+    )
+    if not own_rope and not args.apply_rope_fusion:
         # Megatron's RoPE does not restart in a pack that is as long as its table of angles.
         # Transformer Engine divides this length by the number of chunks.
         longest += 1 if num_ranks == 1 else 2 * num_ranks

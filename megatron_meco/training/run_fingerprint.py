@@ -17,13 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_meco.config import FINGERPRINT_KEYS, MeCoConfig
+from megatron_meco.config import FINGERPRINT_DEFAULTS, FINGERPRINT_KEYS, MeCoConfig
 from megatron_meco.corpus.metadata import metadata_path
 from megatron_meco.corpus.tokenizer import token_ids
 from megatron_meco.data.fingerprint import digest, file_fingerprint, tokenizer_identity
 from megatron_meco.data.packing import PACKING_RULES
 from megatron_meco.data.phases import Schedule
-from megatron_meco.data.template import SYNTAX, Template, in_current_syntax, syntax_of
+from megatron_meco.data.template import (
+    SUFFIX_FLAG,
+    SYNTAX,
+    Template,
+    in_current_syntax,
+    syntax_of,
+)
 from megatron_meco.errors import MeCoError
 
 Blend = tuple[Sequence[str], Sequence[float] | None]
@@ -47,11 +53,15 @@ def fingerprint(
         tokenizer: Megatron's tokenizer.
 
     Returns:
-        JSON-serializable values with the keys `config.FINGERPRINT_KEYS`, and `packing_rule` and
-        `template_syntax`, the versions of the packing strategy and of what a template means.
+        JSON-serializable values with the keys `config.FINGERPRINT_KEYS` (without those of suffixes
+        and of repeated prefixes in a run that has none), and `packing_rule` and `template_syntax`,
+        the versions of the packing strategy and of what a template means.
     """
     config = MeCoConfig.from_args(args)
-    template = Template.parse(config.template)
+    templates = (
+        Template.parse(config.template),
+        Template.parse(config.suffix_template, SUFFIX_FLAG),
+    )
     held_out = None if cooldown_blend else schedule.documents_held_out(config)
     start: dict[str, Any] = {}
     if schedule.start_sample:
@@ -67,11 +77,14 @@ def fingerprint(
         "max_documents_per_pack": config.documents_cap(args.seq_length),
         "pad_documents_to": config.pad_documents_to,
         "train_on_prefix": config.train_on_prefix,
+        "suffix_template": config.suffix_template,
+        "suffix_loss": config.suffix_loss,
+        "repeat_every": config.repeat_every,
         "seq_length": args.seq_length,
         "seed": args.seed,
         "split": args.split,
-        "tokenizer": _tokenizer(tokenizer, template),
-        "corpora": _corpora(blend, with_metadata=bool(template.placeholders)),
+        "tokenizer": _tokenizer(tokenizer, *templates),
+        "corpora": _corpora(blend, with_metadata=any(t.placeholders for t in templates)),
         "cooldown_corpora": cooldown_blend and _corpora(cooldown_blend, with_metadata=False),
         "schedule": {
             "samples": schedule.num_samples,
@@ -82,6 +95,10 @@ def fingerprint(
         },
     }
     assert tuple(values) == FINGERPRINT_KEYS
+    if not config.suffix_template:
+        del values["suffix_template"], values["suffix_loss"]
+    if config.repeat_every is None:
+        del values["repeat_every"]
     return {
         **values,
         "packing_rule": PACKING_RULES[config.packing],
@@ -128,8 +145,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     if before["meco"] != now["meco"]:
         return {"meco": (before["meco"], now["meco"])}
     template = _template_difference(before, now)
-    # Fingerprints of before there was the key do not tell.
-    before, now = ({"pad_documents_to": 1, **values} for values in (before, now))
+    before, now = ({**FINGERPRINT_DEFAULTS, **values} for values in (before, now))
     changed = {
         key: (before.get(key), now.get(key))
         for key in FINGERPRINT_KEYS
@@ -200,13 +216,15 @@ def _corpora(blend: Blend, *, with_metadata: bool) -> list[list[Any]]:
     return rows
 
 
-def _tokenizer(tokenizer: Any, template: Template) -> str:
-    """Kind, vocabulary size, ids of a fixed text and of the template's special tokens.
+def _tokenizer(tokenizer: Any, *templates: Template) -> str:
+    """Kind, vocabulary size, ids of a fixed text and of the templates' special tokens.
 
     The folder's name may change.
     """
     identifiers, vocab_size, ids = tokenizer_identity(tokenizer)
-    special = token_ids(tokenizer, template.tokens, template.flag)
+    special: dict[str, int] = {}
+    for template in templates:
+        special |= token_ids(tokenizer, template.tokens, template.flag)
     return digest([identifiers.get("class"), vocab_size, ids, *([special] if special else [])])
 
 

@@ -8,53 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from runs import BOS, EOS, save_tokenizer, train_bpe
+from tokenizers import processors
 
+from megatron_meco import cli
 from megatron_meco.corpus.documents import RejectedRecords, TaskReader, metadata_columns
 from megatron_meco.corpus.input_files import find_files, plan_tasks
 
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
-
-
-def _train() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the text of a page and the text of the next"] * 20, trainer)
-    return tokenizer
-
-
-def _save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+TEXT = "the text of a page and the text of the next"
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder that adds BOS and EOS, and truncates, unless told not to."""
-    tokenizer = _train()
+    tokenizer = train_bpe(TEXT)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)]
     )
     tokenizer.enable_truncation(16)
     folder = tmp_path_factory.mktemp("tokenizer")
-    return _save(tokenizer, folder, bos_token=BOS, eos_token=EOS)
+    return save_tokenizer(tokenizer, folder, bos_token=BOS, eos_token=EOS)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_without_eos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder that names no EOS token."""
-    return _save(_train(), tmp_path_factory.mktemp("tokenizer_without_eos"))
+    return save_tokenizer(train_bpe(TEXT), tmp_path_factory.mktemp("tokenizer_without_eos"))
 
 
 @pytest.fixture
@@ -88,3 +67,17 @@ def read() -> Callable[..., tuple[list[Any], list[str]]]:
         return found, [record.reason for record, _ in rejected.drain()]
 
     return read_all
+
+
+@pytest.fixture
+def meco(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Return a function that runs a command and returns its status and what it printed."""
+
+    def run(*words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        status = cli.main([str(word) for word in words])
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        return status, told.out + told.err
+
+    return run

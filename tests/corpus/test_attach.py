@@ -16,8 +16,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
-from megatron_meco import cli
 from megatron_meco.corpus.metadata import metadata_path, open_metadata
+
+type Meco = Callable[..., tuple[int, str]]
 
 RECORDS = [
     {"text": f"page {i} of the text", "url": f"https://h{i}.org", "meta": {"score": i / 4}}
@@ -43,19 +44,12 @@ def corpus(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Path]:
     return write
 
 
-def _attach(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
-    capsys.readouterr()
-    status = cli.main(["attach", *map(str, words)])
-    told = capsys.readouterr()
-    return status, told.out + told.err
-
-
 @pytest.mark.parametrize(("before", "after"), [((), (1,)), ((0,), (1,)), ((), ())])
 def test_from_the_original_files(
     corpus: Callable[..., Path],
     write_jsonl: Callable[..., Path],
     tokenizer_folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    meco: Meco,
     before: tuple[int, ...],
     after: tuple[int, ...],
 ) -> None:
@@ -65,15 +59,15 @@ def test_from_the_original_files(
     words = [prefix, "--from", one, two, "--metadata-fields", "url,meta.score"]
     words += [*FLAGS, tokenizer_folder, "--verify-documents", 20]
     tokens = Path(f"{prefix}.bin").read_bytes()
-    status, told = _attach(capsys, *words)
+    status, told = meco("attach", *words)
     assert status == 0 and "60 rows (20 of them tokenised again and equal)" in told
     table = open_metadata(prefix)
     assert table["url"].to_pylist() == [record["url"] for record in RECORDS]
     assert table["meta.score"].to_pylist() == [str(i / 4) for i in range(60)]
     assert Path(f"{prefix}.bin").read_bytes() == tokens
-    status, told = _attach(capsys, *words)
+    status, told = meco("attach", *words)
     assert status == 1 and "--overwrite" in told
-    assert _attach(capsys, *words, "--overwrite")[0] == 0
+    assert meco("attach", *words, "--overwrite")[0] == 0
 
 
 def test_other_files_and_another_tokenizer_are_refused(
@@ -81,7 +75,7 @@ def test_other_files_and_another_tokenizer_are_refused(
     write_jsonl: Callable[..., Path],
     tokenizer_folder: Path,
     tokenizer_without_eos: Path,
-    capsys: pytest.CaptureFixture[str],
+    meco: Meco,
 ) -> None:
     prefix = corpus()
     flags = [*FLAGS, tokenizer_folder]
@@ -93,20 +87,18 @@ def test_other_files_and_another_tokenizer_are_refused(
         ([*RECORDS, RECORDS[0]], "more than 60 documents"),
     ):
         source = write_jsonl(*records)
-        status, told = _attach(capsys, prefix, "--from", source, *flags)
+        status, told = meco("attach", prefix, "--from", source, *flags)
         assert status == 1 and expected in told, told
         assert not metadata_path(prefix).exists()
-    status, told = _attach(capsys, prefix, "--from", source)
+    status, told = meco("attach", prefix, "--from", source)
     assert status == 1 and "--tokenizer-type" in told
-    status, told = _attach(capsys, prefix, "--from", source, *FLAGS, tokenizer_without_eos)
+    status, told = meco("attach", prefix, "--from", source, *FLAGS, tokenizer_without_eos)
     assert status == 1 and "end-of-document" in told
     assert sorted(path.name for path in prefix.parent.glob("old*")) == ["old.bin", "old.idx"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file", "csv"])
-def test_from_a_table(
-    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_from_a_table(corpus: Callable[..., Path], tmp_path: Path, meco: Meco, kind: str) -> None:
     prefix = corpus()
     ids = [f"{i:03d}" for i in range(60)]
     columns: dict[str, Any] = {"url": [r["url"] for r in RECORDS], "id": ids}
@@ -122,16 +114,14 @@ def test_from_a_table(
         new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
         with new(str(path), table.schema) as out:
             out.write_table(table, max_chunksize=13)
-    status, told = _attach(capsys, prefix, "--table", path, "--metadata-fields", "id,url")
+    status, told = meco("attach", prefix, "--table", path, "--metadata-fields", "id,url")
     assert status == 0 and "60 rows" in told, told
     attached = open_metadata(prefix)
     assert attached["id"].to_pylist() == ids
     assert attached["url"].to_pylist() == columns["url"]
 
 
-def test_tables_that_do_not_fit(
-    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_that_do_not_fit(corpus: Callable[..., Path], tmp_path: Path, meco: Meco) -> None:
     prefix, path = corpus(), tmp_path / "table.parquet"
     pq.write_table(pa.table({"url": ["a"] * 59}), path)
     for words, expected in (
@@ -142,10 +132,10 @@ def test_tables_that_do_not_fit(
         ([tmp_path / "nothing.csv"], "no such file"),
         ([prefix.with_suffix(".bin")], "not a kind of table"),
     ):
-        status, told = _attach(capsys, prefix, "--table", *words)
+        status, told = meco("attach", prefix, "--table", *words)
         assert status == 1 and expected in told, told
     path.write_bytes(path.read_bytes()[:-9])
-    assert "cannot be read" in _attach(capsys, prefix, "--table", path)[1]
+    assert "cannot be read" in meco("attach", prefix, "--table", path)[1]
     assert not metadata_path(prefix).exists()
     assert json.dumps(sorted(p.name for p in tmp_path.glob("old*"))) == '["old.bin", "old.idx"]'
 
@@ -155,7 +145,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
     corpus: Callable[..., Path],
     write_jsonl: Callable[..., Path],
     tokenizer_folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    meco: Meco,
     monkeypatch: pytest.MonkeyPatch,
     moment: str,
 ) -> None:
@@ -170,7 +160,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        status, told = _attach(capsys, prefix, "--from", source, *FLAGS, tokenizer_folder)
+        status, told = meco("attach", prefix, "--from", source, *FLAGS, tokenizer_folder)
     finally:
         monkeypatch.undo()
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -181,7 +171,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
 
 
 def test_metadata_that_is_not_ours_and_inputs_are_not_replaced(
-    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Callable[..., Path], tmp_path: Path, meco: Meco
 ) -> None:
     prefix = corpus()
     target, table = metadata_path(prefix), tmp_path / "t.csv"
@@ -191,15 +181,15 @@ def test_metadata_that_is_not_ours_and_inputs_are_not_replaced(
         out.write_table(theirs)
     for content in (target.read_bytes(), b"", b"notes"):
         target.write_bytes(content)
-        status, told = _attach(capsys, prefix, "--table", table, "--overwrite")
-        assert status == 1 and "is no metadata file of this package" in told
+        status, told = meco("attach", prefix, "--table", table, "--overwrite")
+        assert status == 1 and "is not metadata that this package wrote" in told
         assert target.read_bytes() == content
     target.unlink()
-    assert _attach(capsys, prefix, "--table", table)[0] == 0
+    assert meco("attach", prefix, "--table", table)[0] == 0
     own, link = target.read_bytes(), tmp_path / "link.arrow"
     os.link(target, link)
     for given in (target, link):
-        status, told = _attach(capsys, prefix, "--table", given, "--overwrite")
+        status, told = meco("attach", prefix, "--table", given, "--overwrite")
         assert status == 1 and "is also an input" in told and target.read_bytes() == own
 
 
@@ -213,24 +203,20 @@ def test_metadata_that_is_not_ours_and_inputs_are_not_replaced(
     ],
 )
 def test_a_table_that_is_cut_or_damaged(
-    corpus: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    content: str,
-    told: str,
+    corpus: Callable[..., Path], tmp_path: Path, meco: Meco, content: str, told: str
 ) -> None:
     prefix, table = corpus(), tmp_path / "t.csv"
     table.write_text(content, encoding="utf-8", errors="surrogateescape")
-    status, said = _attach(capsys, prefix, "--table", table)
+    status, said = meco("attach", prefix, "--table", table)
     assert status == 1 and told in said and not metadata_path(prefix).exists()
 
 
 def test_a_csv_table_means_what_it_did(
-    corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Callable[..., Path], tmp_path: Path, meco: Meco
 ) -> None:
     prefix, table = corpus(), tmp_path / "t.csv"
     rows = ["NA", "null", '""', '"in\r\ntwo"', "007", "x" * 2_000_000, *["u"] * 54]
     table.write_text("\ufeffurl\n" + "\n".join(rows) + "\n\n", encoding="utf-8", newline="")
-    assert _attach(capsys, prefix, "--table", table)[0] == 0
+    assert meco("attach", prefix, "--table", table)[0] == 0
     values = open_metadata(prefix)["url"].to_pylist()
     assert values[:5] == [None, None, None, "in\r\ntwo", "007"] and len(values[5]) == 2_000_000

@@ -1,4 +1,4 @@
-"""Files that end early or are damaged: an error, never fewer documents without a word."""
+"""Truncated and damaged files: an error, never silently fewer documents."""
 
 from __future__ import annotations
 

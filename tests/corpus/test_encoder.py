@@ -1,4 +1,4 @@
-"""gigatoken is used where it gives the same ids, and nowhere else."""
+"""gigatoken is used only if it gives the same ids."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_another_machine_checks_its_first_batch(
 
 def test_a_panic_is_told(encoder: HuggingFaceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
-        """As pyo3 has it."""
+        """As in pyo3."""
 
     def panic(*_: object, **__: object) -> None:
         raise PanicException("index out of bounds")

@@ -247,8 +247,9 @@ def test_slurm_writes_the_same_bytes(
     fake_slurm: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 2000)
+    monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 3000)
     source = _pages(tmp_path)
+    assert len(input_files.plan_tasks(input_files.find_files([source]))) == 2
     with pytest.raises(FlagError, match="time and partition"):
         prepare(PrepareConfig(inputs=(source,), executor="slurm", **settings))
     options = {"time": "1:00:00", "partition": "cpu", "env_command": "true"}

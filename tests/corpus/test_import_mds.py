@@ -29,7 +29,7 @@ type Import = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Import:
-    """Return a function that runs the command and returns its status and what it said."""
+    """Return a function that runs the command and returns its status and output."""
 
     def run_with(*words: object, output: str = "out", workers: int = 1) -> tuple[int, str]:
         capsys.readouterr()
@@ -170,7 +170,7 @@ def test_bos_and_eod_around_a_row_and_rows_without_ids(
         ([[5]], {"samples": "x"}, "not a readable index"),
         ([[5]], {"samples": True}, "not a readable index"),
         ([[5]], {"samples": 2**70}, "not a readable index"),
-        ([[5]], {"column_names": [1, "url"]}, "names, encodings or hashes that are no text"),
+        ([[5]], {"column_names": [1, "url"]}, "names, encodings or hashes that are not strings"),
         ([[5]], {"column_encodings": ["ndarray:int64", None]}, "names, encodings or hashes"),
         ([[5]], {"column_encodings": ["ndarray:int64", "int32"]}, "1 bytes for a number of 4"),
         ([[5]], {"raw_data": {"basename": "a.mds", "bytes": 2**39}}, "the index promises 549,755"),

@@ -1,4 +1,4 @@
-"""An index is read only when its numbers fit one another and the files."""
+"""An index is read only if its numbers are consistent with each other and with the files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_told(
     with pytest.raises(DataError, match=told) as refusal:
         check_index(prefix)
     assert refusal.value.where in (f"{prefix}.idx", f"{prefix}.bin")
-    assert "repare" in refusal.value.remedy or "text alone" in refusal.value.remedy
+    assert "repare" in refusal.value.remedy or "text-only" in refusal.value.remedy
 
 
 @pytest.mark.parametrize("change", [-1, 1, -100, None])
@@ -105,7 +105,7 @@ def test_a_token_file_of_another_size(tmp_path: Path, change: int | None) -> Non
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
 @pytest.mark.parametrize("sequences_each", [1, 3])
 def test_whole_ones_are_read(tmp_path: Path, dtype: Any, sequences_each: int) -> None:
-    """Empty sequences among them: a document of one token is cut into three parts."""
+    """With empty sequences: a document of one token is cut into three parts."""
     small = [[min(token, 250) for token in body] for body in BODIES]
     prefix = write_corpus(tmp_path / "c", small, dtype=dtype, sequences_each=sequences_each)
     index = check_index(prefix)

@@ -1,4 +1,4 @@
-"""What may be read, and what may be written over or removed: decided before any work."""
+"""What may be read, overwritten or removed is decided before any work."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _write(path: str, content: str = LINE) -> str:
 
 
 def _all(folder: str = ".") -> dict[str, bytes | None]:
-    """Everything below a folder; None for what is no file with content."""
+    """The content of every file below a folder; None for folders and special files."""
     return {
         str(path): path.read_bytes() if path.is_file() else None
         for path in sorted(Path(folder).rglob("*"))
@@ -63,7 +63,7 @@ def _all(folder: str = ".") -> dict[str, bytes | None]:
 
 
 def _refused(run: Run, *inputs: str, match: str, **changes: Any) -> None:
-    """Refused, and nothing has changed."""
+    """Check that the run is refused and changes nothing."""
     before = _all()
     with pytest.raises(MeCoError, match=match) as told:
         run(*inputs, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_meco import _core, cli
+from megatron_meco import _core
 from megatron_meco.corpus import join
 from megatron_meco.corpus.metadata import MetadataWriter, metadata_path, open_metadata
+
+type Meco = Callable[..., tuple[int, str]]
 
 
 def write_corpus(prefix: Path, **columns: list[str | None]) -> Path:
@@ -43,20 +46,9 @@ def write_table(path: Path, **columns: list[Any]) -> Path:
     return path
 
 
-def attach(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
-    capsys.readouterr()
-    status = cli.main(["attach", *map(str, words)])
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err
-    return status, told.out + told.err
-
-
 @pytest.mark.parametrize("case", range(8))
 def test_every_document_gets_the_values_of_its_key(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    case: int,
+    tmp_path: Path, meco: Meco, monkeypatch: pytest.MonkeyPatch, case: int
 ) -> None:
     draw = random.Random(case)
     monkeypatch.setattr(join, "_ROWS_AT_ONCE", draw.choice([7, 1000]))
@@ -84,7 +76,7 @@ def test_every_document_gets_the_values_of_its_key(
         if key:
             known[key] = (values[0], values[1])
     words = [prefix, "--join", *tables, "--key", "id", "--metadata-fields", "score,topic"]
-    status, told = attach(capsys, *words, "--duplicates", wanted)
+    status, told = meco("attach", *words, "--duplicates", wanted)
     assert status == 0, told
     found = open_metadata(prefix)
     expected = [known.get(k or "", (None, None)) for k in ids]
@@ -102,12 +94,10 @@ def test_every_document_gets_the_values_of_its_key(
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
-def test_all_columns_but_the_key_and_csv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_columns_but_the_key_and_csv(tmp_path: Path, meco: Meco) -> None:
     prefix = write_corpus(tmp_path / "c", url=["b", "a", "x"])
     table = write_table(tmp_path / "t.csv", url=["a", "b"], n=[1, 2], topic=["t", ""])
-    status, told = attach(capsys, prefix, "--join", table, "--key", "url")
+    status, told = meco("attach", prefix, "--join", table, "--key", "url")
     assert status == 0 and "2 documents with a row of the same key, 1 without" in told
     found = open_metadata(prefix)
     assert found.to_pydict() == {
@@ -118,27 +108,25 @@ def test_all_columns_but_the_key_and_csv(
 
 
 def test_doubled_keys_are_refused_with_both_places(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, meco: Meco, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(join, "_ROWS_AT_ONCE", 3)
     prefix = write_corpus(tmp_path / "c", id=[str(i) for i in range(20)])
     one = write_table(tmp_path / "one.parquet", id=[str(i) for i in range(12)], t=["a"] * 12)
     two = write_table(tmp_path / "two.parquet", id=["15", "3", "3", "15"], t=["b"] * 4)
     before = metadata_path(prefix).read_bytes()
-    status, told = attach(capsys, prefix, "--join", one, two, "--key", "id")
+    status, told = meco("attach", prefix, "--join", one, two, "--key", "id")
     assert status == 1 and told.count("\n") <= 2
     assert "two.parquet, row 2: has the 'id' of" in told and "one.parquet, row 4; 3 rows" in told
     assert "--duplicates first or last" in told
     assert metadata_path(prefix).read_bytes() == before
     for which, value in (("first", "a"), ("last", "b")):
         words = ["--join", one, two, "--key", "id", "--duplicates", which, "--overwrite"]
-        assert attach(capsys, prefix, *words)[0] == 0
+        assert meco("attach", prefix, *words)[0] == 0
         assert open_metadata(prefix)["t"].to_pylist()[3] == value
 
 
-def test_what_does_not_fit_is_refused_and_nothing_changes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path, meco: Meco) -> None:
     prefix = write_corpus(tmp_path / "c", id=["1", "2"], topic=["a", "b"])
     good = write_table(tmp_path / "t.parquet", id=["1"], topic=["z"], n=[3])
     cut = tmp_path / "cut.parquet"
@@ -149,8 +137,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
     before = metadata_path(prefix).read_bytes()
     for words, message in (
         (["--join", good], "--key: is needed to join"),
-        (["--table", good, "--key", "id"], "--key: goes with --join alone"),
-        (["--table", good, "--duplicates", "last"], "--duplicates: goes with --join alone"),
+        (["--table", good, "--key", "id"], "--key: only valid with --join"),
+        (["--table", good, "--duplicates", "last"], "--duplicates: only valid with --join"),
         (["--join", good, "--key", "id"], "has a field 'topic' already. Add --overwrite"),
         (["--join", good, "--key", "url"], "no field 'url' to join by; it holds: id, topic"),
         (["--join", good, "--key", "topic", "--metadata-fields", "m"], "no column 'm'"),
@@ -162,20 +150,18 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
         (["--join", tmp_path / "none.parquet", "--key", "id"], "no such file"),
         (["--join", f"{prefix}.metadata.arrow", "--key", "id", "--metadata-fields", "n"], ""),
     ):
-        status, told = attach(capsys, prefix, *words)
+        status, told = meco("attach", prefix, *words)
         assert status == 1 and message in told, (words, told)
         assert metadata_path(prefix).read_bytes() == before
     metadata_path(prefix).write_bytes(before[: len(before) // 2])
-    status, told = attach(capsys, prefix, "--join", good, "--key", "id", "--overwrite")
+    status, told = meco("attach", prefix, "--join", good, "--key", "id", "--overwrite")
     assert status == 1 and "metadata.arrow" in told
     metadata_path(prefix).unlink()
-    status, told = attach(capsys, prefix, "--join", good, "--key", "id")
+    status, told = meco("attach", prefix, "--join", good, "--key", "id")
     assert status == 1 and "no metadata file" in told
 
 
-def test_a_full_disk_is_one_error_and_nothing_changes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_one_error_and_nothing_changes(tmp_path: Path, meco: Meco) -> None:
     size = 3000
     prefix = write_corpus(tmp_path / "c", id=[str(i) for i in range(size)])
     table = write_table(
@@ -185,7 +171,7 @@ def test_a_full_disk_is_one_error_and_nothing_changes(
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        status, told = attach(capsys, prefix, "--join", table, "--key", "id")
+        status, told = meco("attach", prefix, "--join", table, "--key", "id")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert status == 1 and "cannot write temporary files" in told
@@ -196,7 +182,7 @@ def test_a_full_disk_is_one_error_and_nothing_changes(
 
 
 def test_keys_that_share_half_a_hash_stay_apart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, meco: Meco, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hash_texts = _core.hash_texts
 
@@ -209,5 +195,5 @@ def test_keys_that_share_half_a_hash_stay_apart(
     names = [str(i) for i in range(50)]
     prefix = write_corpus(tmp_path / "c", id=[*names, "60"])
     table = write_table(tmp_path / "t.parquet", id=names[::-1], n=names[::-1])
-    assert attach(capsys, prefix, "--join", table, "--key", "id")[0] == 0
+    assert meco("attach", prefix, "--join", table, "--key", "id")[0] == 0
     assert open_metadata(prefix)["n"].to_pylist() == [*names, None]

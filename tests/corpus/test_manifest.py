@@ -1,4 +1,4 @@
-"""`PREFIX.prepare.json`: read as what it is, or refused; its checksums are compared."""
+"""`PREFIX.prepare.json`: valid or refused, and its checksums."""
 
 from __future__ import annotations
 

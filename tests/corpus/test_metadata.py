@@ -1,4 +1,4 @@
-"""The metadata side file: what is written is read, and nothing else is."""
+"""The metadata side file: writing, reading and refusing others."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_row_too_few_is_told_with_both_counts(tmp_path: Path) -> None:
 
 
 def test_every_value_is_checked_and_the_row_is_named(tmp_path: Path) -> None:
-    """An offset that points outside ended the process; bytes that are no text gave a traceback."""
+    """An offset outside the buffer once ended the process, invalid UTF-8 gave a traceback."""
     values = [f"https://host{i}.org/p\u00e4ge" for i in range(1000)]
     _write(tmp_path / "c", [values, ["t"] * 1000], [values, [None] * 1000])
     path = metadata_path(tmp_path / "c")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +35,7 @@ LENGTH = 256
 
 
 def _texts(count: int) -> list[str]:
-    """Pages of up to 12 sentences, with what is easily taken for the end of one."""
+    """Pages of up to 12 sentences, with abbreviations and other false ends."""
     draw = random.Random(0)
     names = ["Dr. Smith", "the river", "Dr. Jones", "a crew of 3.5 men", "the mill"]
     ends = [". ", "! ", "?\n\n", '." ', ".) ", ".\t  "]
@@ -58,6 +59,24 @@ def source(write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(input_files, "_MIN_TASK_BYTES", 12_000)
     monkeypatch.setattr(input_files, "_MAX_TASK_BYTES", 12_000)
     return write_jsonl(*({"text": text, "url": f"u{i}"} for i, text in enumerate(TEXTS)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """The prefix of `TEXTS` prepared in one task."""
+    folder = tmp_path_factory.mktemp("sentences")
+    pages = [json.dumps({"text": text, "url": f"u{i}"}) for i, text in enumerate(TEXTS)]
+    (folder / "input.jsonl").write_text("\n".join([*pages, ""]))
+    prepare(
+        PrepareConfig(
+            inputs=(folder / "input.jsonl",),
+            output=folder / "corpus",
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(tokenizer_folder),
+            sentence_language="english",
+        )
+    )
+    return folder / "corpus"
 
 
 @pytest.fixture
@@ -149,11 +168,11 @@ def test_unfinished_work_with_other_sentences_is_refused(
 
 
 def test_verify_compares_sentences(
-    run: Run, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("one")
+    shutil.copytree(whole.parent, tmp_path / "one")
     prefix = tmp_path / "one" / "corpus"
-    against = ["verify", str(prefix), "--against", str(source)]
+    against = ["verify", str(prefix), "--against", str(tmp_path / "one" / "input.jsonl")]
     assert cli.main(against) == 0
     assert f"{len(TEXTS)} documents are equal" in capsys.readouterr().out
 
@@ -188,10 +207,9 @@ def _verify_rebuilt(
 
 @pytest.mark.parametrize("strategy", ["split", "best-fit"])
 def test_packs_are_cut_between_sentences(
-    run: Run, tmp_path: Path, tokenizer_folder: Path, strategy: str
+    whole: Path, tmp_path: Path, tokenizer_folder: Path, strategy: str
 ) -> None:
-    run("one")
-    prefix = str(tmp_path / "one" / "corpus")
+    prefix = str(whole)
     config = MeCoGPTDatasetConfig(
         random_seed=1,
         sequence_length=LENGTH,

@@ -1,4 +1,4 @@
-"""Megatron's tokenizers from flags that are not all known here, and what is no tokenizer of its."""
+"""Megatron's tokenizers with unknown flags, and objects that are not Megatron tokenizers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_meco.errors import FlagError
 
 @pytest.fixture
 def asks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A Megatron that asks for one more flag, as later versions do; what it was told."""
+    """A Megatron that reads one more flag, as later versions do; returns the values it got."""
     told: dict[str, Any] = {}
     build = megatrons.build_tokenizer
 
@@ -43,7 +43,7 @@ def asks(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_flag_that_is_not_known_here_has_megatrons_default(
     asks: Any, tokenizer_folder: Path
 ) -> None:
-    """Read from the installed Megatron, without the import of its training package."""
+    """Read from the installed Megatron without importing its training package."""
     told = asks("vocab_extra_ids")
     assert "vocab_extra_ids" not in module.TOKENIZER_DEFAULTS
     assert build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder)).vocab_size > 200
@@ -51,7 +51,7 @@ def test_a_flag_that_is_not_known_here_has_megatrons_default(
 
 
 def test_a_flag_that_nobody_knows_is_named(asks: Any, tokenizer_folder: Path) -> None:
-    """The folder is fine, and is not blamed."""
+    """The error does not blame the folder."""
     asks("use_flux_capacitor")
     with pytest.raises(FlagError, match="asks for the setting 'use_flux_capacitor'") as refused:
         build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder))
@@ -73,20 +73,35 @@ def test_defaults_of_fields(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_breaks_the_loader_in_its_own_way(tmp_path: Path) -> None:
-    """The Rust library raises the bare class."""
+    """The Rust library raises a plain `Exception`."""
     for name, content in (("tokenizer.json", "[" * 50_000), ("tokenizer_config.json", "{}")):
         (tmp_path / name).write_text(content)
     with pytest.raises(FlagError, match="does not load as HuggingFaceTokenizer"):
         build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
 
 
+def test_a_mistyped_folder_is_told_before_the_hub_is_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FlagError, match="There is no such folder here"):
+        build_tokenizer("HuggingFaceTokenizer", "tokeniser")
+    assert capsys.readouterr().err == (
+        "'tokeniser' is no folder here; asking the Hugging Face hub\n"
+    )
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_a_tokenizer_of_transformers_is_refused(tokenizer_folder: Path) -> None:
-    """It has no `bos` and no `eod`: documents would begin without BOS, in silence."""
+    """It has no `bos` and no `eod`: documents would silently begin without BOS."""
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(tokenizer_folder)
     for function in (check_tokenizer, resolve_bos, resolve_eod, text_encoder):
-        with pytest.raises(FlagError, match=r"is no tokenizer of Megatron's.*build_tokenizer"):
+        with pytest.raises(FlagError, match=r"is not a Megatron tokenizer.*build_tokenizer"):
             function(other)
     check_tokenizer(build_tokenizer("HuggingFaceTokenizer", str(tokenizer_folder)))
 

@@ -103,7 +103,7 @@ def test_domain_and_suffix() -> None:
 
 
 def test_hashed_ids_are_pinned() -> None:
-    """They stand in trained models' prompts: a release must not change them."""
+    """Trained models depend on them: a release must not change them."""
     ids = url.hashed(pa.array(["en.wikipedia.org", "www.bbc.co.uk", None])).to_pylist()
     assert ids == ["pq8ibe9t-xjzp", "eifmd0vx-kpe2", None]
 

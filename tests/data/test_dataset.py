@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -533,6 +534,38 @@ def test_cooldown_from_a_corpus_of_its_own(tmp_path: Path) -> None:
     assert train.locate(9)[0].corpus_prefix == main
     assert train.locate(10)[0].corpus_prefix == other
     assert train.conditioned.plan.counts.packs == 10
+
+
+@pytest.mark.parametrize("strategy", ["truncate", "split", "best-fit"])
+@pytest.mark.parametrize("template", [TEMPLATE, ""])
+def test_suffixes_come_with_the_conditioned_phase(
+    tmp_path: Path, strategy: str, template: str
+) -> None:
+    prefix = write_corpus(tmp_path / "c", random_bodies(130), {"url": hosts(130)})
+    meco = MeCoConfig(
+        template=template,
+        suffix_template=r"\n{url.host}",
+        packing=strategy,
+        start_fraction=0.3,
+        cooldown_fraction=0.2,
+    )
+    schedule = make_schedule(meco, BatchSize.constant(4), train_iterations=10)
+    config = make_config(prefix, meco=meco)
+    train, _, _ = build_datasets([40, 0, 0], lambda: True, config, schedule)
+    totals = Counter[str]()
+    for i in range(40):
+        source, pack = train.locate(i)
+        phase, number = reference.phase_at(i, (12, 32, 40))
+        assert (source.config.phase, pack) == (phase, number)
+        documents = source.documents_of(pack)
+        given = sum(document["prefix_tokens"] + document["suffix_tokens"] for document in documents)
+        assert int(train[i]["meco_prefix_tokens"]) == given
+        totals[phase] += given
+        if phase == "plain":
+            because = {document["no_suffix_because"] for document in documents}
+            assert because == {"the plain phase has no suffixes"}
+    assert (totals["plain"], totals["cooldown"]) == (0, 0)
+    assert totals["conditioned"] > 100
 
 
 def test_a_plain_start_of_a_blend_and_a_cooldown_of_its_own(tmp_path: Path) -> None:

@@ -122,6 +122,56 @@ def test_padding_behind_documents_is_counted_and_shown(
     )
 
 
+def test_suffixes_are_counted_and_shown(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    suffix = ["--meco-suffix-template", r"\nFrom {url.host}", "--meco-packing", "best-fit"]
+    out = run(capsys, "plan", *flags, *suffix, "--json")[1]
+    phases = json.loads(out)["phases"]
+    for phase, counts in phases.items():
+        kinds = ("body", "prefix", "suffix", "bos", "padding")
+        assert sum(counts[f"{kind}_tokens"] for kind in kinds) == counts["packs"] * LENGTH
+        assert (counts["suffix_tokens"] > 0) == (phase == "conditioned")
+    shown = run(capsys, "plan", *flags, *suffix)[1]
+    assert re.search(r"suffix tokens\W+[1-9]", shown)
+    assert r"of suffixes \nFrom {url.host}" in shown
+    assert "suffix" not in run(capsys, "plan", *flags)[1]
+    for loss in ([], ["--meco-suffix-loss", "0"]):
+        given = [*flags, *suffix, *loss, "--meco-template", ""]
+        report = json.loads(run(capsys, "inspect", *given, "--json")[1])
+        parts = [part for d in report["documents"] for part in d["parts"]]
+        [(_, begin, end)] = [part for part in parts if part[0] == "suffix"]
+        [text] = [d["suffix"] for d in report["documents"] if d["suffix"]]
+        assert text.startswith("\nFrom ")
+        # EOD follows; the token before a suffix predicts its first one, its last one predicts EOD.
+        assert parts[parts.index(["suffix", begin, end]) + 1] == ["body", end, end + 1]
+        assert report["loss_mask"][begin - 1 : end] == [float(not loss)] * (end - begin) + [1]
+        text = run(capsys, "inspect", *given)[1]
+        assert f"suffix, {'not ' if loss else ''}in the loss" in " ".join(text.split())
+        rows = run(capsys, "inspect", *given, "--tokens")[1].splitlines()[1:]
+        assert [row.split()[2] for row in rows].count("suffix") == end - begin
+        assert rows[end].split()[2] == "body"
+    assert "suffix" not in run(capsys, "inspect", *flags)[1]
+
+
+def test_the_parts_of_a_padded_pack_are_told_token_by_token(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*flags, "--meco-pad-documents-to", "16", "--meco-max-documents-per-pack", "1"]
+    report = json.loads(run(capsys, "inspect", *given, "--json")[1])
+    rows = run(capsys, "inspect", *given, "--tokens")[1].splitlines()[1:]
+    found = [row.split()[2] for row in rows]
+    padded = 0
+    bounds = report["cu_seqlens"]
+    for document, begin, end in zip(report["documents"], bounds, bounds[1:], strict=False):
+        body = document["body_end"] - document["body_begin"]
+        head = 1 + document["prefix_tokens"]
+        padding = document["alignment_tokens"]
+        assert found[begin:end] == ["prefix"] * head + ["body"] * body + ["padding"] * padding
+        padded += padding
+    assert padded > 0
+
+
 def test_inspect_json_is_the_concatenation_of_its_documents(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +307,7 @@ def test_a_whole_command_needs_what_a_run_needs(
         ("--save ck", "--save-interval: missing"),
         ("--save ck --save-interval 5 --iterations-to-skip 9", "--iterations-to-skip"),
         ("--kv-channels 7", "even number"),
+        ("--group-query-attention --num-query-groups 3", "--num-query-groups 3: does not divide"),
         ("--train-samples 40", "--train-samples 40: given beside --train-iters 10"),
         ("--yaml-cfg x.yaml", "--yaml-cfg"),
         ("--min-lr 1", "--min-lr 1.0: above --lr"),

@@ -41,12 +41,16 @@ class CoreTarget(Target):
             prefix_ids=self._maybe(draw, [i % 4 - 1 for i in range(num_documents)], np.int32),
             prefix_tokens=self._array(draw, [7] * 9, np.int32),
             prefix_offsets=self._array(draw, offsets, np.int64),
+            suffix_ids=self._maybe(draw, [i % 3 - 1 for i in range(num_documents)], np.int32),
+            suffix_tokens=self._array(draw, [8] * 5, np.int32),
+            suffix_offsets=self._array(draw, [0, 1, 5], np.int64),
             bos_id=self._odd(draw, 3),
             plain_seed=draw.choice([0, 2**63, 2**64 - 1]),
             plain_threshold=draw.choice([0, 0, 2**63]),
         )
         num_packs = draw.choice([None, 5, *ODD_INTEGERS])
         alignment = self._odd(draw, draw.choice([1, 1, 8]))
+        repeat_every = self._odd(draw, draw.choice([0, 0, 1, 5]))
         if num_packs is not None and 1000 < num_packs <= 2**32:
             num_packs = 1000  # as many would be made, and take their time
         plan: dict[str, Any] = {
@@ -68,6 +72,7 @@ class CoreTarget(Target):
                 range_end=self._odd(draw, num_documents),
                 seed=draw.choice([0, 5, 2**64 - 1]),
                 repeat_prefix=draw.random() < 0.5,
+                repeat_every=repeat_every,
                 alignment=alignment,
                 num_threads=draw.choice([1, 1, 1, 2, 0, -1, 2**31 - 1]),
             )
@@ -89,8 +94,10 @@ class CoreTarget(Target):
             pad_id=self._odd(draw, 1),
             view=draw.choice(["conditioned", "plain", "shuffled"]),
             train_on_prefix=draw.random() < 0.3,
+            train_on_suffix=draw.random() < 0.7,
             strategy=draw.choice([*_STRATEGIES, "none"] if draw.random() < 0.1 else _STRATEGIES),
             repeat_prefix=draw.random() < 0.5,
+            repeat_every=repeat_every if draw.random() < 0.8 else self._odd(draw, 2),
             alignment=alignment,
             bin=tokens.view(np.uint8) if has_bin else None,
             sequence_pointers=self._array(draw, pointers.tolist(), np.int64) if has_bin else None,

@@ -51,7 +51,12 @@ def config_of(prefix: str, cache: Path, packing: str = "truncate") -> MeCoGPTDat
         split="80,20,0",
         path_to_cache=str(cache),
         tokenizer=LetterTokenizer(),
-        meco=MeCoConfig(template="{topic}: ", packing=packing, cooldown_fraction=0.25),
+        meco=MeCoConfig(
+            template="{topic}: ",
+            suffix_template=";{topic}",
+            packing=packing,
+            cooldown_fraction=0.25,
+        ),
     )
 
 
@@ -304,6 +309,7 @@ class MetadataTarget(Corpora):
         tokenize = config.tokenizer.tokenize
         # An empty value is none.
         prefixes = [tokenize(f"{v}: ") if v else None for v in values]
+        suffixes = [tokenize(f";{v}") if v else [] for v in values]
         schedule = make_schedule(config.meco, BatchSize.constant(4), train_iterations=8)
         train, _, _ = build_datasets([32, 8, 0], lambda: True, config, schedule)
         dataset: MeCoGPTDataset = train.conditioned
@@ -319,6 +325,11 @@ class MetadataTarget(Corpora):
                     expected and not shown and begin + 1 < LENGTH and piece["body_end"]
                 ):
                     raise Wrong(f"document {piece['document']} shows {shown}, not {expected}")
+                for kind, first, last in piece["parts"]:
+                    behind = sample["tokens"][first:last].tolist()
+                    expected = suffixes[piece["document"]]
+                    if kind == "suffix" and behind != expected[: len(behind)]:
+                        raise Wrong(f"document {piece['document']} ends in {behind}")
 
 
 class ManifestTarget(Corpora):

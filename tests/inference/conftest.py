@@ -16,15 +16,9 @@ from runs import prepare_pages
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A Llama with random weights, as `meco export` wrote it."""
-    from inference.synthetic import random_tensors, run_args, write_checkpoint
+    from inference.synthetic import export_random
 
-    from megatron_meco.inference.export import export
-
-    folder = tmp_path_factory.mktemp("exported")
-    args = run_args(tokenizer_folder)
-    write_checkpoint(folder / "checkpoint", args, random_tensors(args))
-    export(folder / "checkpoint", folder / "model")
-    return folder / "model"
+    return export_random(tmp_path_factory.mktemp("exported"), tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +37,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """As `exported`, with more room."""
-    from inference.synthetic import random_tensors, run_args, write_checkpoint
+    from inference.synthetic import export_random
 
-    from megatron_meco.inference.export import export
-
-    folder = tmp_path_factory.mktemp("roomy")
-    args = run_args(tokenizer_folder, max_position_embeddings=LENGTH, seq_length=LENGTH)
-    write_checkpoint(folder / "checkpoint", args, random_tensors(args))
-    export(folder / "checkpoint", folder / "model")
-    return folder / "model"
+    room = {"max_position_embeddings": LENGTH, "seq_length": LENGTH}
+    return export_random(tmp_path_factory.mktemp("roomy"), tokenizer_folder, **room)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ NUM_ITERATIONS = 4
 
 @dataclass(frozen=True)
 class Trained:
-    """A run of Megatron's own trainer, exported."""
+    """A run of Megatron's trainer, and its export."""
 
     corpus: str
     checkpoint: Path

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness whose data lies beside them: choice, generation, perplexity."""
+"""Tasks of lm-evaluation-harness with local data: choice, generation, perplexity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as Megatron writes it, without training: known tensors, flags, one piece each."""
+"""Checkpoints in Megatron's format without training: known tensors and flags, one piece each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+
+from megatron_meco.inference.export import export
 
 HIDDEN, FFN, LAYERS, HEADS, GROUPS, HEAD_DIM = 16, 24, 3, 4, 2, 6
 PADDED = 384
@@ -81,7 +83,7 @@ def random_tensors(args: Namespace, seed: int = 0) -> dict[str, torch.Tensor]:
 def write_checkpoint(
     folder: Path, args: Namespace, tensors: dict[str, torch.Tensor], iteration: int = 20
 ) -> Path:
-    """Write one iteration, its tracker file, and some things that are no weights."""
+    """Write one iteration, its tracker file, and some entries that are not weights."""
     path = folder / f"iter_{iteration:07d}"
     path.mkdir(parents=True)
     state: dict[str, Any] = dict(tensors)
@@ -105,6 +107,18 @@ def write_checkpoint(
     # As on a machine without the package that the object came from.
     sys.modules.pop("foreign_package", None)
     return folder
+
+
+def write_run(folder: Path, tokenizer: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint with random weights."""
+    args = run_args(tokenizer, **changes)
+    return write_checkpoint(folder, args, random_tensors(args, seed))
+
+
+def export_random(folder: Path, tokenizer: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint with random weights, export it, and return the export."""
+    export(write_run(folder / "checkpoint", tokenizer, seed, **changes), folder / "model")
+    return folder / "model"
 
 
 def _foreign_object() -> Any:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from inference.synthetic import random_tensors, run_args, write_run
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-torch = pytest.importorskip("torch")
-
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
-
-from megatron_meco.inference.checkpoint import (  # noqa: E402
+from megatron_meco.inference.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_iteration,
@@ -25,8 +23,7 @@ from megatron_meco.inference.checkpoint import (  # noqa: E402
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    args = run_args(tmp_path / "tokenizer")
-    return write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    return write_run(tmp_path / "run", tmp_path / "tokenizer")
 
 
 def test_flags_iteration_and_shapes_without_the_packages_of_the_run(saved: Path) -> None:
@@ -132,7 +129,7 @@ NORM = "decoder.final_layernorm.weight"
 
 
 def tamper(index: Any, how: str) -> None:
-    """Make the index of a checkpoint say something that is not so."""
+    """Change the index of a checkpoint."""
     norm = index.state_dict_metadata[NORM]
     place = index.storage_data[MetadataIndex(NORM, torch.Size([0]))]
     match how:
@@ -195,7 +192,7 @@ def test_an_index_that_lies(saved: Path, how: str) -> None:
 
 
 def test_one_list_in_many_places_is_refused(saved: Path) -> None:
-    """A crafted index of some hundred kilobytes, which takes minutes piece by piece."""
+    """A crafted index of some hundred kilobytes would take minutes to read piece by piece."""
     folder = find_iteration(saved)
     index = pickle.loads((folder / ".metadata").read_bytes())
     norm = index.state_dict_metadata[NORM]
@@ -212,7 +209,7 @@ def test_one_list_in_many_places_is_refused(saved: Path) -> None:
 
 
 def test_what_no_piece_fills_is_not_left_to_chance(saved: Path) -> None:
-    """Two pieces in one place are as long as the tensor, and leave a part of it open."""
+    """Two overlapping pieces have the size of the tensor and leave a part of it unset."""
     folder = find_iteration(saved)
     index = pickle.loads((folder / ".metadata").read_bytes())
     norm = index.state_dict_metadata[NORM]

@@ -1,4 +1,4 @@
-"""A prefix for one prompt is the prefix that a document with these values had."""
+"""The prefix of a prompt is that of a training document with the same values."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ OLD = ["[[{topic}]] ", "{topic}]]]x[[[[", r"\\[[\n{topic}", "a[b]{{[[{{{topic|de
 
 @pytest.mark.parametrize("template", OLD)
 def test_a_template_of_the_first_syntax_keeps_its_meaning(template: str) -> None:
-    """There brackets were text, wherever they stood."""
+    """In it, brackets were text."""
     written = in_current_syntax(template, 1)
     assert written is not None
     # As the first syntax was read: braces, escapes, nothing else.

@@ -1,4 +1,4 @@
-"""Wrong metadata as a control, and two models on the same documents, against plain oracles."""
+"""Wrong metadata as a control and two models on the same documents, against simple oracles."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ pytest.importorskip("lm_eval")
 scipy_stats = pytest.importorskip("scipy.stats")
 
 from inference.local_tasks import LENGTH  # noqa: E402
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
+from inference.synthetic import export_random  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_meco import cli  # noqa: E402
-from megatron_meco.inference.export import export  # noqa: E402
 from megatron_meco.inference.harness_model import MeCoLM  # noqa: E402
 from megatron_meco.inference.harness_tasks import Evaluation, evaluate_task  # noqa: E402
 from megatron_meco.inference.paired import deal_wrong, paired  # noqa: E402
@@ -32,11 +31,8 @@ URLS = "local_choice: {url: a.org}\nlocal_empty: {url: b.org}\n"
 @pytest.fixture(scope="module")
 def other_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """As `model_folder`, with other weights."""
-    folder = tmp_path_factory.mktemp("other")
-    args = run_args(tokenizer_folder, max_position_embeddings=LENGTH, seq_length=LENGTH)
-    write_checkpoint(folder / "checkpoint", args, random_tensors(args, seed=1))
-    export(folder / "checkpoint", folder / "model")
-    return folder / "model"
+    room = {"max_position_embeddings": LENGTH, "seq_length": LENGTH}
+    return export_random(tmp_path_factory.mktemp("other"), tokenizer_folder, seed=1, **room)
 
 
 def run(folder: Path, tasks: Path, *flags: object) -> int:
@@ -247,7 +243,7 @@ def check(row: dict[str, Any], one: list[float], other: list[float]) -> None:
 def test_a_baseline_is_compared_without_metadata(
     model_folder: Path, tmp_path: Path, tasks: Path, only_local: None, capsys: Any
 ) -> None:
-    """A model that was trained without a template reads no prefix, unless one is given."""
+    """A model that was trained without a template reads no prefix unless one is given."""
     baseline = shutil.copytree(model_folder, tmp_path / "baseline")
     card = json.loads((baseline / "meco.json").read_text())
     (baseline / "meco.json").write_text(json.dumps(card | {"template": "", "fields": []}))

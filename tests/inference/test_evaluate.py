@@ -1,4 +1,4 @@
-"""`meco eval` against the harness's own model, the requests it makes, its table, its refusals."""
+"""`meco eval`: equality with the harness's own model, its requests, its table, its errors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
-from inference.local_tasks import LENGTH  # noqa: E402
+from inference.local_tasks import LENGTH
 
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.inference import harness_tasks as evaluate_module  # noqa: E402
-from megatron_meco.inference.harness_model import MeCoLM, RequestError  # noqa: E402
-from megatron_meco.inference.harness_tasks import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.inference import harness_tasks as evaluate_module
+from megatron_meco.inference.harness_model import MeCoLM, RequestError
+from megatron_meco.inference.harness_tasks import (
     Comparison,
     Evaluation,
     TaskResult,
@@ -202,7 +201,7 @@ def test_the_papers_tasks_with_its_urls(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ten tasks, each on its URL, 0-shot and 5-shot; their data is not to be had in a test."""
+    """Ten tasks, each on its URL, 0-shot and 5-shot, with local data in place of their own."""
     from lm_eval import tasks as harness_tasks
 
     asked = []
@@ -391,7 +390,7 @@ def test_the_inputs_are_not_written_over(
 def test_a_model_that_computes_nothing(
     model_folder: Path, tasks: Path, only_local: None, tmp_path: Path, capsys: Any
 ) -> None:
-    """The largest of numbers that are NaN is the first: an accuracy that means nothing."""
+    """argmax of NaN is 0, which would give a meaningless accuracy."""
     import shutil
 
     from safetensors.torch import load_file, save_file

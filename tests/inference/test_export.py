@@ -1,4 +1,4 @@
-"""The exported folder: what transformers makes of it, and that it agrees with Megatron."""
+"""The exported folder: transformers loads it, and its logits agree with Megatron's."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from inference.launched import Trained, train_with_logits  # noqa: E402
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from runs import write_tokenizer  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from inference.launched import Trained, train_with_logits
+from inference.synthetic import random_tensors, run_args, write_checkpoint, write_run
+from runs import write_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import FlagError, MeCoError  # noqa: E402
-from megatron_meco.inference import export as export_module  # noqa: E402
-from megatron_meco.inference.export import export  # noqa: E402
-from megatron_meco.inference.model_card import describe_run, model_card  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.errors import FlagError, MeCoError
+from megatron_meco.inference import export as export_module
+from megatron_meco.inference.export import export
+from megatron_meco.inference.model_card import describe_run, model_card
 
 
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    args = run_args(tokenizer_folder)
-    return write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    return write_run(tmp_path / "run", tokenizer_folder)
 
 
 def read(folder: Path, name: str) -> dict[str, object]:
@@ -285,8 +284,7 @@ def test_the_tokenizer_must_be_the_runs(saved: Path, tmp_path: Path) -> None:
 
 
 def test_other_tokenizer_types_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
-    args = run_args(tokenizer_folder, tokenizer_type="TikTokenizer")
-    write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    write_run(tmp_path / "run", tokenizer_folder, tokenizer_type="TikTokenizer")
     with pytest.raises(FlagError, match="TikTokenizer"):
         export(tmp_path / "run", tmp_path / "model")
     export(tmp_path / "run", tmp_path / "model", tokenizer=tokenizer_folder)
@@ -326,8 +324,7 @@ def test_flags_of_another_kind(
     value: object,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = run_args(tokenizer_folder)
-    write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    write_run(tmp_path / "run", tokenizer_folder)
     state = {"args": run_args(tokenizer_folder, **{name: value}), "iteration": 20}
     torch.save(state, tmp_path / "run" / "iter_0000020" / "common.pt")
     out = str(tmp_path / "out")
@@ -359,9 +356,7 @@ def test_a_run_that_has_diverged(tmp_path: Path, tokenizer_folder: Path, value: 
 
 def test_names_in_the_model_card_stay_text(tmp_path: Path, tokenizer_folder: Path) -> None:
     paths = ["a`b", "<script>alert(1)</script>", "x\n# Heading\n\x1b[2J", "``"]
-    args = run_args(tokenizer_folder, data_path=paths)
-    write_checkpoint(tmp_path / "run", args, random_tensors(args))
-    export(tmp_path / "run", tmp_path / "model")
+    export(write_run(tmp_path / "run", tokenizer_folder, data_path=paths), tmp_path / "model")
     lines = (tmp_path / "model" / "README.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("- Data")] == [
         "- Data: `` a`b ``.",

@@ -1,4 +1,4 @@
-"""Where the prefix stands, what guidance does, and what the command shows and refuses."""
+"""The place of the prefix, guidance, and the output and errors of the command."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.data.template import PrefixText, Token  # noqa: E402
-from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.conditioning import parse_metadata  # noqa: E402
-from megatron_meco.inference.generate import generate_text  # noqa: E402
-from megatron_meco.inference.model import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.data.template import PrefixText, Token
+from megatron_meco.errors import FlagError
+from megatron_meco.inference.conditioning import parse_metadata
+from megatron_meco.inference.generate import generate_text
+from megatron_meco.inference.model import (
     LoadedModel,
     PromptError,
     encode_prompt,
@@ -299,7 +297,7 @@ def test_what_would_move_the_cursor_is_spelled_out(
 
 
 def test_lines_of_a_prompt_file(exported: Path, tmp_path: Path, capsys: Any) -> None:
-    """A line feed ends a prompt; what else Unicode calls a line end belongs to it."""
+    """A line feed ends a prompt; other line ends of Unicode are part of it."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028two\x0cthree\r\nfour\n \n".encode())
     assert run(exported, "--prompt-file", str(file)) == 0
@@ -355,7 +353,7 @@ def test_a_folder_that_was_tampered_with(
 
 
 def test_a_tokenizer_larger_than_the_model(exported: Path, tmp_path: Path, capsys: Any) -> None:
-    """Its last tokens have no embedding: an IndexError, and on a GPU the end of the process."""
+    """Its last tokens have no embedding: an IndexError, and on a GPU a crash."""
     model = shutil.copytree(exported, tmp_path / "model")
     data = json.loads((model / "tokenizer.json").read_text())
     last = max(data["model"]["vocab"].values())
@@ -369,7 +367,7 @@ def test_a_tokenizer_larger_than_the_model(exported: Path, tmp_path: Path, capsy
 def test_weights_that_nobody_wrote_are_not_made_up(
     exported: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """transformers warns of a missing tensor and draws one; here it is an error."""
+    """transformers warns about a missing tensor and initialises it; here it is an error."""
     from safetensors.torch import load_file, save_file
 
     model = shutil.copytree(exported, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The way back: bit by bit, read by Megatron's own loader in another layout, refusals by name."""
+"""`meco import`: bit-exact, read by Megatron's own loader in another layout, and its errors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from inference.launched import Trained, train_with_logits  # noqa: E402
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from inference.launched import Trained, train_with_logits
+from inference.synthetic import random_tensors, run_args, write_checkpoint
+from safetensors.torch import load_file, save_file
 
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import MeCoError  # noqa: E402
-from megatron_meco.inference.checkpoint import Checkpoint, find_iteration  # noqa: E402
-from megatron_meco.inference.export import export  # noqa: E402
-from megatron_meco.inference.import_hf import import_hf  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.errors import MeCoError
+from megatron_meco.inference.checkpoint import Checkpoint, find_iteration
+from megatron_meco.inference.export import export
+from megatron_meco.inference.import_hf import import_hf
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_there_and_back_is_bit_identical(
 def test_megatron_trains_from_it_and_exports_the_same_from_virtual_stages(
     trained: Trained, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """One step that changes nothing, in two pipeline stages of two virtual ones each."""
+    """One step with learning rate 0, in two pipeline stages of two virtual stages each."""
     imported = tmp_path / "imported"
     import_hf(trained.model, imported)
     flags = f"""
@@ -141,7 +141,7 @@ def test_folders_that_cannot_be_used(exported: Path, tmp_path: Path) -> None:
 
 
 def refused(model: Path, capsys: pytest.CaptureFixture[str], command: str = "import") -> str:
-    """One line, nothing written, and no memory taken on the word of the folder."""
+    """Check for one error line, nothing written, and little memory allocated."""
     out, before = model.parent / "out", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flags = ["--output", str(out)] if command == "import" else ["--prompt", "x", "--device", "cpu"]
     assert cli.main([command, "--model", str(model), *flags]) == 1
@@ -225,7 +225,7 @@ def test_a_configuration_that_is_no_json(
 
 
 def into_two_files(model: Path, change: Any) -> None:
-    """Part the weights into `a` and `b`, with an index that `change` makes of the right one."""
+    """Split the weights into `a` and `b`, with an index that `change` may alter."""
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -342,7 +342,7 @@ def test_types_that_differ_inside_a_tensor_of_megatrons(
 
 
 def test_links_and_pipes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The hub's own cache is made of links out of the folder; a loop or a pipe is no file."""
+    """The hub's cache consists of links out of the folder; loops and pipes are refused."""
     weights = model / "model.safetensors"
     (tmp_path / "elsewhere").mkdir()
     weights.rename(tmp_path / "elsewhere" / "blob")

@@ -1,4 +1,4 @@
-"""Pickles that would run something, at each place where a stranger's folder is read."""
+"""Pickles that would run code, at each place where a foreign folder is read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from inference.synthetic import run_args, write_run
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-torch = pytest.importorskip("torch")
-
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from inference.synthetic import random_tensors, run_args, write_checkpoint  # noqa: E402
-from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
-
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.untrusted.inert_pickle import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.untrusted.inert_pickle import (
     READ_ERRORS,
     Inert,
     read_pickle,
@@ -46,11 +44,11 @@ class Reduces:
         return self.call
 
     def __call__(self) -> None:
-        """Only what can be called may be pickled as a function; this one is not."""
+        """pickle requires a callable; it is never called."""
 
 
 def payloads(mark: Path) -> dict[str, Any]:
-    """Objects that make a file when they are unpickled, by how they do it."""
+    """Objects that create a file when unpickled, by mechanism."""
     touch = Reduces(os.mkdir, str(mark))
     return {
         "a call": touch,
@@ -70,7 +68,7 @@ HOW = list(payloads(Path("x")))
 
 @pytest.fixture(autouse=True)
 def modules_by_name() -> Any:
-    """Let modules be pickled, as a hand-written pickle names them."""
+    """Make modules picklable, as a hand-written pickle could name them."""
     copyreg.pickle(type(os), lambda module: (__import__, (module.__name__,)))
     yield
     copyreg.dispatch_table.pop(type(os))
@@ -113,7 +111,7 @@ def test_what_torch_saves_is_read_without_its_tensors() -> None:
 
 
 def test_a_file_changes_nothing_for_the_next_one() -> None:
-    """BUILD with a pair sets attributes of what is on the stack, which may be a class."""
+    """BUILD with a pair sets attributes of the top of the stack, which may be a class."""
     for module, name in (("collections", "OrderedDict"), ("torch", "Size"), ("evil", "Thing")):
         # GLOBAL, MARK, NONE, dict {"__init__": 5}, TUPLE2, BUILD, STOP
         code = b"c" + module.encode() + b"\n" + name.encode() + b"\n"
@@ -152,12 +150,11 @@ def test_numbers_in_the_file_allocate_nothing(code: bytes) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    args = run_args(tokenizer_folder)
-    return write_checkpoint(tmp_path / "run", args, random_tensors(args))
+    return write_run(tmp_path / "run", tokenizer_folder)
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Export, and give back the refusal: one line, nothing run, nothing written."""
+    """Export and return the error: one line, nothing run, nothing written."""
     out = tmp_path / "out"
     assert cli.main(["export", "--load", str(tmp_path / "run"), "--output", str(out)]) == 1
     err = capsys.readouterr().err
@@ -175,8 +172,7 @@ def test_the_index(saved: Path, tmp_path: Path, how: str, capsys: Any) -> None:
     assert "its index cannot be used" in refused(tmp_path, capsys)
     # An index that is right but for what it holds.
     shutil.rmtree(saved)
-    args = run_args(tmp_path / "no-tokenizer")
-    write_checkpoint(saved, args, random_tensors(args))
+    write_run(saved, tmp_path / "no-tokenizer")
     index = pickle.loads((folder / ".metadata").read_bytes())
     index.planner_data = payload
     (folder / ".metadata").write_bytes(pickle.dumps(index))

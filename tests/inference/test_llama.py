@@ -1,4 +1,4 @@
-"""The mapping, tensor by tensor, against an assembly from named heads; every refusal."""
+"""The mapping, tensor by tensor, against an assembly from named heads; every error."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from inference.synthetic import random_tensors, run_args
 
-torch = pytest.importorskip("torch")
-
-from inference.synthetic import random_tensors, run_args  # noqa: E402
-
-from megatron_meco.inference.checkpoint import CheckpointError  # noqa: E402
-from megatron_meco.inference.llama import (  # noqa: E402
+from megatron_meco.inference.checkpoint import CheckpointError
+from megatron_meco.inference.llama import (
     Sizes,
     check_architecture,
     plan_weights,
@@ -27,7 +25,7 @@ _numbers: dict[object, int] = {}
 
 
 def marked(*names: object) -> torch.Tensor:
-    """A row per name that no other name has."""
+    """A distinct row for each name."""
     numbers = [_numbers.setdefault(name, 100 + len(_numbers)) for name in names]
     return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, HIDDEN).contiguous()
 

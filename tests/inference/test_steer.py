@@ -1,4 +1,4 @@
-"""Samples that an interruption does not change, intervals that are right, scorers of the user's."""
+"""Samples after interruptions, confidence intervals, and the user's scorers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.model import LoadedModel, encode_prompt, load_model  # noqa: E402
-from megatron_meco.inference.samples import SampleSettings, sample  # noqa: E402
-from megatron_meco.inference.steer import intervals  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.errors import FlagError
+from megatron_meco.inference.model import LoadedModel, encode_prompt, load_model
+from megatron_meco.inference.samples import SampleSettings, sample
+from megatron_meco.inference.steer import intervals
 
 PREFIX = "URL: en.wikipedia.org\n\n"
 SETTINGS = SampleSettings(
@@ -100,7 +97,7 @@ def test_samples_of_other_settings_are_not_mixed(loaded: LoadedModel, tmp_path: 
 
 def test_intervals_are_those_of_the_mean() -> None:
     draw = np.random.default_rng(3)
-    scores, plain = draw.beta(2, 8, 2000), draw.beta(4, 6, 2000)
+    scores, plain = draw.beta(2, 8, 500), draw.beta(4, 6, 500)
     found = intervals(scores, plain)
     assert intervals(plain).keys() == {"mean", "share_above_0.5"}
 
@@ -110,22 +107,22 @@ def test_intervals_are_those_of_the_mean() -> None:
         return (high - low) / 2
 
     assert found["mean"].value == pytest.approx(scores.mean())
-    assert half_width("mean") == pytest.approx(1.96 * scores.std() / 2000**0.5, rel=0.05)
+    assert half_width("mean") == pytest.approx(1.96 * scores.std() / 500**0.5, rel=0.05)
     share = (scores > 0.5).mean()
     assert found["share_above_0.5"].value == share
     assert half_width("share_above_0.5") == pytest.approx(
-        1.96 * (share * (1 - share) / 2000) ** 0.5, rel=0.1
+        1.96 * (share * (1 - share) / 500) ** 0.5, rel=0.1
     )
-    both = (scores.var() / 2000 + plain.var() / 2000) ** 0.5
+    both = (scores.var() / 500 + plain.var() / 500) ** 0.5
     assert found["difference"].value == pytest.approx(scores.mean() - plain.mean())
     assert half_width("difference") == pytest.approx(1.96 * both, rel=0.05)
     assert found["ratio"].value == pytest.approx(scores.mean() / plain.mean())
-    wrong = draw.beta(3, 7, 4000)
+    wrong = draw.beta(3, 7, 1000)
     more = intervals(scores, plain, wrong=wrong)
     assert {name: more[name] for name in found} == found
     assert more["right_minus_shuffled"].value == pytest.approx(scores.mean() - wrong.mean())
     found["right_minus_shuffled"] = more["right_minus_shuffled"]
-    both = (scores.var() / 2000 + wrong.var() / 4000) ** 0.5
+    both = (scores.var() / 500 + wrong.var() / 1000) ** 0.5
     assert half_width("right_minus_shuffled") == pytest.approx(1.96 * both, rel=0.05)
     # Nothing to divide by.
     assert "ratio" not in intervals([0.1, 0.2], [0.0, 0.0])
@@ -200,7 +197,7 @@ def test_scored_by_a_function_and_then_by_another_scorer(
 def test_right_and_wrong_metadata(
     model_folder: Path, scorers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The control of one prefix is the samples under the two others, BOS alone not among them."""
+    """The control of a prefix is the samples under the two others, without BOS alone."""
     hosts = ("a.org", "b.org", "c.org")
     flags = [word for host in hosts for word in ("--metadata", f"url={host}")]
     flags += ["--shuffled", "--scorer", "my_scorers:length", "--output", str(scorers / "out")]
@@ -276,7 +273,7 @@ def test_samples_that_were_changed_are_neither_used_nor_cut_off(
 
 
 def test_samples_with_other_spelling_go_on(loaded: LoadedModel, tmp_path: Path) -> None:
-    """JSON that another program wrote, whose lines have other lengths: nothing is cut inside."""
+    """JSON by another program has lines of other lengths; no line is cut."""
     whole = sample(loaded, SETTINGS, tmp_path / "out")
     file = tmp_path / "out" / "generations.jsonl"
     lines = [json.loads(line) for line in file.read_bytes().splitlines()]

@@ -1,7 +1,9 @@
-"""Ranking on one half, measuring on the other: halves, scores, candidates, the command."""
+"""Ranking on one half and measuring on the other: scores, candidates, the command."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import re
@@ -11,30 +13,30 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
-from megatron_meco import cli  # noqa: E402
-from megatron_meco.errors import FlagError  # noqa: E402
-from megatron_meco.inference.candidates import (  # noqa: E402
+from megatron_meco import cli
+from megatron_meco.errors import FlagError
+from megatron_meco.inference.candidates import (
     Candidate,
     count_prefixes,
     most_frequent,
     read_candidates,
     read_texts,
 )
-from megatron_meco.inference.conditioning import Conditioning  # noqa: E402
-from megatron_meco.inference.likelihood import TextScore  # noqa: E402
-from megatron_meco.inference.model import encode_prompt, encode_text, load_model  # noqa: E402
-from megatron_meco.inference.sweep import sweep  # noqa: E402
+from megatron_meco.inference.conditioning import Conditioning
+from megatron_meco.inference.likelihood import TextScore
+from megatron_meco.inference.model import encode_prompt, encode_text, load_model
+from megatron_meco.inference.sweep import sweep
 
 CONDITIONING = Conditioning(r"URL: {url.host}\n\n", ("url",))
 TEXTS = ["the quick brown fox", "a lazy dog and a fox " * 30, "the dog", "brown brown", "fox"]
 
 
 def test_the_half_that_ranks_is_not_the_half_that_reports() -> None:
-    """With scores that are noise alone, the winner looks good on the first half and only there."""
+    """With pure noise, the winner looks good on the first half only."""
     draw = random.Random(5)
     table = {name: [draw.gauss(0, 1) for _ in range(101)] for name in ["", *map(str, range(200))]}
     asked: dict[str, list[list[int]]] = {}
@@ -188,9 +190,10 @@ TWO = Conditioning(r"Topic: {topic}\nTitle: {title}\n\n", ("title", "topic"))
 def candidates_of(tmp_path: Path, text: str | bytes, conditioning: Conditioning) -> Any:
     file = tmp_path / "candidates.txt"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    told: list[str] = []
-    found = read_candidates(file, conditioning, told.append)
-    return [(one.name, one.prefix) for one in found], told
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        found = read_candidates(file, conditioning)
+    return [(one.name, one.prefix) for one in found], told.getvalue().splitlines()
 
 
 def test_one_field_takes_a_bare_value_or_field_and_value(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_meco.run.launch import LAUNCH_KEYS
 from megatron_meco.run.presets import model_names
 from megatron_meco.run.run_file import read_run
 
-FILES = sorted((ROOT / "examples").glob("*.yaml"))
+FILES = sorted((ROOT / "examples").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -65,6 +65,8 @@ def test_set_wins_over_the_file_and_the_file_over_the_model(tmp_path: Path) -> N
 
 
 def test_a_value_that_begins_with_a_dash_reaches_its_flag(tmp_path: Path) -> None:
+    both = words(write(tmp_path, GOOD), 'meco-suffix-template="\\n{url}"', "meco-suffix-loss=0")
+    assert (both["--meco-suffix-template"], both["--meco-suffix-loss"]) == ([r"\n{url}"], ["0"])
     assert words(write(tmp_path, GOOD), "meco-template='-{url}'")["--meco-template"] == ["-{url}"]
 
 
@@ -234,6 +236,30 @@ def test_refusals_of_megatron_and_meco_get_their_line(
 ) -> None:
     run = read_run(write(tmp_path, GOOD))
     assert run.locate(error).where.endswith(place)
+
+
+def test_a_path_without_a_slash_gets_its_line(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path, "model: laptop-3m\ndata-path: web\ntrain-iters: 9\n"))
+    for where in ("web", "web.idx", "web.metadata.arrow"):
+        assert run.locate(MeCoError("no such file", where=where)).where.endswith(f":2: {where}")
+    elsewhere = run.locate(MeCoError("no such file", where="website.idx")).where
+    assert elsewhere.endswith("run.yaml: website.idx")
+
+
+@pytest.mark.parametrize("key", ["lr-warmup-iters: 100", "lr-warmup-samples: 100"])
+def test_names_of_megatron_alone_get_a_line(key: str, tmp_path: Path) -> None:
+    run = read_run(write(tmp_path, f"{GOOD}{key}\n"))
+    error = MeCoError("assert self.lr_warmup_steps < self.lr_decay_steps", where="scheduler.py")
+    assert ":5: " in run.locate(error).where
+
+
+def test_what_follows_from_a_key_is_told_where_the_key_is(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path, f"{GOOD}seq-length: -5\n"))
+    error = MeCoError("must be above 0", where="--max-position-embeddings -5")
+    place = f"{tmp_path}/run.yaml:5, from seq-length: --max-position-embeddings -5"
+    assert run.locate(error).where == place
+    error = MeCoError("too large", where="--min-lr 1")
+    assert "run.yaml:1 (model laptop-3m), from lr: --min-lr" in run.locate(error).where
 
 
 def test_other_commands_take_the_run_file_too(tmp_path: Path) -> None:

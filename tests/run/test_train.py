@@ -185,6 +185,23 @@ def test_what_only_a_start_makes_wrong(
         _check_start(run, known)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("load: other\n", "other holds no checkpoint, so there is nothing to start from"),
+        ("launch: {script: gone.py}\n", "launch names the script gone.py, and there is no such"),
+    ],
+)
+def test_what_a_start_needs_is_there(line: str, message: str, run_file: Path) -> None:
+    run_file.write_text(run_file.read_text() + line)
+    with pytest.raises(MeCoError, match=message):
+        _check_start(read_run(run_file), Facts(on_cpu=True, num_gpus=0))
+    (run_file.parent / "other").mkdir()
+    (run_file.parent / "other" / "latest_checkpointed_iteration.txt").write_text("release")
+    (run_file.parent / "gone.py").touch()
+    _check_start(read_run(run_file), Facts(on_cpu=True, num_gpus=0))
+
+
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("data-path: a\ntrain-iters: 5\n")

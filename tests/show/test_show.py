@@ -138,6 +138,26 @@ def test_packs_around_both_switches_of_a_run_that_starts_plain(
     assert samples == list(range(26, 40))
 
 
+def test_suffixes_are_told_from_bodies(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*flags(folder), "--meco-suffix-template", ";{url.host}", "--meco-packing", "split"]
+    report = show_json(capsys, *given, "--packs", "6")["packs"]
+    found = 0
+    for pack in report["packs"]:
+        texts = [report["vocabulary"][str(token)] for token in pack["tokens"]]
+        for document in pack["documents"]:
+            span = range(document["begin"], document["end"])
+            suffix = [at for at in span if pack["kinds"][at] == "s"]
+            found += len(suffix)
+            body = "".join(texts[at] for at in span if pack["kinds"][at] == "t")
+            assert document["text"] == body
+            if suffix:
+                assert document["suffix"] == "".join(texts[at] for at in suffix)
+                assert pack["kinds"][suffix[-1] + 1] == "t"
+                assert texts[suffix[0]] == ";"
+                assert pack["phase"] == "conditioned"
+    assert found > 0
+
+
 def test_models_are_asked_about_held_out_texts(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.study.execute import flags
 from benchmarks.study.figure import draw
 from benchmarks.study.recipe import HERE, Recipe, Run
 from benchmarks.study.rows import (
     Results,
     best_rates,
+    choice_rows,
     contradiction_rows,
     junk_rows,
     steering_rows,
@@ -161,6 +163,58 @@ def test_other_seeds_and_shuffled_labels_are_other_runs() -> None:
     shuffled = Recipe(path, shuffle_labels=True).contradiction()
     assert all(run.shuffles for run in shuffled)
     assert {run.seed for run in Recipe(path, [11, 12]).contradiction()} == {11, 12}
+
+
+def test_choices_are_compared_seed_by_seed() -> None:
+    choices = {
+        "half": {"asked": "url"},
+        "tokens": {"asked": "prefix"},
+        "missing": {"asked": "url"},
+    }
+    results = contradiction(0.6, 0.0)
+    for seed in SEEDS:
+        noise = 0.01 * (seed - 2)
+        variants = {"half": answer(0.5 + noise, 0.2, 0.7), "tokens": answer(0.3, 0.3, 0.2 + noise)}
+        for name, end in variants.items():
+            results.append(result("meco", seed, end, variant=f"choice-{name}"))
+    results.append(result("meco", 1, answer(1, 0, 1), variant="choice-missing"))
+    rows = choice_rows(Results(results), choices, SEEDS)
+    told = {(row.setting, row.question, row.arms): row.effect.mean for row in rows}
+    assert told == pytest.approx(
+        {
+            ("choice: half", "no URL", "half - baseline"): 0.7 - 0.1,
+            ("choice: half", "no URL", "half - meco"): 0.7 - 0.5,
+            ("choice: half", "reliable - unreliable URL", "half - meco"): 0.3 - 0.6,
+            ("choice: tokens", "no URL", "tokens - baseline"): 0.2 - 0.1,
+            ("choice: tokens", "no URL", "tokens - meco"): 0.2 - 0.5,
+            ("choice: tokens", "under its own prefix", "with - without, tokens"): 0.3 - 0.2,
+        }
+    )
+    assert not any(row.primary for row in rows)
+
+
+def test_the_choices_of_the_recipe(tmp_path: Path) -> None:
+    """They differ from setting 1's MeCo by what they say, and leave its digests as they were."""
+    recipe = Recipe(HERE / "recipe.toml")
+    runs = {run.variant: run for run in recipe.choices() if run.seed == 101}
+    assert len(recipe.choices()) == 4 * len(recipe.content["contradiction"]["choices"])
+    reference = recipe.contradiction()[0]
+    assert (reference.seed, reference.arm, reference.digest) == (101, "meco", "92a74b06e89e0de4")
+    whole = flags(reference, tmp_path, tmp_path)
+    late = flags(runs["choice-late-20"], tmp_path, tmp_path)
+    assert late == [*whole, "--meco-start-fraction", "0.2"]
+    half = flags(runs["choice-keep-half"], tmp_path, tmp_path)
+    at = whole.index("--meco-template") + 1
+    assert half == [*whole[:at], r"{url.host|keep=0.5}\n\n", *whole[at + 1 :]]
+    heads = {name.removeprefix("choice-"): run.head_tokens for name, run in runs.items()}
+    expected = {"keep-half": 0.45, "shuffled": 0.9, "late-20": 0.7, "late-60": 0.3}
+    assert heads | expected == pytest.approx({**heads, **expected})
+    assert heads["suffix"] == 0.9
+    behind = flags(runs["choice-suffix"], tmp_path, tmp_path)
+    assert behind == [*whole[:at], "", *whole[at + 1 :], "--meco-suffix-template", r"\n{url.host}"]
+    assert heads["meta-tokens"] == 4.5 and reference.head_tokens == 0.9
+    # The corpus of the study has no other tokenizer than it had.
+    assert [run.variant for run in runs.values() if run.choice.tokens] == ["choice-meta-tokens"]
 
 
 def test_a_figure_of_rows_with_and_without_intervals(tmp_path: Path) -> None:

@@ -81,6 +81,21 @@ def test_the_whole_default_study(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_the_choices_of_the_study(tmp_path: Path) -> None:
+    places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    study("--choices", *places)
+    content = json.loads((tmp_path / "results" / "default-choices.json").read_text())
+    choices = Recipe(SMOKE).content["contradiction"]["choices"]
+    told = {row["setting"] for row in content["rows"]}
+    assert {f"choice: {name}" for name in choices} <= told
+    for run in content["runs"]:
+        end = run["checkpoints"]["end"]
+        is_same = end["useful"] == end["other"]
+        assert is_same == (run["run"]["variant"] == "choice-meta-tokens")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_losses_are_those_of_torchrun(tmp_path: Path) -> None:
     run = Recipe(SMOKE).contradiction()[0]
     data, _ = execute.Executor(tmp_path)._prepared(run)

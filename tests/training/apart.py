@@ -5,8 +5,10 @@ A script imports it after it has got torch ready for its device, as Megatron loo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -48,6 +50,23 @@ def positions_of(bounds: Sequence[int]) -> torch.Tensor:
 def other_ids(num_ids: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A change of token ids: none stays."""
     return lambda ids: (ids + 7) % num_ids
+
+
+def one_by_one(model: Any) -> None:
+    """Let each expert take one token at a time.
+
+    Otherwise the number of rows of its matrix products depends on all documents, and so does their
+    rounding.
+    """
+    for layer in model.modules():
+        for expert in getattr(layer, "local_experts", ()):
+            expert.forward = functools.partial(of_rows, expert.forward)
+
+
+def of_rows(forward: Any, tokens: torch.Tensor, scale: torch.Tensor) -> Any:
+    rows = zip(tokens.split(1), scale.split(1), strict=True)
+    found = [forward(row, own)[0] for row, own in rows]
+    return (torch.cat(found) if found else tokens), None
 
 
 def change_documents(

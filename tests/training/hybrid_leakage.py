@@ -14,14 +14,15 @@ from megatron_meco.training.cpu import enable_cpu_platform
 
 enable_cpu_platform()
 
+import reference_delta_net  # noqa: E402
 import reference_mamba  # noqa: E402
 
 reference_mamba.install()
+reference_delta_net.install()
 
 import mamba_leakage  # noqa: E402
-import moe_leakage  # noqa: E402
 import torch  # noqa: E402
-from apart import change_documents, other_ids, positions_of, start  # noqa: E402
+from apart import change_documents, one_by_one, other_ids, positions_of, start  # noqa: E402
 from mamba_leakage import BOUNDS, LENGTH, parameters  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -46,6 +47,12 @@ def make_model(pattern: str) -> HybridModel:
         attention_dropout=0.0,
         apply_rope_fusion=False,
         use_cpu_initialization=True,
+        # Gated delta nets have no other activation.
+        activation_func=torch.nn.functional.silu,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
         num_moe_experts=4 if "E" in pattern else None,
         moe_router_load_balancing_type="none",
     )
@@ -64,7 +71,7 @@ def main() -> None:
     start(rendezvous)
     mamba_leakage.provider.update_seqlen_stats_from_cu_seqlens = lambda _: None
     model = make_model(pattern)
-    moe_leakage.one_by_one(model)
+    one_by_one(model)
     tokens = torch.randint(0, VOCAB_SIZE, (LENGTH,))
 
     def logits(ids: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,11 @@ import os
 import runpy
 from pathlib import Path
 
+import reference_delta_net
 import reference_mamba
 
 reference_mamba.install()
+reference_delta_net.install()
 
 if __name__ == "__main__":
     folder = Path(os.environ.get("MECO_TEST_SCRIPTS", Path(__file__).parents[2] / "examples"))

@@ -8,7 +8,6 @@ with the mask that MeCo's training step hands to the model and without it.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from typing import Any
@@ -19,7 +18,14 @@ enable_cpu_platform()
 
 import tiny_llama  # noqa: E402
 import torch  # noqa: E402
-from apart import change_documents, documents, other_ids, positions_of, start  # noqa: E402
+from apart import (  # noqa: E402
+    change_documents,
+    documents,
+    one_by_one,
+    other_ids,
+    positions_of,
+    start,
+)
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 
 from megatron_meco.training.megatron_patches import keep_padding_out_of_experts  # noqa: E402
@@ -59,23 +65,6 @@ def make_model(**changes: Any) -> Any:
     return tiny_llama.make_model(
         "local", vocab_size=VOCAB_SIZE, length=LENGTH, **(values | changes)
     ).double()
-
-
-def one_by_one(model: Any) -> None:
-    """Let each expert take one token at a time.
-
-    Otherwise the number of rows of its matrix products depends on all documents, and so does their
-    rounding.
-    """
-    for layer in model.modules():
-        for expert in getattr(layer, "local_experts", ()):
-            expert.forward = functools.partial(of_rows, expert.forward)
-
-
-def of_rows(forward: Any, tokens: torch.Tensor, scale: torch.Tensor) -> Any:
-    rows = zip(tokens.split(1), scale.split(1), strict=True)
-    found = [forward(row, own)[0] for row, own in rows]
-    return (torch.cat(found) if found else tokens), None
 
 
 def documents_changed(

@@ -3,7 +3,8 @@
 Run as a script: `mtp_leakage.py RENDEZVOUS`. Two further heads by Megatron's own code, on MeCo's
 layers for hosts without Transformer Engine. Prints, for each document, what became of the further
 heads' states of the others when it changed; and whether gradients depend on labels outside the
-loss mask, with the mask that MeCo's training step hands to the model and without it.
+loss mask, with the mask that MeCo's training step hands to the model and without it. Then, for
+heads with experts, how many tokens each head's router counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 from megatron_meco.training.cpu import enable_cpu_platform
 
@@ -24,11 +26,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec  # n
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_meco.training.attention import packed_local_layer_spec  # noqa: E402
+from megatron_meco.training.megatron_patches import keep_padding_out_of_experts  # noqa: E402
 
 LENGTH, BOUNDS, VOCAB_SIZE, HEADS = 48, [0, 13, 14, 30, 48], 100, 2
 
 
-def make_model() -> GPTModel:
+def make_model(**changes: Any) -> GPTModel:
     config = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -42,6 +45,7 @@ def make_model() -> GPTModel:
         use_cpu_initialization=True,
         mtp_num_layers=HEADS,
         mtp_loss_scaling_factor=0.5,
+        **changes,
     )
     spec = packed_local_layer_spec(SimpleNamespace(transformer=config))
     return GPTModel(
@@ -52,6 +56,35 @@ def make_model() -> GPTModel:
         position_embedding_type="rope",
         mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
     )
+
+
+def count_tokens() -> list[int]:
+    """Of the model's layers and its heads, with one expert for each token; 8 tokens are padding."""
+    keep_padding_out_of_experts()
+    model = make_model(
+        num_moe_experts=4,
+        moe_ffn_hidden_size=8,
+        moe_router_topk=1,
+        moe_router_load_balancing_type="none",
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+    )
+    padding = torch.zeros(1, LENGTH, dtype=torch.bool)
+    padding[0, LENGTH - 8 :] = True
+    tokens = torch.randint(0, VOCAB_SIZE, (1, LENGTH))
+    model(
+        tokens,
+        positions_of(BOUNDS),
+        None,
+        labels=tokens,
+        packed_seq_params=documents(BOUNDS),
+        padding_mask=padding,
+    )
+    return [
+        int(module.local_tokens_per_expert.sum())
+        for module in model.modules()
+        if getattr(module, "enable_expert_bias", False)
+    ]
 
 
 def main() -> None:
@@ -92,6 +125,7 @@ def main() -> None:
     for name, given in (("with_mask", mask), ("without_mask", None)):
         pairs = zip(gradients(labels, given), gradients(other, given), strict=True)
         report[f"same_gradients_{name}"] = all(torch.equal(a, b) for a, b in pairs)
+    report["counted"] = count_tokens()
     print(json.dumps(report))
 
 

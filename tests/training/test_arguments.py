@@ -36,6 +36,8 @@ def check(corpus: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_good_command_line_passes(check) -> None:
     check("")
+    check("--meco-suffix-template {url.host} --meco-suffix-loss 0 --meco-repeat-every 9")
+    check("--meco-template= --meco-suffix-template {url.host} --meco-plain-fraction 0.1")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,16 @@ def test_a_good_command_line_passes(check) -> None:
         ("--meco-template plain", "names no field"),
         ("--meco-pad-documents-to 0", "--meco-pad-documents-to: 0 is too small"),
         ("--meco-pad-documents-to 7", "--meco-pad-documents-to: 7 does not divide"),
+        ("--meco-repeat-every 0", "--meco-repeat-every: 0 is too small"),
+        ("--meco-repeat-every 9 --meco-template=", "every 9: does not go with an empty"),
+        (
+            "--meco-repeat-every 9 --meco-prefix-once --meco-packing split",
+            "--meco-repeat-every 9: does not go with --meco-prefix-once",
+        ),
+        ("--meco-suffix-loss 0", "--meco-suffix-loss 0: has no effect: documents have no suffix"),
+        ("--meco-suffix-template plain", "--meco-suffix-template: 'plain'.*the same suffix"),
+        ("--meco-suffix-template {url.hots}", "--meco-suffix-template: unknown transform 'hots'"),
+        ("--meco-template= --meco-plain-fraction 0.1", "--meco-plain-fraction: has no effect"),
     ],
 )
 def test_contradictions_are_refused_by_name(check, corpus: str, flags: str, message: str) -> None:
@@ -207,6 +219,8 @@ def test_a_missing_corpus_field_or_metadata(check, corpus: str, tmp_path: Path) 
         check("", data=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"no metadata field 'topic'.*It holds: url"):
         check("--meco-template {topic}")
+    with pytest.raises(DataError, match=r"no metadata field 'topic'.*in --meco-suffix-template"):
+        check("--meco-template= --meco-suffix-template {topic}")
     for suffix in (".bin", ".idx"):
         shutil.copy(corpus + suffix, tmp_path / f"bare{suffix}")
     with pytest.raises(DataError, match=r"bare\.metadata\.arrow: no metadata file"):

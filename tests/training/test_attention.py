@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
+from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
@@ -82,13 +83,19 @@ def packed(*bounds: int) -> PackedSeqParams:
 
 
 def dense_oracle(
-    q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: list[int],
+    scale: float | None = None,
+    window: float = math.inf,
 ) -> Tensor:
     """Softmax over a full [t, t] matrix; a query sees earlier keys of its own document only."""
     tokens = q.size(0)
     position = torch.arange(tokens)
     document = torch.bucketize(position, torch.tensor(bounds[1:]), right=True)
     visible = (document[:, None] == document[None, :]) & (position[:, None] >= position[None, :])
+    visible &= position[:, None] - position[None, :] <= window
     outputs = []
     for head in range(q.size(1)):
         group = head // (q.size(1) // k.size(1))
@@ -106,6 +113,33 @@ def test_packed_equals_dense_oracle(bounds: list[int], groups: int) -> None:
     out = make_attention(num_query_groups=groups)(q, k, v, None, packed_seq_params=packed(*bounds))
     assert out.shape == (40, HEADS * HEAD_DIM)
     torch.testing.assert_close(out.double(), dense_oracle(q, k, v, bounds), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("window", "skip", "seen"), [(0, None, 0), (5, None, 5), (5, 3, 40)])
+def test_a_window_counts_tokens_of_a_document(
+    window: int, skip: int | None, seen: int, packs: bool
+) -> None:
+    """The layer is the third, which a frequency of 3 exempts."""
+    bounds = [0, 1, 18, 40] if packs else [0, 40]
+    q, k, v = make_qkv(40)
+    attention = make_attention(window_size=(window, 0), window_attn_skip_freq=skip)
+    if packs:
+        out = attention(q, k, v, None, packed_seq_params=packed(*bounds))
+    else:
+        out = attention(*(x[:, None] for x in (q, k, v)), None)[:, 0]
+    expected = dense_oracle(q, k, v, bounds, window=seen)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(expected, dense_oracle(q, k, v, bounds)) == (seen == 40)
+
+
+def test_values_may_have_another_size_than_queries() -> None:
+    """As in latent attention."""
+    bounds = [0, 13, 40]
+    q, k, v = make_qkv(40, HEADS)
+    out = make_attention()(q, k, v[..., :8], None, packed_seq_params=packed(*bounds))
+    expected = dense_oracle(q, k, v, bounds).view(40, HEADS, -1)[..., :8].flatten(1)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_gradients_equal_dense_oracle() -> None:
@@ -178,7 +212,10 @@ def test_boundaries_that_do_not_cover_the_pack_are_refused(bounds: tuple[int, ..
         make_attention()(*make_qkv(30), None, packed_seq_params=packed(*bounds))
 
 
-def test_varlen_gets_causal_window_scale_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [-1, 7])
+def test_varlen_gets_causal_window_scale_and_groups(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The CUDA branch, with the kernel replaced by the dense oracle."""
     calls = []
 
@@ -186,7 +223,7 @@ def test_varlen_gets_causal_window_scale_and_groups(monkeypatch: pytest.MonkeyPa
         cu_q, cu_k, max_q, max_k = sizes
         assert cu_q is cu_k
         assert (max_q, max_k) == (20, 20)
-        assert options.pop("window_size") == (-1, 0)
+        assert options.pop("window_size") == (window, 0)
         assert options.pop("enable_gqa", False) == (q.size(1) != k.size(1))
         calls.append(options.pop("scale"))
         assert not options
@@ -197,7 +234,8 @@ def test_varlen_gets_causal_window_scale_and_groups(monkeypatch: pytest.MonkeyPa
     q, k, v = make_qkv(30)
     for parameters in ({"window_size", "scale"}, {"window_size", "scale", "enable_gqa"}):
         monkeypatch.setattr(attention_module, "_VARLEN_PARAMETERS", parameters)
-        out = make_attention()(q, k, v, None, packed_seq_params=packed(0, 10, 30))
+        config = {} if window < 0 else {"window_size": (window, 0)}
+        out = make_attention(**config)(q, k, v, None, packed_seq_params=packed(0, 10, 30))
         expected = dense_oracle(q, k, v, [0, 10, 30])
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
     assert calls == [1 / math.sqrt(HEAD_DIM)] * 2
@@ -206,7 +244,7 @@ def test_varlen_gets_causal_window_scale_and_groups(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"window_size": (128, 0)}, "--window-size"),
+        ({"window_size": (128, 1)}, "--window-size"),
         ({"softmax_type": "off-by-one"}, "--softmax-type"),
     ],
 )
@@ -226,6 +264,11 @@ def test_other_masks_are_refused() -> None:
         make_attention()(*make_qkv(4), None, attn_mask_type=AttnMaskType.no_mask)
 
 
+def one_stage(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
+    monkeypatch.setattr(gpt_layer_specs, "get_num_layers_to_build", lambda *_, **__: num_layers)
+    monkeypatch.setattr(gpt_layer_specs, "get_transformer_layer_offset", lambda *_, **__: 0)
+
+
 @pytest.mark.parametrize(
     ("normalization", "norm"),
     [("RMSNorm", SequenceParallelRMSNorm), ("LayerNorm", SequenceParallelLayerNorm)],
@@ -233,8 +276,8 @@ def test_other_masks_are_refused() -> None:
 def test_spec_replaces_attention_and_every_norm(
     normalization: str, norm: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_module, "get_num_layers_to_build", lambda *a, **k: 3)
-    config = SimpleNamespace(transformer=make_config(normalization=normalization))
+    one_stage(monkeypatch, 3)
+    config = SimpleNamespace(transformer=make_config(normalization=normalization, num_layers=3))
     config.transformer.qk_layernorm = True
     block = packed_local_layer_spec(config, vp_stage=None)
     assert len(block.layer_specs) == 3
@@ -254,10 +297,22 @@ def test_spec_replaces_attention_and_every_norm(
     )
 
 
-def test_spec_refuses_experts() -> None:
+def test_every_layer_of_a_model_with_experts_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_stage(monkeypatch, 4)
+    changes = {"num_moe_experts": 4, "moe_layer_freq": [0, 1, 1, 0], "moe_ffn_hidden_size": 8}
+    config = SimpleNamespace(transformer=make_config(num_layers=4, **changes))
+    layers = [layer.submodules for layer in packed_local_layer_spec(config).layer_specs]
+    assert [layers.index(layer) for layer in layers] == [0, 1, 1, 0]
+    for layer in layers:
+        attention = layer.self_attention.submodules.core_attention
+        assert attention is PackedDotProductAttention
+        assert layer.pre_mlp_layernorm is SequenceParallelRMSNorm
+
+
+def test_spec_refuses_a_norm_around_zero() -> None:
     config = SimpleNamespace(transformer=make_config())
-    config.transformer.num_moe_experts = 4
-    with pytest.raises(FlagError, match="--num-experts"):
+    config.transformer.layernorm_zero_centered_gamma = True
+    with pytest.raises(FlagError, match="--apply-layernorm-1p"):
         packed_local_layer_spec(config)
 
 
@@ -278,4 +333,5 @@ def test_constructor_takes_what_the_stock_attention_takes() -> None:
         list(inspect.signature(c.__init__).parameters)
         for c in (PackedDotProductAttention, DotProductAttention)
     )
-    assert ours == stock
+    # The last two are those of latent attention, which the stock attention does not serve.
+    assert ours == [*stock, "k_channels", "v_channels"]

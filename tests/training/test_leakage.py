@@ -53,6 +53,10 @@ def test_a_hybrid_model_keeps_documents_apart(tmp_path: Path) -> None:
     assert report_of(HYBRID, tmp_path / "meco", "M*-M*-", "meco") == APART
 
 
+def test_a_hybrid_model_with_gated_delta_nets_keeps_documents_apart(tmp_path: Path) -> None:
+    assert report_of(HYBRID, tmp_path / "delta", "G-G*", "meco") == APART
+
+
 def test_a_hybrid_model_with_experts_keeps_documents_apart(tmp_path: Path) -> None:
     assert report_of(HYBRID, tmp_path / "experts", "M*EM*E", "meco") == APART
 
@@ -64,8 +68,10 @@ def test_the_same_check_sees_a_hybrid_model_leak_without_document_numbers(tmp_pa
 
 def test_other_kinds_of_llama_keep_documents_apart(tmp_path: Path) -> None:
     kinds = report_of(SCRIPT, tmp_path / "kinds", "kinds", "local")
-    assert len(kinds) == 6
-    assert kinds == dict.fromkeys(kinds, APART)
+    assert len(kinds) == 14
+    for kind, report in kinds.items():
+        assert report["documents"] == APART, kind
+        assert report["difference"] < 1e-5, kind
 
 
 def test_further_heads_keep_documents_apart_and_do_not_train_on_prefixes(tmp_path: Path) -> None:
@@ -74,6 +80,8 @@ def test_further_heads_keep_documents_apart_and_do_not_train_on_prefixes(tmp_pat
     assert report["documents"] == APART
     assert report["same_gradients_with_mask"]
     assert not report["same_gradients_without_mask"], "the check sees nothing"
+    # Documents of 13, 1, 16 and 10 tokens and 8 of padding; each head looks one token further.
+    assert report["counted"] == [40, 40, 12 + 0 + 15 + 9, 11 + 0 + 14 + 8]
 
 
 def test_experts_keep_documents_apart_and_do_not_count_padding(tmp_path: Path) -> None:

@@ -110,11 +110,9 @@ def test_what_contradicts_meco_cannot_be_let_through(flags: dict[str, Flag]) -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("window_size", (16, 0)),
         ("softmax_type", "off-by-one"),
         ("layernorm_zero_centered_gamma", True),
         ("qk_clip", True),
-        ("mtp_num_layers", 1),
         ("attention_backend", SimpleNamespace(name="flash")),
     ],
 )
@@ -302,17 +300,25 @@ def test_what_a_layout_needs_of_documents(
             "--moe-grouped-gemm: the layers for hosts",
         ),
         ({"moe_router_topk": 4}, "--moe-router-topk 4: has no effect without --num-experts"),
-        ({"multi_latent_attention": True}, "--multi-latent-attention: does not go with"),
+        (
+            {
+                "multi_latent_attention": True,
+                "qk_pos_emb_head_dim": 15,
+                "num_attention_heads": 4,
+                "hidden_size": 64,
+                "position_embedding_type": "rope",
+            },
+            "--qk-pos-emb-head-dim / --rotary-percent: 15 rotary dimensions",
+        ),
+        ({"kv_lora_rank": 64}, "--kv-lora-rank 64: has no effect without --multi-latent"),
         ({"hybrid_layer_pattern": "M*E"}, "layer 'E': the number of its experts is missing"),
         ({"hybrid_override_pattern": "MD"}, "--hybrid-override-pattern MD: layer 'D'"),
         ({"hybrid_layer_pattern": "M+"}, r"layer '\+': latent attention"),
         ({"hybrid_layer_pattern": "M*/**"}, "layer '/': nobody has shown that further heads"),
-        ({"hybrid_layer_pattern": "MG", "transformer_impl": "local"}, "layer 'G': the layers for"),
-        ({"mtp_num_layers": 1, "transformer_impl": "local"}, "--mtp-num-layers 1: the layers for"),
         ({"mtp_num_layers": 1, "mtp_standalone": True}, "--mtp-standalone: does not go with"),
         (
-            {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2},
-            "--pipeline-model-parallel-size 2: multi-token prediction",
+            {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "E|tm|tL"},
+            r"--pipeline-model-parallel-layout E\|tm\|tL: does not go with --mtp-num-layers",
         ),
     ],
 )
@@ -328,14 +334,33 @@ def test_kinds_of_models_that_are_not_right_are_refused_by_name(
     "changes",
     [
         {"hybrid_layer_pattern": "M*-|MG*-"},
-        {"hybrid_layer_pattern": "M*-", "transformer_impl": "local"},
+        {"hybrid_layer_pattern": "M*-G", "transformer_impl": "local"},
         {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3},
+        {"mtp_num_layers": 1, "transformer_impl": "local", "pipeline_model_parallel_size": 2},
         {"num_experts": 8, "moe_router_load_balancing_type": ["seq_aux_loss"]},
         {"num_experts": 8, "transformer_impl": "local", "moe_token_dispatcher_type": "alltoall"},
         {"num_experts": 8, "hybrid_layer_pattern": "M*E"},
+        {"multi_latent_attention": True, "kv_lora_rank": 64, "transformer_impl": "local"},
+        {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0, "mscale": 0.7},
+        {"window_size": (128, 0), "window_attn_skip_freq": 4, "transformer_impl": "local"},
         {"qk_layernorm": True, "position_embedding_type": "yarn", "window_size": (128, 0)},
     ],
 )
 def test_kinds_of_models_that_go(flags: dict[str, Flag], changes: dict[str, object]) -> None:
     args = argparse.Namespace(**{name: flag.default for name, flag in flags.items()} | changes)
     check_flags(args, flags, local_layers=args.transformer_impl == "local")
+
+
+@pytest.mark.parametrize("kind", ["tensor-model", "pipeline-model", "context"])
+def test_a_layout_that_does_not_fit_is_told_by_the_flag_that_was_given(
+    kind: str, flags: dict[str, Flag]
+) -> None:
+    name = f"{kind.replace('-', '_')}_parallel_size"
+    given = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 64}
+    given |= {"max_position_embeddings": 64, "micro_batch_size": 1, "train_iters": 4, "lr": 1e-3}
+    given |= {"eval_interval": 2, "world_size": 3, name: 2}
+    args = argparse.Namespace(**{n: flag.default for n, flag in flags.items()} | given)
+    with pytest.raises(
+        FlagError, match=f"--{kind}-parallel-size 2: .* which does not divide the 3"
+    ):
+        refusals.check_run(args)

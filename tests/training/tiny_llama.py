@@ -12,7 +12,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 from megatron_meco.training.attention import packed_local_layer_spec
 
@@ -24,6 +27,7 @@ def make_model(
     length: int,
     positions: str = "rope",
     tied: bool = False,
+    rotary_percent: float = 1.0,
     **changes: Any,
 ) -> GPTModel:
     """`layers`: local, transformer_engine, or local with Megatron's own RoPE: stock-rope."""
@@ -48,7 +52,13 @@ def make_model(
     }
     # Megatron sets those of YaRN on the finished configuration.
     yarn = {name: changes.pop(name) for name in list(changes) if name.startswith("yarn_")}
-    config = TransformerConfig(**(values | changes))
+    made = TransformerConfig
+    if changes.get("multi_latent_attention"):
+        made = MLATransformerConfig
+        values |= {"num_query_groups": None, "q_lora_rank": None, "kv_lora_rank": 64}
+        values |= {"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 40}
+        values["rope_type"] = "rope"
+    config = made(**(values | changes))
     for name, value in yarn.items():
         setattr(config, name, value)
     if layers == "transformer_engine":
@@ -63,5 +73,6 @@ def make_model(
         vocab_size,
         length,
         position_embedding_type=positions,
+        rotary_percent=rotary_percent,
         share_embeddings_and_output_weights=tied,
     )
