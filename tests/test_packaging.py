@@ -20,7 +20,10 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # A distribution whose top-level package has another name.
 MODULES = {"megatron-core": "megatron", "pyyaml": "yaml"}
 # Declared for a package that imports it for us, which does not declare it itself.
-IMPORTED_BY_MEGATRON = {"tensorboard": "megatron/training/global_vars.py"}
+IMPORTED_BY_MEGATRON = {
+    "psutil": "megatron/core/dist_checkpointing/strategies/filesystem_async.py",
+    "tensorboard": "megatron/training/global_vars.py",
+}
 # Extras for work on the project itself: no user's installation may need them.
 DEVELOPMENT = {"dev", "demo"}
 
