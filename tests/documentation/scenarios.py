@@ -169,7 +169,7 @@ _GPUS = "needs a host with GPUs"
 _TUTORIAL = Scenario(
     given=give_fineweb,
     small={
-        'library.glob("**/*.py")': 'library.glob("json/*.py")',
+        'library.glob("**/*.py")': 'library.glob("[c-d]*.py")',
         "--vocab-size 4096": "--vocab-size 400",
         "train-iters: 1000": f"train-iters: 10\n{SMALL}",
         "hf://datasets/HuggingFaceFW/fineweb/sample/10BT": "fineweb-sample",
@@ -256,7 +256,7 @@ SCENARIOS = {
                 f"torchrun --nproc-per-node 1 examples/pretrain_gpt.py {FLAGS} --meco "
                 "--save RUN --save-interval 4\ntorchrun --nproc-per-node 1 "
             ),
-            "<the flags of the conditioned run>": FLAGS,
+            "<the flags of the conditioned run>": f"{FLAGS} --save-interval 4",
             "RUN/iter_0010000": "RUN/iter_0000004",
             "--meco-branch-iters 1000 [--meco-branch-lr decay]": (
                 "--meco-branch-iters 2 --meco-branch-lr decay"

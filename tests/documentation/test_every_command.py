@@ -126,8 +126,12 @@ def stale(shown: str, told: str) -> list[str]:
             for text in (shown, told)
         )
     found = " ".join(words_between_numbers(told, "#"))
+    # Line by line: what comes between two lines depends on the length of the run.
     return [
-        words for words in words_between_numbers(shown, "#") if words != "#" and words not in found
+        words
+        for line in shown.splitlines()
+        for words in words_between_numbers(line, "#")
+        if words != "#" and words not in found
     ]
 
 
