@@ -311,7 +311,10 @@ def test_a_whole_command_needs_what_a_run_needs(
         ("--train-samples 40", "--train-samples 40: given beside --train-iters 10"),
         ("--yaml-cfg x.yaml", "--yaml-cfg"),
         ("--min-lr 1", "--min-lr 1.0: above --lr"),
-        ("--num-experts 4", "--num-experts 4"),
+        (
+            "--num-experts 4 --moe-expert-capacity-factor 1.0",
+            "--moe-expert-capacity-factor 1.0",
+        ),
         ("--meco-branch-iters 3", "--meco-branch-iters 3"),
     ],
 )
