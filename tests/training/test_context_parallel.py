@@ -63,7 +63,7 @@ def qkv(tokens: int) -> list[Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
-    return _attention_by_document(q, k, v, cu_q, cu_k, scale=0.3, dropout=0.0)
+    return _attention_by_document(q, k, v, cu_q, cu_k, scale=0.3, dropout=0.0, window=None)
 
 
 def by_ranks(states: list[Tensor], cu_seqlens: Tensor, num_ranks: int, rows: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ def args() -> Namespace:
         num_experts=None,
         sft=False,
         meco_validation_sets=None,
+        meco_suffix_template="",
     )
 
 

@@ -19,6 +19,7 @@ ARGS = Namespace(
     spec=None,
     optimizer="adam",
     context_parallel_size=1,
+    async_save=False,
 )
 
 
@@ -90,14 +91,14 @@ def test_transformer_engine_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FlagError, match=r"--transformer-impl: .*not installed.*megatron-meco\[gpu"):
         arguments._check_platform(ARGS, on_cpu=False)
-    arguments._check_platform(Namespace(transformer_impl="local"), on_cpu=False)
+    arguments._check_platform(Namespace(transformer_impl="local", async_save=False), on_cpu=False)
 
 
 def test_transformer_engine_that_cannot_be_imported(engine) -> None:
     engine("raise ImportError('libcudnn.so.9: no such file\\nmore')")
     with pytest.raises(FlagError, match=r"cannot be loaded: libcudnn.so.9: no such file\. Install"):
         arguments._check_platform(ARGS, on_cpu=False)
-    arguments._check_platform(Namespace(transformer_impl="local"), on_cpu=False)
+    arguments._check_platform(Namespace(transformer_impl="local", async_save=False), on_cpu=False)
 
 
 def test_transformer_engine_that_takes_megatron_down(
