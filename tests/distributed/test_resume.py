@@ -73,6 +73,7 @@ def test_sigkill_before_at_and_after_the_switch(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_checkpoints_that_are_saved_in_the_background(
     corpus: str, tokenizer_folder: Path, undisturbed: tuple[Path, Result], tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_run_that_starts_plain_is_killed_before_and_after_its_start(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_branch_off_a_run_that_started_plain(
     corpus: str,
     tokenizer_folder: Path,

@@ -34,8 +34,18 @@ KINDS = {
 }
 
 
+# These two hold most of what the others try one by one.
+FAST = (
+    "latent attention, experts, further heads, as DeepSeek",
+    "sliding window, yarn, norms of queries and keys, tied embeddings",
+)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_a_kind_trains_and_switches(kind: str, corpus: str, tokenizer_folder: Path) -> None:
     added, taken = KINDS[kind]
     line = " ".join(command(corpus, tokenizer_folder))
