@@ -120,6 +120,8 @@ def stale(shown: str, told: str) -> list[str]:
     """
     # What follows are texts of documents and of models.
     shown = re.sub(r"<\|begin_of_text\|>.*", "", shown, flags=re.DOTALL)
+    # Which advice is the best depends on the lengths of the documents.
+    shown = re.sub(r"(would be:).*?\.(?=\s|$)", r"\1", shown, flags=re.DOTALL)
     if "\n=== " in f"\n{shown}":
         shown, told = (
             "\n".join(line for line in text.splitlines() if line.startswith("=== "))
