@@ -235,7 +235,7 @@ def _print_plan(report: dict[str, Any], args: argparse.Namespace) -> None:
     )
     suffix = args.meco_suffix_template
     template = args.meco_template or ("(none)" if suffix else "(none: the matched baseline)")
-    of_suffixes = f", of suffixes {suffix}" if suffix else ""
+    of_suffixes = f", suffix template {suffix}" if suffix else ""
     console.print(
         f"Template {template}{of_suffixes}, packing {args.meco_packing}.",
         highlight=False,

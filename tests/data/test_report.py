@@ -134,7 +134,7 @@ def test_suffixes_are_counted_and_shown(
         assert (counts["suffix_tokens"] > 0) == (phase == "conditioned")
     shown = run(capsys, "plan", *flags, *suffix)[1]
     assert re.search(r"suffix tokens\W+[1-9]", shown)
-    assert r"of suffixes \nFrom {url.host}" in shown
+    assert r"suffix template \nFrom {url.host}" in shown
     assert "suffix" not in run(capsys, "plan", *flags)[1]
     for loss in ([], ["--meco-suffix-loss", "0"]):
         given = [*flags, *suffix, *loss, "--meco-template", ""]
