@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -294,15 +295,21 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         return sample
 
     def _padding(self, idx: int) -> torch.Tensor:
-        padding = torch.zeros(self.config.sequence_length, dtype=torch.bool)
-        end = 0
-        for piece in self._assembler.pieces(idx):
-            body = piece.body_end - piece.body_begin
-            begin = end + piece.has_bos + piece.prefix_tokens + body
-            end = begin + piece.padding
-            padding[begin:end] = True
-        padding[end:] = True
+        padding = torch.ones(self.config.sequence_length, dtype=torch.bool)
+        for _, parts in self._pieces(idx):
+            for kind, begin, end in parts:
+                padding[begin:end] = kind == "padding"
         return padding
+
+    def _pieces(self, idx: int) -> Iterator[tuple[_core.Piece, list[tuple[str, int, int]]]]:
+        """Each piece of a pack with its tokens from left to right: (kind, begin, end)."""
+        begin = 0
+        for piece in self._assembler.pieces(idx):
+            parts = []
+            for kind, count in piece.runs:
+                parts.append((kind, begin, begin + count))
+                begin += count
+            yield piece, parts
 
     def documents_of(self, idx: int) -> list[dict[str, Any]]:
         """Pieces of pack `idx`, as people and tests read them.
@@ -317,14 +324,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
         Those without a prefix say why: `plain_because`, else None; those without a suffix:
         `no_suffix_because`. Texts are decoded, so this is for people and tests, not for training.
         """
-        pieces = []
-        begin = 0
-        for piece in self._assembler.pieces(idx):
-            parts = []
-            for kind, count in piece.runs:
-                parts.append((kind, begin, begin + count))
-                begin += count
-            described = {
+        return [
+            {
                 "document": piece.document,
                 "body_begin": piece.body_begin,
                 "body_end": piece.body_end,
@@ -337,8 +338,8 @@ class MeCoGPTDataset(GPTDataset):  # type: ignore[misc]  # Megatron has no types
                 "alignment_tokens": piece.padding,
                 "parts": parts,
             }
-            pieces.append(described)
-        return pieces
+            for piece, parts in self._pieces(idx)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory maps and C++ objects: spawned loader workers open their own."""

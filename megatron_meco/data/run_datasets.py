@@ -325,7 +325,7 @@ def _build_full_validation(build: _SplitBuilder, full: FullEvaluation) -> FullVi
     Raises:
         DataError: There are no documents to validate on.
     """
-    views = EVALUATION_VIEWS if build.config.meco.template else (View.CONDITIONED,)
+    views = EVALUATION_VIEWS if build.config.meco.has_metadata else (View.CONDITIONED,)
     blends = [[None, ([corpus], None), None] for corpus in full.sets]
     sets = []
     for change in [{"blend_per_split": blend} for blend in blends] or [{}]:

@@ -49,13 +49,11 @@ def held_out_sources(valid: Any, num_sources: int, num_texts: int) -> list[Sourc
         if report["phase"] != "conditioned":
             continue
         tokenizer = source.config.tokenizer
-        tokens, bounds = report["tokens"], report["cu_seqlens"]
-        for piece, bound in zip(report["documents"], bounds[1:], strict=False):
-            length = piece["body_end"] - piece["body_begin"]
-            end = bound - piece["alignment_tokens"]
-            if piece["prefix"] is None or piece["body_begin"] or length < _SHORTEST:
+        for piece in report["documents"]:
+            runs = [(begin, end) for kind, begin, end in piece["parts"] if kind == "body"]
+            body = [token for begin, end in runs for token in report["tokens"][begin:end]]
+            if piece["prefix"] is None or piece["body_begin"] or len(body) < _SHORTEST:
                 continue
-            body = tokens[end - length : end]
             text = tokenizer.detokenize(body[:-1] if body[-1] == tokenizer.eod else body)
             found[piece["prefix"]].setdefault((report["corpus"], piece["document"]), text)
     most = sorted(found, key=lambda prefix: (-len(found[prefix]), prefix))[:num_sources]

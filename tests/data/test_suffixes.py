@@ -19,12 +19,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from small_corpus import LetterTokenizer, random_bodies, write_corpus
 
 from megatron_meco import _core
-from megatron_meco.config import COOLDOWN, MeCoConfig
+from megatron_meco.config import COOLDOWN, MeCoConfig, View
 from megatron_meco.data.dataset import MeCoGPTDataset, MeCoGPTDatasetConfig
+from megatron_meco.data.evaluation import FullEvaluation
 from megatron_meco.data.packing import PlanRequest, build_plan, load_plan
 from megatron_meco.data.phases import BatchSize, make_schedule
 from megatron_meco.data.run_datasets import build_datasets
 from megatron_meco.errors import DataError, FlagError
+from megatron_meco.show.behaviour import held_out_sources
 
 BOS, EOD, LENGTH = 0, 1, 24
 VIEWS = ("conditioned", "plain", "shuffled")
@@ -545,6 +547,27 @@ def test_the_prefix_of_a_long_document_is_repeated_in_samples(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "cache").glob("*-plan.meco")] == names
 
 
+def test_padding_is_marked_behind_suffixes_and_repeated_prefixes(tmp_path: Path) -> None:
+    """Experts count what is not padding, and the loss leaves padding out."""
+    options = {"template": "U:{url.host} ", "packing": "split", "repeat_every": 6}
+    build, _, bodies = dataset_of(tmp_path, **options, pad_documents_to=8)
+    dataset = build(mark_padding=True)
+    prefixes = tokenized([url and url.split("/")[2] for url in URLS], "U:%s ")
+    suffixes = tokenized(TOPICS, "\n%s")
+    kinds: Counter[str] = Counter()
+    for number in range(len(dataset)):
+        documents = dataset.documents_of(number)
+        pieces = [(d["document"], d["body_begin"], d["body_end"]) for d in documents]
+        pack = reference.pieces_to_pack(
+            pieces, bodies, prefixes, BOS, align=8, suffixes=suffixes, every=6
+        )
+        kinds.update(token.kind for token in pack.tokens)
+        expected = [token.kind == "pad" for token in pack.tokens]
+        expected += [True] * (48 - len(expected))
+        assert dataset[number]["meco_padding"].tolist() == expected, f"pack {number}"
+    assert min(kinds[kind] for kind in ("pad", "suffix", "repeated")) > 50
+
+
 def test_the_cooldown_has_no_suffixes_and_is_the_baseline(tmp_path: Path) -> None:
     build, _, _ = dataset_of(tmp_path)
     plain, baseline = build(60, phase=COOLDOWN), build(60, meco=MeCoConfig(template=""))
@@ -580,6 +603,43 @@ def test_validation_counts_the_same_tokens_in_all_views(tmp_path: Path, template
         assert has_changed == bool(labels[0])
         num_compared += len(labels[0])
     assert num_compared > 50
+
+
+def test_a_full_validation_of_suffixes_alone_has_each_view(tmp_path: Path) -> None:
+    _, config, _ = dataset_of(tmp_path, split="60,40,0", packing="best-fit")
+    schedule = make_schedule(config.meco, BatchSize.constant(4), train_iterations=10)
+    full = FullEvaluation(batch=4, begin=0, number=1)
+    _, valid, _ = build_datasets([40, 4, 0], lambda: True, config, schedule, full=full)
+    views = [int(valid[i]["meco_view"]) for i in range(len(valid))]
+    assert views[:6] == [View.CONDITIONED, View.PLAIN, View.SHUFFLED] * 2
+    num_packs = len(valid.parts[0])
+    assert num_packs > 10
+    num_suffix_tokens = num_compared = 0
+    for number in range(num_packs):
+        shown = [valid[3 * number + turn] for turn in range(3)]
+        metadata = [int(sample["meco_prefix_tokens"]) for sample in shown]
+        assert metadata == [metadata[0], 0, metadata[0]]
+        labels = [sample["labels"][sample["meco_compared"] == 1].tolist() for sample in shown]
+        assert labels[0] == labels[1] == labels[2]
+        num_suffix_tokens += metadata[0]
+        num_compared += len(labels[0])
+    assert num_suffix_tokens > 50
+    assert num_compared > 10
+
+
+def test_held_out_texts_are_without_suffixes_and_repeated_prefixes(tmp_path: Path) -> None:
+    """`meco show` takes them for the loss of each source's texts."""
+    options = {"template": "U:{url.host} ", "repeat_every": 6, "packing": "best-fit"}
+    _, config, bodies = dataset_of(tmp_path, split="50,50,0", **options)
+    schedule = make_schedule(config.meco, BatchSize.constant(4), train_iterations=10)
+    _, valid, _ = build_datasets([40, 90, 0], lambda: True, config, schedule)
+    detokenize = config.tokenizer.detokenize
+    of_documents = [detokenize(body[:-1]) for body in bodies]
+    sources = held_out_sources(valid, 3, 10)
+    texts = [text for source in sources for text in source.texts]
+    assert len(texts) > 10
+    for text in texts:
+        assert any(whole.startswith(text) for whole in of_documents), text
 
 
 def test_plain_documents_have_no_suffix_either(tmp_path: Path) -> None:
