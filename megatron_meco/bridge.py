@@ -22,6 +22,7 @@ import torch
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_meco.config import MeCoConfig
+from megatron_meco.data.borders import merged
 from megatron_meco.data.dataset import MeCoGPTDatasetConfig
 from megatron_meco.data.evaluation import EVALUATION_VIEWS
 from megatron_meco.data.phases import BatchSize, Schedule, make_schedule
@@ -90,9 +91,7 @@ class BridgeSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             return torch.cat([sample[key] for sample in samples])[None]
 
         length = len(samples[0]["tokens"])
-        first = samples[0]["cu_seqlens"][:1]
-        ends = [s["cu_seqlens"][1:] + length * place for place, s in enumerate(samples)]
-        bounds = torch.cat([first, *ends])[None]
+        bounds = merged(torch.stack([sample["cu_seqlens"] for sample in samples]), length)[None]
         longest = torch.tensor(length + 1, dtype=torch.int32)
         return {
             **{key: row(key) for key in ("tokens", "labels", "loss_mask", "position_ids")},

@@ -652,10 +652,10 @@ def _check_platform(args: argparse.Namespace, on_cpu: bool) -> None:
         if engine.reason:
             raise _engine_error(engine)
     _check_hybrid_kernels(args)
-    _check_background_saves(args, on_cpu)
+    _check_checkpoint_worker(args, on_cpu)
 
 
-def _check_background_saves(args: argparse.Namespace, on_cpu: bool) -> None:
+def _check_checkpoint_worker(args: argparse.Namespace, on_cpu: bool) -> None:
     """Refuse `--async-save` where the worker process of its strategy could not start."""
     strategy = getattr(args, "async_strategy", "mcore")
     if not args.async_save or strategy == "mcore":

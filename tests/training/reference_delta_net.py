@@ -7,14 +7,11 @@ as their paper writes it (arXiv 2412.06464, section 3), one token at a time, eac
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from itertools import pairwise
-from typing import Any
 
 import torch
+from reference_mamba import put_module
 from torch.nn.functional import conv1d, pad, silu
 
 
@@ -111,16 +108,9 @@ def chunk_gated_delta_rule(
 def install() -> None:
     """Put the stand-ins where Megatron looks for the package."""
 
-    def module(name: str, **members: Any) -> None:
-        made = types.ModuleType(name)
-        made.__spec__ = ModuleSpec(name, None, is_package=True)
-        made.__path__ = []
-        vars(made).update(members)
-        sys.modules[name] = made
-
-    module("fla", __version__="0.4.0")
-    module("fla.modules")
-    module("fla.modules.convolution", causal_conv1d=causal_conv1d)
-    module("fla.modules.l2norm", l2norm=l2norm)
-    module("fla.ops")
-    module("fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)
+    put_module("fla", __version__="0.4.0")
+    put_module("fla.modules")
+    put_module("fla.modules.convolution", causal_conv1d=causal_conv1d)
+    put_module("fla.modules.l2norm", l2norm=l2norm)
+    put_module("fla.ops")
+    put_module("fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)

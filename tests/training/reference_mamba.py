@@ -105,27 +105,29 @@ def mamba_split_conv1d_scan_combined(
     return torch.stack(outputs, 1).flatten(-2) * silu(z)
 
 
+def put_module(name: str, **members: Any) -> None:
+    """Let an import find a package that is not installed."""
+    made = types.ModuleType(name)
+    made.__spec__ = ModuleSpec(name, None, is_package=True)
+    made.__path__ = []
+    vars(made).update(members)
+    sys.modules[name] = made
+
+
 def install() -> None:
     """Put the stand-ins where Megatron looks for the packages."""
-
-    def module(name: str, **members: Any) -> None:
-        made = types.ModuleType(name)
-        made.__spec__ = ModuleSpec(name, None, is_package=True)
-        made.__path__ = []
-        vars(made).update(members)
-        sys.modules[name] = made
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("no kernel for inference here")
 
-    module("mamba_ssm", __version__="2.2.6")
-    module("mamba_ssm.ops")
-    module("mamba_ssm.ops.triton")
-    module("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=RMSNorm)
-    module(
+    put_module("mamba_ssm", __version__="2.2.6")
+    put_module("mamba_ssm.ops")
+    put_module("mamba_ssm.ops.triton")
+    put_module("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=RMSNorm)
+    put_module(
         "mamba_ssm.ops.triton.ssd_combined",
         mamba_chunk_scan_combined=refuse,
         mamba_split_conv1d_scan_combined=mamba_split_conv1d_scan_combined,
     )
-    module("causal_conv1d", __version__="1.5.3", causal_conv1d_fn=refuse)
-    module("causal_conv1d.causal_conv1d_varlen", causal_conv1d_varlen_states=refuse)
+    put_module("causal_conv1d", __version__="1.5.3", causal_conv1d_fn=refuse)
+    put_module("causal_conv1d.causal_conv1d_varlen", causal_conv1d_varlen_states=refuse)

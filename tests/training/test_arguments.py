@@ -177,9 +177,9 @@ def test_background_saves_whose_worker_cannot_start_are_refused(on_cpu: bool) ->
     args = argparse.Namespace(async_save=True, async_strategy="nvrx")
     reason = "needs a CUDA device" if on_cpu else "nvidia-resiliency-ext is not installed"
     with pytest.raises(FlagError, match=rf"--async-strategy nvrx: .*{reason}.*strategy mcore"):
-        arguments._check_background_saves(args, on_cpu)
+        arguments._check_checkpoint_worker(args, on_cpu)
     for change in ({"async_strategy": "mcore"}, {"async_save": False}):
-        arguments._check_background_saves(argparse.Namespace(**vars(args) | change), on_cpu)
+        arguments._check_checkpoint_worker(argparse.Namespace(**vars(args) | change), on_cpu)
 
 
 @pytest.mark.parametrize(
