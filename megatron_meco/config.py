@@ -344,9 +344,9 @@ def add_meco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         default=defaults.suffix_template,
         metavar="T",
         help="Suffix of each document in the conditioned phase, between its last token and EOD. "
-        "Written like --meco-template, as in '\\nTopic: {topic}'. A document that is cut has it at "
-        "its end alone. For suffixes without prefixes give --meco-template '', too. Default: no "
-        "suffixes.",
+        "Written like --meco-template, as in '\\nTopic: {topic}'. A document that is cut has it on "
+        "its last piece only. For suffixes without prefixes give --meco-template '', too. Default: "
+        "no suffixes.",
     )
     group.add_argument(
         "--meco-suffix-loss",

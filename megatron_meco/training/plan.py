@@ -33,6 +33,7 @@ from megatron_meco.data.report import (
     suffix_warnings,
 )
 from megatron_meco.errors import FlagError
+from megatron_meco.wording import counted
 
 _SPLITS = ("train", "valid", "test")
 _PREFIX_STYLE = "dim cyan"
@@ -307,20 +308,21 @@ def _print_sample(report: dict[str, Any], source: Any, split: str, max_character
     console = Console()
     tokenizer = source.config.tokenizer
     length = len(report["tokens"])
+    documents = counted(len(report["documents"]), "document")
     trained = int(sum(report["loss_mask"]))
     console.print(
         f"[bold]Sample {report['sample']}[/] of {split} ([bold]{report['phase']}[/]): pack "
-        f"{report['pack']} of {report['corpus']}, {len(report['documents'])} documents, {trained} "
-        f"of {length} labels in the loss.",
+        f"{report['pack']} of {report['corpus']}, {documents}, {trained} of {length} labels in the "
+        "loss.",
         highlight=False,
     )
     has_suffixes = any(document["suffix_tokens"] for document in report["documents"])
-    counted = "" if source.trains_on_suffix else "not "
+    negation = "" if source.trains_on_suffix else "not "
     console.print(
         Text.assemble(
             ("BOS and prefix, not in the loss", _PREFIX_STYLE),
             "   body, in the loss   ",
-            (f"suffix, {counted}in the loss   " if has_suffixes else "", _SUFFIX_STYLE),
+            (f"suffix, {negation}in the loss   " if has_suffixes else "", _SUFFIX_STYLE),
             ("| document border, not in the loss", _BORDER_STYLE),
         )
     )
