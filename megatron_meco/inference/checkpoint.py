@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_meco.errors import MeCoError
 from megatron_meco.untrusted.checkpoint_index import DTYPES, read_index
 from megatron_meco.untrusted.inert_pickle import READ_ERRORS, Inert, read_saved
-from megatron_meco.wording import first_line
+from megatron_meco.wording import first_line, shown
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _MOST_DIGITS = 12
@@ -150,8 +150,11 @@ class Checkpoint:
             raise self._damaged(f"its index cannot be used ({first_line(error)})") from error
 
     def _damaged(self, what: str) -> CheckpointError:
+        # It may name a tensor, and names come from the file.
         return CheckpointError(
-            what, where=str(self.folder), remedy="Copy the checkpoint again, or name another one."
+            shown(what),
+            where=str(self.folder),
+            remedy="Copy the checkpoint again, or name another one.",
         )
 
 

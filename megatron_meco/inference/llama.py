@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_meco.inference.checkpoint import CheckpointError
+from megatron_meco.wording import shown
 
 # Not weights: optimizer, random states, counters, and the (empty) states of fused layers.
 _NOT_WEIGHTS = re.compile(
@@ -329,4 +330,5 @@ def _check_shape(weight: Weight, found: tuple[int, ...], sizes: Sizes, where: st
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    # The names are those of a file that may come from anywhere.
+    return ", ".join(shown(name, 120) for name in names[:3]) + more

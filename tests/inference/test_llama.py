@@ -185,6 +185,16 @@ def test_unknown_tensors_are_refused_by_name(name: str) -> None:
         plan_weights(shapes(**{name: (3,)}), Sizes.from_args(ARGS, 300), "here")
 
 
+def test_names_of_a_hostile_file_stay_on_one_line() -> None:
+    names = {"decoder.layers\nche.weight": (3,), "\x1b[2Jx": (3,), "y" * 9999: (3,)}
+    with pytest.raises(CheckpointError) as refusal:
+        plan_weights(shapes(**names), Sizes.from_args(ARGS, 300), "here")
+    told = str(refusal.value)
+    assert r"unknown tensor \x1b[2Jx, decoder.layers\nche.weight, yyy" in told
+    assert told.isprintable()
+    assert len(told) < 500
+
+
 def test_missing_and_misshapen_tensors_are_refused_by_name() -> None:
     s = Sizes.from_args(ARGS, 300)
     lacking = shapes()
