@@ -82,6 +82,11 @@ class Layout {
   Layout(const Documents& documents, const PackRules& rules)
       : documents_(documents), rules_(rules), bos_(documents.has_bos ? 1 : 0) {}
 
+  // Whether a piece can hold more than BOS, one prefix and its body.
+  static bool has_extras(const Documents& documents, const PackRules& rules) {
+    return documents.suffixes.ids != nullptr || rules.repeat_every > 0;
+  }
+
   // Whether the rest of a cut document is dropped. If not, another piece continues it.
   bool drops_rest() const { return rules_.strategy == Strategy::kTruncate; }
   // Whether the piece that begins at `begin` of a body repeats the document's prefix.
@@ -95,16 +100,16 @@ class Layout {
   PieceSize fit(const DocumentSize& document, int64_t begin, int64_t room) const {
     switch (rules_.strategy) {
       case Strategy::kTruncate:
-        return fit_as<Strategy::kTruncate>(document, begin, room);
+        return fit_as<Strategy::kTruncate, true>(document, begin, room);
       case Strategy::kSplit:
-        return fit_as<Strategy::kSplit>(document, begin, room);
+        return fit_as<Strategy::kSplit, true>(document, begin, room);
       default:
-        return fit_as<Strategy::kBestFit>(document, begin, room);
+        return fit_as<Strategy::kBestFit, true>(document, begin, room);
     }
   }
 
-  // The same, compiled for one strategy.
-  template <Strategy kStrategy>
+  // The same, compiled for one strategy. `kExtras` may be false where `has_extras` is.
+  template <Strategy kStrategy, bool kExtras>
   PieceSize fit_as(const DocumentSize& document, int64_t begin, int64_t room) const {
     // Best-fit cuts documents before it knows their packs: always as for an empty one.
     if constexpr (kStrategy == Strategy::kBestFit) room = rules_.capacity;
@@ -118,7 +123,7 @@ class Layout {
     }
     const int64_t rest = document.body - begin;
     const int64_t suffix = document.suffix;
-    if (rules_.repeat_every > 0 && piece.prefix > 0) {
+    if (kExtras && rules_.repeat_every > 0 && piece.prefix > 0) {
       const BodySize fitted =
           fit_repeated<kStrategy>(document, begin, left, room == rules_.capacity);
       piece.body = fitted.body;
@@ -127,7 +132,7 @@ class Layout {
       piece.padding = rules_.padding_after(piece.total());
       return piece;
     }
-    if (suffix <= 0) {
+    if (!kExtras || suffix <= 0) {
       piece.body = std::min(rest, left);
     } else if (kStrategy == Strategy::kTruncate) {
       piece.body = std::min(rest - 1, left);

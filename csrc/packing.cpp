@@ -104,7 +104,8 @@ class Builder {
 
 // `truncate` and `split`: documents in order fill pack after pack. The rest of a document that does
 // not fit is dropped by `truncate` (the paper's rule) and opens the next pack with `split`.
-template <Strategy kStrategy>
+// Without `kExtras` no document has a suffix and no prefix is repeated within a piece.
+template <Strategy kStrategy, bool kExtras>
 class InOrder : public Builder {
  public:
   static constexpr int64_t kTaskSize = kChunk;
@@ -138,7 +139,7 @@ class InOrder : public Builder {
   void place(const DocumentSize& document) {
     int64_t begin = 0;
     do {
-      const PieceSize piece = layout_.fit_as<kStrategy>(document, begin, room_);
+      const PieceSize piece = layout_.fit_as<kStrategy, kExtras>(document, begin, room_);
       if (!kDropsRest && piece.body <= 0) {  // not one token of the body fits here
         if (pieces_ == 0) throw std::out_of_range("damaged prefix table: no room for a body");
         close_pack();
@@ -301,6 +302,15 @@ Plan run(Packer&& packer, const Walk& walk, const PackingOptions& options) {
   return std::move(packer.plan());
 }
 
+template <Strategy kStrategy>
+Plan run_in_order(const Documents& documents, const PackingOptions& options,
+                  int64_t expected_pieces, const Walk& walk) {
+  if (Layout::has_extras(documents, options)) {
+    return run(InOrder<kStrategy, true>(documents, options, expected_pieces), walk, options);
+  }
+  return run(InOrder<kStrategy, false>(documents, options, expected_pieces), walk, options);
+}
+
 }  // namespace
 
 Plan build_plan(const Documents& documents, const Order& order, const PackingOptions& given) {
@@ -314,9 +324,9 @@ Plan build_plan(const Documents& documents, const Order& order, const PackingOpt
     return run(BestFit(documents, options, expected_pieces, order.seed), walk, options);
   }
   if (options.strategy == Strategy::kSplit) {
-    return run(InOrder<Strategy::kSplit>(documents, options, expected_pieces), walk, options);
+    return run_in_order<Strategy::kSplit>(documents, options, expected_pieces, walk);
   }
-  return run(InOrder<Strategy::kTruncate>(documents, options, expected_pieces), walk, options);
+  return run_in_order<Strategy::kTruncate>(documents, options, expected_pieces, walk);
 }
 
 }  // namespace meco
